@@ -1,0 +1,52 @@
+# Every verb sets up what it needs, once: .venv with torch, then the package built in place (edits to Python need no
+# rebuild, edits to C++ rebuild what they touch). PYTHON and TORCH choose the interpreter and the torch:
+#     make test TORCH=torch==2.13.0+cpu
+PYTHON ?= python3
+STAMPED := $(shell cat .venv/.deps 2>/dev/null)
+TORCH ?= $(or $(STAMPED),torch==2.13.0)
+V := .venv/bin
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.PHONY: help train test test-all gradcheck bench check clean
+.DEFAULT_GOAL := help
+
+help:        ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+train: .venv/.built        ## train the reference network on digits, in all three modes
+	$(V)/python -m mlpext train
+test: .venv/.built         ## the tests (slow ones and those that need a GPU left out)
+	$(TEST)
+test-all: .venv/.built     ## every test
+	$(TEST) -m ""
+gradcheck: .venv/.built    ## derivatives against finite differences, alone
+	$(TEST) -m gradcheck
+bench: .venv/.built        ## every benchmark; results in benchmarks/results
+	set -e; for file in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
+check: .venv/.built        ## ruff, mypy, clang-format, and the C++ with warnings as errors
+	$(V)/ruff check .
+	$(V)/ruff format --check .
+	$(V)/mypy
+	$(V)/clang-format --dry-run -Werror $(CXX_FILES)
+	MLPEXT_WERROR=1 $(V)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
+clean:                     ## remove what was built; .venv's packages stay
+	rm -rf build dist *.egg-info .venv/.built mlpext/_C*.so mlpext/_build.py .*_cache
+	find mlpext tests benchmarks -name __pycache__ -exec rm -rf {} +
+
+# One thread: on a machine with few cores, busy OpenMP threads make small tensors ten times slower.
+TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q
+
+# Another TORCH than the one noted in the stamp makes the stamp out of date.
+ifneq ($(TORCH),$(STAMPED))
+.PHONY: .venv/.deps
+endif
+.venv/.deps: pyproject.toml
+	@PYTHON="$(PYTHON)" sh tools/preflight.sh
+	$(V)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(V)/python -m pip install -q "$(TORCH)" ninja "setuptools>=77" wheel
+	@echo "$(TORCH)" > $@
+.venv/.built: .venv/.deps setup.py pyproject.toml $(shell find csrc)
+	@PYTHON=$(V)/python sh tools/preflight.sh
+	$(V)/python -m pip install -q --no-build-isolation -e ".[train,mnist,test,dev]"
+	@touch $@

@@ -1,0 +1,354 @@
+"""Measures contenders side by side, in one process, so that their ratio survives a busy machine.
+
+A benchmark file says what to compare; this module does the rest:
+
+    from harness import Case, run
+
+    run([Case("elu, 64 values", {"native": lambda: F.elu(x), "mlpext": lambda: ours.elu(x)})], "Overhead")
+
+How it measures. One pinned thread unless told otherwise. Every contender takes one sample a round, in an
+order that rotates from round to round, with the garbage collector off. A sample repeats the call until it
+lasts `--sample-us`. Times are CPU times of the process (preemption does not count; shared caches and clocks
+still do), with wall times beside them in the JSON. The ratio is peer / ours, taken within each round, where
+both met the same weather; the table has its median and, as spread, the middle half. A target is met when
+the median reaches it, and missed when the whole middle half lies below; between the two it is level: the
+difference is smaller than the noise. The machine's limits (multiply-adds of a compiled loop in registers,
+speed of Tensor.copy_ in memory) are measured in the same run.
+
+Results go to benchmarks/results: JSON with everything, a table in Markdown, a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+OURS = "mlpext"
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Case:
+    """One question: a name, the contenders (ours is called "mlpext"), and the ratio that is wanted of ours.
+
+    `flops` and `bytes`, those of one call, add what ours reaches of the machine's limits. Cases may come from
+    a generator, so that only one case's tensors are alive at a time.
+    """
+
+    name: str
+    contenders: Mapping[str, Callable[[], Any]]
+    target: float | None = None
+    flops: float | None = None
+    bytes: float | None = None
+
+
+def run(cases: Iterable[Case], title: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure the cases, print and write the results; with `--gate`, a missed target is exit status 1."""
+    options = _options(title, argv)
+    cpus = _pin(options.threads)
+    setting = _setting(cpus)
+    print(f"{title}: {_setting_in_words(setting)}", flush=True)
+    measured = []
+    for case in cases:
+        if options.only in case.name:
+            measured.append(_measure(case, options, setting["limits"]))
+            _print_progress(measured[-1])
+    setting["load_after"] = os.getloadavg()[0]
+    record = {"title": title, "rounds": options.rounds, "setting": setting, "cases": measured}
+
+    stem = Path(options.out) / (title.lower().replace(" ", "-"))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(_table(record))
+    _picture(record, stem.with_suffix(".png"))
+    verdicts = [_verdict(ratio, case["target"]) for case in measured for ratio in case["ratios"].values()]
+    met, level, missed = (verdicts.count(word) for word in ("met", "level", "missed"))
+    print(f"targets: {met} met, {level} level, {missed} missed; written: {stem}.json, .md, .png")
+    if options.gate and missed:
+        sys.exit(1)
+    return record
+
+
+def _options(title: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Benchmark: {title}")
+    parser.add_argument("--rounds", type=int, default=41, help="samples of each contender (default 41)")
+    parser.add_argument("--sample-us", type=float, default=200, help="shortest sample (default 200)")
+    parser.add_argument("--threads", type=int, default=1, help="threads, each on its own CPU (default 1)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their name")
+    parser.add_argument("--out", default=str(RESULTS), metavar="FOLDER", help="where the results go")
+    parser.add_argument("--gate", action="store_true", help="fail if a target is missed")
+    return parser.parse_args(argv)
+
+
+# Measuring.
+
+
+def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float | None]) -> dict[str, Any]:
+    names = list(case.contenders)
+    repeats = {name: _repeats(case.contenders[name], options.sample_us * 1e3) for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        for round_ in range(options.rounds):
+            start = round_ % len(names)
+            for name in names[start:] + names[:start]:
+                cpu_ns, wall_ns = _sample(case.contenders[name], repeats[name])
+                cpu[name].append(cpu_ns / repeats[name] / 1e3)
+                wall[name].append(wall_ns / repeats[name] / 1e3)
+    finally:
+        gc.enable()
+
+    ratios = {
+        name: _summary([theirs / ours for theirs, ours in zip(cpu[name], cpu[OURS], strict=True)])
+        for name in names
+        if name != OURS and OURS in names
+    }
+    reached = {}
+    for work, limit in ((case.flops, "gflops"), (case.bytes, "copy_gbps")):
+        if work and (most := limits[limit]) and OURS in names:
+            reached[limit] = work / median(cpu[OURS]) / 1e3 / most
+    return {
+        "name": case.name,
+        "target": case.target,
+        "ratios": ratios,
+        "reached": reached,
+        "contenders": {
+            name: {"cpu_us": _summary(cpu[name]), "wall_us": _summary(wall[name]), "repeats": repeats[name]}
+            for name in names
+        },
+    }
+
+
+def _sample(call: Callable[[], Any], repeats: int) -> tuple[int, int]:
+    turns = itertools.repeat(None, repeats)
+    wall, cpu = time.perf_counter_ns(), time.process_time_ns()
+    for _ in turns:
+        call()
+    return time.process_time_ns() - cpu, time.perf_counter_ns() - wall
+
+
+def _repeats(call: Callable[[], Any], sample_ns: float) -> int:
+    """How many calls make a sample long enough; finding out also warms the call up."""
+    call()
+    repeats = 1
+    while (took := min(_sample(call, repeats)[0] for _ in range(2))) < sample_ns:
+        repeats = max(repeats + 1, min(4 * repeats, round(1.1 * repeats * sample_ns / max(took, 1))))
+    return repeats
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {"median": middle, "min": min(values), "q1": low, "q3": high}
+
+
+def _verdict(ratio: Mapping[str, float], target: float | None) -> str:
+    if target is None:
+        return "-"
+    if ratio["median"] >= target:
+        return "met"
+    return "level" if ratio["q3"] >= target else "missed"
+
+
+# The machine.
+
+
+def _pin(threads: int) -> list[int]:
+    """Threads of their own on the last CPUs: the first one is where interrupts tend to land."""
+    torch.set_num_threads(threads)
+    if not hasattr(os, "sched_setaffinity"):
+        return []
+    cpus = sorted(os.sched_getaffinity(0))[-threads:]
+    os.sched_setaffinity(0, cpus)
+    return cpus
+
+
+def _setting(cpus: list[int]) -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "mlpext", "jax", "scikit-learn"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "cpus_in_machine": os.cpu_count(),
+        "pinned_to": cpus,
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "native_isa": torch.backends.cpu.get_cpu_capability(),
+        "versions": versions,
+        "limits": {"gflops": _fma_peak(), "copy_gbps": _copy_speed()},
+        "load_before": load,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+# Twelve independent chains of vector multiply-adds, enough to keep two pipes of latency four to five full.
+_FMA = """
+#ifdef __AVX512F__
+typedef float lanes __attribute__((vector_size(64)));
+#else
+typedef float lanes __attribute__((vector_size(32)));
+#endif
+enum { chains = 12 };
+float fma_loop(long turns) {
+  lanes a[chains], x = {0}, y = {0};
+  x += 0.999f; y += 0.001f;
+  for (int k = 0; k < chains; k++) a[k] = y + (float)k;
+  for (long t = 0; t < turns; t++) {
+    _Pragma("GCC unroll 12") for (int k = 0; k < chains; k++) a[k] = a[k] * x + y;
+  }
+  for (int k = 1; k < chains; k++) a[0] += a[k];
+  return a[0][0];
+}
+long fma_flops(void) { return 2L * chains * (long)(sizeof(lanes) / sizeof(float)); }
+"""
+
+
+def _fma_peak() -> float | None:
+    """Float32 multiply-adds of one core, in 1e9 operations a second, by a compiled loop in registers."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/fma.so"
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-o", library]
+        command = [os.environ.get("CC", "cc"), *flags, "-x", "c", "-"]
+        try:
+            subprocess.run(command, input=_FMA.encode(), check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        code = ctypes.CDLL(library)
+    code.fma_loop.restype, code.fma_loop.argtypes = ctypes.c_float, [ctypes.c_long]
+    code.fma_flops.restype = ctypes.c_long
+    turns = 1_000_000
+    fastest = min(_sample(lambda: code.fma_loop(turns), 1)[0] for _ in range(20))
+    return float(turns * code.fma_flops() / fastest)
+
+
+def _copy_speed() -> float:
+    """Bytes read and written by Tensor.copy_ of 128 MiB, in 1e9 a second."""
+    source, target = torch.ones(32 << 20), torch.zeros(32 << 20)
+    fastest = min(_sample(lambda: target.copy_(source), 1)[0] for _ in range(10))
+    return 2 * source.nbytes / fastest
+
+
+# The results.
+
+
+def _setting_in_words(setting: Mapping[str, Any]) -> str:
+    limits = setting["limits"]
+    peak = f"{limits['gflops']:.0f} GFLOP/s" if limits["gflops"] else "not measured (no C compiler)"
+    versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
+    load = f"{setting['load_before']:.1f}"
+    if "load_after" in setting:
+        load += f" before, {setting['load_after']:.1f} after"
+    return (
+        f"{setting['date']}, {setting['cpu']} ({setting['native_isa']}), "
+        f"{setting['threads']} pinned thread(s) of {setting['cpus_in_machine']} CPUs, load {load}; "
+        f"float32 multiply-add peak of one core {peak}, copy {limits['copy_gbps']:.0f} GB/s; {versions}"
+    )
+
+
+def _print_progress(case: Mapping[str, Any]) -> None:
+    ours = case["contenders"].get(OURS)
+    figures = [f"{ours['cpu_us']['median']:.2f} us"] if ours else []
+    for name, ratio in case["ratios"].items():
+        verdict = _verdict(ratio, case["target"])
+        figures.append(f"{ratio['median']:.2f} against {name}" + ("" if verdict == "-" else f" ({verdict})"))
+    if not case["ratios"]:
+        figures += [f"{name} {c['cpu_us']['median']:.2f} us" for name, c in case["contenders"].items()]
+    print(f"  {case['name']}: {', '.join(figures)}", flush=True)
+
+
+def _table(record: Mapping[str, Any]) -> str:
+    lines = [
+        f"# {record['title']}",
+        "",
+        f"{_setting_in_words(record['setting'])}.",
+        "",
+        "CPU time of one call in us: median (minimum; middle half of the samples). Ratio: peer / mlpext,",
+        f"median and middle half over {record['rounds']} rounds; above 1, mlpext is faster.",
+        "",
+        "| case | mlpext | peer | peer's time | ratio | target | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in record["cases"]:
+        contenders = case["contenders"]
+        ours = _figure(contenders[OURS]["cpu_us"]) if OURS in contenders else "-"
+        words = {"gflops": "multiply-add peak", "copy_gbps": "copy speed"}
+        ours += "".join(f", {part:.0%} of {words[limit]}" for limit, part in case["reached"].items())
+        for name in contenders:
+            if name == OURS:
+                continue
+            figure = target = verdict = "-"
+            if name in case["ratios"]:
+                ratio = case["ratios"][name]
+                figure = f"**{ratio['median']:.2f}** ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
+                target = "-" if case["target"] is None else f"{case['target']:g}"
+                verdict = _verdict(ratio, case["target"])
+            cells = [case["name"], ours, name, _figure(contenders[name]["cpu_us"]), figure, target, verdict]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _figure(us: Mapping[str, float]) -> str:
+    middle, least, low, high = (f"{us[key]:#.3g}" if us[key] < 1000 else f"{us[key]:.0f}" for key in us)
+    return f"{middle} ({least}; {low}-{high})"
+
+
+def _picture(record: Mapping[str, Any], path: Path) -> None:
+    """One bar for each case and peer, with the target as a line across its bar."""
+    bars = [(case, name) for case in record["cases"] for name in case["ratios"]]
+    if not bars:
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.17 * len(bars)), layout="constrained")
+    for y, (case, name) in enumerate(bars):
+        ratio = case["ratios"][name]
+        middle = ratio["median"]
+        color = "#c44e52" if _verdict(ratio, case["target"]) == "missed" else "#4c72b0"
+        spread = [[middle - ratio["q1"]], [ratio["q3"] - middle]]
+        axes.barh(y, middle, xerr=spread, color=color, ecolor="#888888", height=0.7)
+        if case["target"] is not None:
+            axes.plot([case["target"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1)
+    axes.set_yticks(range(len(bars)), [f"{case['name']} / {name}" for case, name in bars], fontsize=7)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlabel("peer's CPU time / mlpext's (longer: mlpext faster; black line: target)")
+    setting = record["setting"]
+    axes.set_title(f"{record['title']}: {setting['threads']} thread(s), {setting['cpu']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,44 @@
+// What the operators must know of an activation at run time, read off the structs of activations.h.
+#pragma once
+#include <cstdint>
+#include <span>
+#include <utility>
+
+#include "activations.h"
+
+namespace mlpext {
+
+struct ActivationInfo {
+  std::string_view name;
+  std::span<const Param> params;
+  bool keeps_output;
+  bool coarse_in_half;
+  bool has_derivative_from_output;
+  bool (*usual)(const double* params);
+  bool (*output_suffices)(const double* params);
+};
+
+// The struct A with its parameters filled in, in order.
+template <class A> MLPEXT_FORMULA constexpr A with_params(const double* params) {
+  return [&]<std::size_t... I>(std::index_sequence<I...>) {
+    return A{{}, params[I]...};
+  }(std::make_index_sequence<A::params.size()>());
+}
+
+template <class... A> constexpr std::array<ActivationInfo, sizeof...(A)> activation_table(std::tuple<A...>*) {
+  return {ActivationInfo{
+      A::name,
+      A::params,
+      A::keeps_output,
+      A::coarse_in_half,
+      HasDerivativeFromOutput<A>,
+      [](const double* params) { return with_params<A>(params).usual(); },
+      [](const double* params) {
+        return HasDerivativeFromOutput<A> && with_params<A>(params).output_suffices();
+      },
+  }...};
+}
+
+inline constexpr auto activation_infos = activation_table(static_cast<Activations*>(nullptr));
+
+}  // namespace mlpext

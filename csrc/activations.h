@@ -1,0 +1,344 @@
+// The formulas: one struct an activation, and the list of them. Everything else in the package is made from
+// this page.
+//
+// V is a vector of float or double lanes (cpu/vec.h) or a plain float or double. A formula uses only the
+// words that every V has: + - * /, comparisons, select, abs, sqrt, madd, at_least and at_most (a NaN passes),
+// exp, expm1, log1p, tanh, sin, cos, normal_cdf, normal_pdf, tanhshrink. There is no `if`: with
+// select(condition, a, b) a NaN takes the same side in every lane, at every length, on every instruction set.
+//
+// A struct has
+//   name, params             what users call it and its parameters, with defaults: double members in the same
+//   order forward(x)               y = f(x) derivative(x)            f'(x) derivative_from_output(y)  f'(x)
+//   from y = f(x), where y determines it
+// and, where they differ from the defaults of `Formula`, the traits below. An argument is bounded
+// (at_least(x, -1000)) where a limit at infinity would otherwise be computed as inf * 0; at the bound the
+// other factor has underflowed to 0.
+#pragma once
+#include <array>
+#include <cstddef>
+#include <string_view>
+#include <tuple>
+
+#if defined(__CUDACC__)
+#define MLPEXT_FORMULA __host__ __device__ __forceinline__
+#else
+#define MLPEXT_FORMULA __attribute__((always_inline)) inline
+#endif
+
+namespace mlpext {
+
+struct Param {
+  std::string_view name;
+  double value;  // default
+};
+
+struct Formula {
+  static constexpr std::array<Param, 0> params{};
+  static constexpr bool keeps_output = false;    // a bare module keeps y for backward, as native does, not x
+  static constexpr bool coarse_in_half = false;  // 16-bit y has too few digits for derivative_from_output
+  static constexpr bool zero_blocks_gradient =
+      false;  // f' = 0 gives 0 even for an infinite or NaN gradient, as native
+  MLPEXT_FORMULA constexpr bool usual() const {
+    return true;
+  }  // false: native operators serve these parameters
+  MLPEXT_FORMULA constexpr bool output_suffices() const {
+    return true;
+  }  // false: these parameters make f non-monotone
+};
+
+struct Identity : Formula {
+  static constexpr std::string_view name = "identity";
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return x; }
+  template <class V> MLPEXT_FORMULA V derivative(V) const { return V(1); }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V) const { return V(1); }
+};
+
+struct Sigmoid : Formula {  // 1 / (1 + e^-x), without overflow on either side
+  static constexpr std::string_view name = "sigmoid";
+  static constexpr bool keeps_output = true;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    V e = exp(-abs(x));
+    return select(x < V(0), e, V(1)) / (V(1) + e);
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V e = exp(-abs(x));
+    return e / ((V(1) + e) * (V(1) + e));
+  }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const { return y * (V(1) - y); }
+};
+
+struct Tanh : Formula {
+  static constexpr std::string_view name = "tanh";
+  static constexpr bool keeps_output = true;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return tanh(x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return V(4) * Sigmoid().derivative(x + x); }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const { return V(1) - y * y; }
+};
+
+struct Hardtanh : Formula {  // x held between min_val and max_val
+  static constexpr std::string_view name = "hardtanh";
+  static constexpr std::array<Param, 2> params{{{"min_val", -1}, {"max_val", 1}}};
+  static constexpr bool zero_blocks_gradient = true;
+  double min_val, max_val;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return at_most(at_least(x, V(min_val)), V(max_val));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return select((x > V(min_val)) & (x < V(max_val)), V(1), V(0));
+  }
+};
+
+struct ReLU : Formula {  // max(0, x)
+  static constexpr std::string_view name = "relu";
+  static constexpr bool keeps_output = true;
+  static constexpr bool zero_blocks_gradient = true;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return at_least(x, V(0)); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(x <= V(0), V(0), V(1)); }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const { return derivative(y); }
+};
+
+struct ReLU6 : Formula {  // min(max(0, x), 6)
+  static constexpr std::string_view name = "relu6";
+  static constexpr bool zero_blocks_gradient = true;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return Hardtanh{{}, 0, 6}.forward(x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return Hardtanh{{}, 0, 6}.derivative(x); }
+};
+
+struct LeakyReLU : Formula {  // x, and negative_slope x below 0: max(0.1 x, x) in the lecture
+  static constexpr std::string_view name = "leaky_relu";
+  static constexpr std::array<Param, 1> params{{{"negative_slope", 0.01}}};
+  double negative_slope;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return select(x >= V(0), x, V(negative_slope) * x);
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return select(x > V(0), V(1), V(negative_slope));
+  }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const { return derivative(y); }
+  MLPEXT_FORMULA constexpr bool output_suffices() const { return negative_slope >= 0; }
+};
+
+struct ELU : Formula {  // x, and alpha (e^x - 1) below 0 (Clevert et al., 2015)
+  static constexpr std::string_view name = "elu";
+  static constexpr std::array<Param, 1> params{{{"alpha", 1}}};
+  static constexpr bool coarse_in_half = true;
+  double alpha;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return select(x >= V(0), x, V(alpha) * expm1(x)); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return select(x > V(0), V(1), V(alpha) * exp(x));
+  }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
+    return select(y > V(0), V(1), y + V(alpha));
+  }
+  MLPEXT_FORMULA constexpr bool output_suffices() const { return alpha >= 0; }
+};
+
+struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer et al., 2017)
+  static constexpr std::string_view name = "selu";
+  static constexpr bool coarse_in_half = true;
+  static constexpr double scale = 1.0507009873554804934193349852946;
+  static constexpr double scaled_alpha = 1.6732632423543772848170429916717 * scale;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return select(x >= V(0), V(scale) * x, V(scaled_alpha) * expm1(x));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return select(x > V(0), V(scale), V(scaled_alpha) * exp(x));
+  }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
+    return select(y > V(0), V(scale), y + V(scaled_alpha));
+  }
+};
+
+struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 2017)
+  static constexpr std::string_view name = "celu";
+  static constexpr std::array<Param, 1> params{{{"alpha", 1}}};
+  static constexpr bool coarse_in_half = true;
+  double alpha;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return select(x >= V(0), x, V(alpha) * expm1(x / V(alpha)));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return select(x > V(0), V(1), exp(x / V(alpha)));
+  }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
+    return select(y > V(0), V(1), V(1) + y / V(alpha));
+  }
+  MLPEXT_FORMULA constexpr bool usual() const { return alpha != 0; }
+  MLPEXT_FORMULA constexpr bool output_suffices() const { return alpha > 0; }
+};
+
+struct GELU : Formula {  // x P(X <= x), X normal (Hendrycks and Gimpel, 2016)
+  static constexpr std::string_view name = "gelu";
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return at_least(x, V(-1000)) * normal_cdf(x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return madd(at_most(at_least(x, V(-1000)), V(1000)), normal_pdf(x), normal_cdf(x));
+  }
+};
+
+struct SiLU : Formula {  // x sigmoid(x) (Elfwing et al., 2017)
+  static constexpr std::string_view name = "silu";
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return at_least(x, V(-1000)) * Sigmoid().forward(x);
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V bounded = at_most(at_least(x, V(-1000)), V(1000));
+    return madd(bounded, Sigmoid().derivative(x), Sigmoid().forward(x));
+  }
+};
+
+struct GELUTanh : Formula {  // gelu's tanh approximation, x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x
+                             // + 0.044715 x^3)
+  static constexpr std::string_view name = "gelu_tanh";
+  static constexpr double two_k = 1.5957691216057307117597842397375;  // 2 sqrt(2 / pi)
+  static constexpr double cubic = 0.044715;
+  template <class V> static MLPEXT_FORMULA V two_u(V x) { return V(two_k) * x * madd(V(cubic) * x, x, V(1)); }
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return at_least(x, V(-1000)) * Sigmoid().forward(two_u(x));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V bounded = at_most(at_least(x, V(-1000)), V(1000));
+    V two_u_derivative = V(two_k) * madd(V(3 * cubic) * bounded, bounded, V(1));
+    return madd(bounded * two_u_derivative, Sigmoid().derivative(two_u(bounded)),
+                Sigmoid().forward(two_u(x)));
+  }
+};
+
+struct Mish
+    : Formula {  // x tanh(log(1 + e^x)) (Misra, 2019); tanh(log(1 + e^x)) = n / d, rational in t = e^-|x|
+  static constexpr std::string_view name = "mish";
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    V t = exp(-abs(x));
+    V n = select(x > V(0), madd(V(2), t, V(1)), t * (t + V(2)));
+    V d = n + select(x > V(0), V(2) * t * t, V(2));
+    return at_least(x, V(-1000)) * (n / d);
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V t = exp(-abs(x));
+    V n = select(x > V(0), madd(V(2), t, V(1)), t * (t + V(2)));
+    V d = n + select(x > V(0), V(2) * t * t, V(2));
+    V slope = select(x > V(0), t * t, t) * V(4) * (V(1) + t) / (d * d);
+    return madd(at_most(at_least(x, V(-1000)), V(1000)), slope, n / d);
+  }
+};
+
+struct Softplus : Formula {  // log(1 + e^(beta x)) / beta, and x where beta x > threshold
+  static constexpr std::string_view name = "softplus";
+  static constexpr std::array<Param, 2> params{{{"beta", 1}, {"threshold", 20}}};
+  double beta, threshold;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    V u = V(beta) * x;
+    return select(u > V(threshold), x, (at_least(u, V(0)) + log1p(exp(-abs(u)))) / V(beta));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V u = V(beta) * x;
+    return select(u > V(threshold), V(1), Sigmoid().forward(u));
+  }
+};
+
+struct Hardsigmoid : Formula {  // x / 6 + 1/2 between 0 and 1
+  static constexpr std::string_view name = "hardsigmoid";
+  static constexpr bool zero_blocks_gradient = true;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return ReLU6().forward(x + V(3)) / V(6); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return select((x > V(-3)) & (x < V(3)), V(1.0 / 6), V(0));
+  }
+};
+
+struct Hardswish : Formula {  // x hardsigmoid(x) (Howard et al., 2019)
+  static constexpr std::string_view name = "hardswish";
+  static constexpr bool zero_blocks_gradient = true;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return at_least(x, V(-3)) * Hardsigmoid().forward(x);
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    return select(x <= V(-3), V(0), select(x < V(3), x / V(3) + V(0.5), V(1)));
+  }
+};
+
+struct LogSigmoid : Formula {  // log(1 / (1 + e^-x))
+  static constexpr std::string_view name = "logsigmoid";
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return at_most(x, V(0)) - log1p(exp(-abs(x))); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return Sigmoid().forward(-x); }
+};
+
+struct Softsign : Formula {  // x / (1 + |x|)
+  static constexpr std::string_view name = "softsign";
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    V bounded = at_most(at_least(x, V(-1e30)), V(1e30));
+    return bounded / (V(1) + abs(bounded));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V r = V(1) / (V(1) + abs(x));
+    return r * r;
+  }
+};
+
+struct Tanhshrink : Formula {  // x - tanh(x)
+  static constexpr std::string_view name = "tanhshrink";
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return x - tanh(x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V y = tanh(x);
+    return y * y;
+  }
+};
+
+struct Softshrink : Formula {  // x moved towards 0 by lambd, and 0 within
+  static constexpr std::string_view name = "softshrink";
+  static constexpr std::array<Param, 1> params{{{"lambd", 0.5}}};
+  static constexpr bool zero_blocks_gradient = true;
+  double lambd;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return select(abs(x) <= V(lambd), V(0), x - select(x < V(0), V(-lambd), V(lambd)));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(abs(x) <= V(lambd), V(0), V(1)); }
+  MLPEXT_FORMULA constexpr bool usual() const { return lambd >= 0; }
+};
+
+struct Hardshrink : Formula {  // x, and 0 where |x| <= lambd
+  static constexpr std::string_view name = "hardshrink";
+  static constexpr std::array<Param, 1> params{{{"lambd", 0.5}}};
+  static constexpr bool zero_blocks_gradient = true;
+  double lambd;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return select(abs(x) <= V(lambd), V(0), x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(abs(x) <= V(lambd), V(0), V(1)); }
+};
+
+struct Sine : Formula {  // sin(omega x), for implicit neural representations (Sitzmann et al., 2020)
+  static constexpr std::string_view name = "sine";
+  static constexpr std::array<Param, 1> params{{{"omega", 1}}};
+  double omega;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return sin(V(omega) * x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return V(omega) * cos(V(omega) * x); }
+};
+
+struct Squareplus
+    : Formula {  // (x + sqrt(x^2 + b)) / 2 (Barron, 2021), as max(x, 0) + tail, which cancels nowhere
+  static constexpr std::string_view name = "squareplus";
+  static constexpr std::array<Param, 1> params{{{"b", 4}}};
+  double b;
+  // Above 1e18 the square would overflow in float, and b no longer shows.
+  template <class V> MLPEXT_FORMULA V root(V x) const {
+    return select(abs(x) > V(1e18), abs(x), sqrt(madd(x, x, V(b))));
+  }
+  template <class V> MLPEXT_FORMULA V tail(V x) const {
+    V half = V(0.5) * abs(x);  // halves, whose sum cannot overflow
+    return V(b / 4) / madd(V(0.5), root(x), half);
+  }
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return at_least(x, V(0)) + tail(x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V d = tail(x) / root(x);
+    return select(x > V(0), V(1) - d, d);
+  }
+  MLPEXT_FORMULA constexpr bool usual() const { return b > 0; }
+};
+
+// The list. An activation's index is its place here.
+using Activations = std::tuple<Identity, Sigmoid, Tanh, ReLU, LeakyReLU, ELU, GELU, GELUTanh, SiLU, Mish,
+                               Softplus, SELU, CELU, ReLU6, Hardtanh, Hardsigmoid, Hardswish, LogSigmoid,
+                               Softsign, Tanhshrink, Softshrink, Hardshrink, Sine, Squareplus>;
+inline constexpr std::size_t activation_count = std::tuple_size_v<Activations>;
+
+template <class A>
+concept HasDerivativeFromOutput = requires { &A::template derivative_from_output<double>; };
+
+}  // namespace mlpext

@@ -1,0 +1,482 @@
+// Gradients: one autograd node a family, written as PyTorch's own generated code writes them, on the Autograd
+// key.
+//
+// The kernels here decide once whether a call is plain eager. Under a functorch transform, with a forward
+// tangent, under a dispatch mode or with a wrapper subclass, with tensors or parameters that the package does
+// not serve, and in the backward operators whenever a graph of the backward is asked for, they run native
+// operators instead (composites.h). So derivatives of every order come from one rule, and there is no
+// hand-written double backward, jvp or batching rule.
+#include <ATen/TensorOperators.h>
+#include <ATen/WrapDimUtils.h>
+#include <ATen/ops/linear.h>
+#include <torch/csrc/autograd/VariableTypeUtils.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "composites.h"
+#include "ops.h"
+
+#define MLPEXT_TORCH_AT_LEAST(minor) (TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= minor)
+
+namespace mlpext {
+namespace {
+
+using c10::DispatchKey;
+using c10::DispatchKeySet;
+using torch::autograd::collect_next_edges;
+using torch::autograd::compute_requires_grad;
+using torch::autograd::SavedVariable;
+using torch::autograd::variable_list;
+
+bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
+
+template <class... Tensors> bool plain_eager(DispatchKeySet keys, const Tensors&... tensors) {
+  constexpr DispatchKeySet unusual({DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Python});
+  return !keys.has_any(unusual) && !(has_tangent(tensors) || ...);
+}
+
+#if MLPEXT_TORCH_AT_LEAST(13)
+template <class N> c10::intrusive_ptr<N> make_node() { return c10::make_intrusive<N>(); }
+#else
+template <class N> std::shared_ptr<N> make_node() {
+  return std::shared_ptr<N>(new N(), torch::autograd::deleteNode);
+}
+#endif
+
+template <class N> void finish([[maybe_unused]] const N& node) {
+#if MLPEXT_TORCH_AT_LEAST(15)
+  torch::autograd::fire_node_creation_hooks(node);
+#endif
+}
+
+// An activation as a node remembers it.
+struct Remembered {
+  int64_t index = 0;
+  std::array<double, 2> values{};
+
+  Remembered() = default;
+  Remembered(std::size_t index, Params params) : index(static_cast<int64_t>(index)) {
+    std::copy(params.begin(), params.end(), values.begin());
+  }
+  std::string_view name() const { return activation_infos[index].name; }
+  Params params() const { return {values.data(), activation_infos[index].params.size()}; }
+  template <class Visit> void attributes(Visit&& visit) { visit(index), visit(values[0]), visit(values[1]); }
+};
+static_assert(std::ranges::all_of(activation_infos,
+                                  [](const ActivationInfo& info) { return info.params.size() <= 2; }));
+
+// The node of a family. Rule says what is saved and how the gradients come of it:
+//   name, inputs                       what grad_fn prints; how many gradients it returns
+//   saved, saves_output[saved]         the saved tensors, and which of them are outputs of the node itself
+//   needs(i, mask)                     whether saved tensor i is wanted for the gradients asked for
+//   attributes(visit)                  everything else that the gradients depend on (for compiled autograd)
+//   backward(grads, tensors, mask)     the gradients
+template <class Rule> struct FamilyNode final : torch::autograd::TraceableFunction {
+  using InputMask = std::array<bool, Rule::inputs>;
+  using Tensors = std::array<Tensor, Rule::saved>;
+
+  Rule rule;
+  std::array<SavedVariable, Rule::saved> saved;
+
+  std::string name() const override { return Rule::name; }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable& variable : saved) variable.reset_data();
+  }
+
+  InputMask mask() const {
+    InputMask asked;
+    for (std::size_t i = 0; i < asked.size(); ++i) asked[i] = task_should_compute_output(i);
+    return asked;
+  }
+
+  Tensors unpack(InputMask mask) {
+    Tensors tensors;
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      if (rule.needs(i, mask)) tensors[i] = saved[i].unpack(getptr());
+    return tensors;
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);  // a graph may be run backward from several threads
+    const InputMask asked = mask();
+    return rule.backward(grads, unpack(asked), asked);
+  }
+
+  void compiled_args(torch::autograd::CompiledNodeArgs& args) const override {
+    for (std::size_t i = 0; i < saved.size(); ++i) {
+      args.collect(saved[i], Rule::saves_output[i]);
+      args.collect(rule.needs(i, mask()));
+    }
+    Rule(rule).attributes([&](auto& attribute) { args.collect(attribute); });
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::autograd::SwapSavedVariables& swap) override {
+    using torch::dynamo::autograd::IValuePacker;
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    static const bool bound = [&] {
+      std::vector<at::TypePtr> types{IValuePacker<InputMask>::packed_type()};
+      types.insert(types.end(), Rule::saved, IValuePacker<Tensor>::packed_type());
+      Rule().attributes([&]<class A>(A&) { types.push_back(IValuePacker<A>::packed_type()); });
+      compiler->bind_function(swap.get_py_compiler(), Rule::name, functional, std::move(types));
+      return true;
+    }();
+    static_cast<void>(bound);
+    const InputMask asked = mask();
+    for (SavedVariable& variable : saved) swap.before(variable);
+    torch::autograd::PackedArgs packed;
+    packed.pack(asked);
+    for (const Tensor& tensor : unpack(asked)) packed.pack(tensor);
+    rule.attributes([&](const auto& attribute) { packed.pack(attribute); });
+    variable_list result = compiler->call_function(
+        swap.get_py_compiler(), "apply_functional", Rule::name, grads, packed.vec(),
+        IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
+            torch::dynamo::autograd::get_input_metadata(next_edges())));
+    for (SavedVariable& variable : saved) swap.after(variable);
+    return result;
+  }
+
+  static variable_list functional(const variable_list& grads, const std::vector<c10::IValue>& values) {
+    torch::autograd::PackedArgs packed(values);
+    const auto asked = packed.unpack<InputMask>();
+    Tensors tensors;
+    for (Tensor& tensor : tensors) tensor = packed.unpack<Tensor>();
+    Rule rule;
+    rule.attributes([&]<class A>(A& attribute) { attribute = packed.unpack<A>(); });
+    return rule.backward(grads, tensors, asked);
+  }
+};
+
+OptionalTensor optional(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
+// ---- activation
+
+struct ActivationRule {
+  static constexpr const char* name = "ActivationBackward0";
+  static constexpr std::size_t inputs = 1, saved = 1;
+  static constexpr std::array<bool, saved> saves_output{false};
+
+  Remembered activation;
+  bool from_output = false;
+
+  bool needs(std::size_t, std::array<bool, inputs>) const { return true; }
+  template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit), visit(from_output); }
+  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
+                         std::array<bool, inputs> mask) const {
+    if (!grads[0].defined() || !mask[0]) return {Tensor()};
+    return {ops::activation_backward().call(grads[0], tensors[0], activation.name(), activation.params(),
+                                            from_output)};
+  }
+};
+
+Tensor activation(DispatchKeySet keys, const Tensor& input, std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  const ActivationInfo& info = activation_infos[index];
+  if (!plain_eager(keys, input) || !served(input) || !info.usual(params.data()))
+    return composite::activation(input, name, params);
+
+  auto forward = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return ops::activation().redispatch(keys & c10::after_autograd_keyset, input, name, params);
+  };
+  if (!compute_requires_grad(input)) return forward();
+
+  auto node = make_node<FamilyNode<ActivationRule>>();
+  node->set_next_edges(collect_next_edges(input));
+  node->rule = {{index, params}, info.keeps_output};
+  if (!info.keeps_output) node->saved[0] = SavedVariable(input, /*is_output=*/false);
+  Tensor output = forward();
+  torch::autograd::set_history(output, node);
+  if (info.keeps_output) node->saved[0] = SavedVariable(output, /*is_output=*/true);
+  finish(node);
+  return output;
+}
+
+Tensor& activation_(DispatchKeySet keys, Tensor& input, std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  const ActivationInfo& info = activation_infos[index];
+  const bool keeps_output = info.output_suffices(params.data());
+  // With a negative slope native refuses the backward of the in-place form, and so do we.
+  if (!plain_eager(keys, input) || !served(input) || !info.usual(params.data()) ||
+      info.has_derivative_from_output != keeps_output)
+    return composite::activation_(input, name, params);
+
+  const bool requires_grad = compute_requires_grad(input);
+  torch::autograd::check_inplace(input, requires_grad);
+  auto node = requires_grad ? make_node<FamilyNode<ActivationRule>>() : nullptr;
+  if (node) {
+    node->set_next_edges(collect_next_edges(input));
+    node->rule = {{index, params}, keeps_output};
+    if (!keeps_output) node->saved[0] = SavedVariable(input.clone(), /*is_output=*/false);
+  }
+  {
+    at::AutoDispatchBelowAutograd guard;
+    ops::activation_().redispatch(keys & c10::after_autograd_keyset, input, name, params);
+  }
+  if (node) {
+    torch::autograd::rebase_history(input, node);
+    if (keeps_output)
+      node->saved[0] = SavedVariable(input, /*is_output=*/true, /*is_inplace_on_view=*/input.is_view());
+    finish(node);
+  }
+  return input;
+}
+
+Tensor& bump_version(DispatchKeySet keys, Tensor& input, std::string_view name, Params params) {
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ops::activation_().redispatch(keys & c10::after_ADInplaceOrView_keyset, input, name, params);
+  }
+  torch::autograd::increment_version(input);
+  return input;
+}
+
+Tensor activation_backward(DispatchKeySet keys, const Tensor& grad_output, const Tensor& saved,
+                           std::string_view name, Params params, bool from_output) {
+  if (!plain_eager(keys, grad_output, saved) || compute_requires_grad(grad_output, saved))
+    return composite::activation_backward(grad_output, saved, name, params, from_output);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::activation_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, saved, name,
+                                               params, from_output);
+}
+
+// ---- maxout
+
+struct MaxoutRule {
+  static constexpr const char* name = "MaxoutBackward0";
+  static constexpr std::size_t inputs = 1, saved = 1;  // the index of the piece that won
+  static constexpr std::array<bool, saved> saves_output{false};
+
+  int64_t pieces = 1, dim = 0;
+
+  bool needs(std::size_t, std::array<bool, inputs>) const { return true; }
+  template <class Visit> void attributes(Visit&& visit) { visit(pieces), visit(dim); }
+  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
+                         std::array<bool, inputs> mask) const {
+    if (!grads[0].defined() || !mask[0]) return {Tensor()};
+    return {ops::maxout_backward().call(grads[0], tensors[0], pieces, dim)};
+  }
+};
+
+Tensor maxout(DispatchKeySet keys, const Tensor& input, int64_t pieces, int64_t dim) {
+  if (!plain_eager(keys, input) || !served(input)) return composite::maxout(input, pieces, dim);
+  const bool requires_grad = compute_requires_grad(input);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  if (!requires_grad) return ops::maxout().redispatch(keys & c10::after_autograd_keyset, input, pieces, dim);
+
+  auto node = make_node<FamilyNode<MaxoutRule>>();
+  node->set_next_edges(collect_next_edges(input));
+  auto [output, index] =
+      ops::maxout_forward().redispatch(keys & c10::after_autograd_keyset, input, pieces, dim);
+  node->rule = {pieces, at::maybe_wrap_dim(dim, input.dim())};
+  node->saved[0] = SavedVariable(index, /*is_output=*/false);
+  torch::autograd::set_history(output, node);
+  finish(node);
+  return output;
+}
+
+Tensor maxout_backward(DispatchKeySet keys, const Tensor& grad_output, const Tensor& index, int64_t pieces,
+                       int64_t dim) {
+  if (!plain_eager(keys, grad_output, index) || compute_requires_grad(grad_output))
+    return composite::maxout_backward(grad_output, index, pieces, dim);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::maxout_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, index, pieces,
+                                           dim);
+}
+
+// ---- linear + activation
+
+struct LinearActivationRule {
+  static constexpr const char* name = "LinearActivationBackward0";
+  // `kept` is y where the derivative follows from it, else the pre-activation z, which is the node's second
+  // output so that a graph of the backward reaches through it.
+  enum Saved : std::size_t { input, weight, bias, kept };
+  static constexpr std::size_t inputs = 3, saved = 4;
+  static constexpr std::array<bool, saved> saves_output{false, false, false, true};
+
+  Remembered activation;
+  bool from_output = false;
+  // y's version counter, and its count when y was saved: after `y += skip` the derivative comes from z =
+  // linear(x, W, b) again.
+  std::optional<c10::VariableVersion> version;
+  uint32_t saved_version = 0;
+
+  bool is_identity() const { return activation.index == 0; }
+  bool output_changed() const { return version && version->current_version() != saved_version; }
+
+  bool needs(std::size_t i, Mask mask) const {
+    const bool again = output_changed();
+    if (i == input) return mask[1] || again;
+    if (i == weight) return mask[0] || again;
+    if (i == bias) return again;
+    return !is_identity() && !again;
+  }
+  template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit), visit(from_output); }
+  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
+                         Mask mask) const {
+    if (!grads[0].defined() && !(grads.size() > 1 && grads[1].defined()))
+      return {Tensor(), Tensor(), Tensor()};
+    Tensor result = tensors[kept];
+    bool derive_from_output = from_output;
+    if (!result.defined() && !is_identity()) {
+      result = at::linear(tensors[input], tensors[weight], optional(tensors[bias]));
+      derive_from_output = false;
+    }
+    if (grads.size() == 1 || !grads[1].defined()) {
+      auto [dx, dw, db] = ops::linear_activation_backward().call(
+          grads[0], optional(tensors[input]), optional(tensors[weight]), optional(result), activation.name(),
+          activation.params(), derive_from_output, mask);
+      return {dx, dw, db};
+    }
+    // The backward of a backward: z has a gradient of its own.
+    Tensor dz = grads[1];
+    if (grads[0].defined())
+      dz = dz +
+           ops::activation_backward().call(grads[0], result, activation.name(), activation.params(), false);
+    auto [dx, dw, db] =
+        composite::linear_backward(dz, optional(tensors[input]), optional(tensors[weight]), mask);
+    return {dx, dw, db};
+  }
+};
+
+Tensor linear_activation(DispatchKeySet keys, const Tensor& input, const Tensor& weight,
+                         const OptionalTensor& bias, std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  const ActivationInfo& info = activation_infos[index];
+  if (!plain_eager(keys, input, weight, bias) || !served(input, weight, bias) || !info.usual(params.data()))
+    return composite::linear_activation(input, weight, bias, name, params);
+
+  const bool requires_grad = compute_requires_grad(input, weight, bias);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  keys = keys & c10::after_autograd_keyset;
+  if (!requires_grad) return ops::linear_activation().redispatch(keys, input, weight, bias, name, params);
+
+  const bool half = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+  const bool keep_output = info.output_suffices(params.data()) && !(half && info.coarse_in_half);
+  const bool keep_nothing = name == Identity::name;
+  auto [output, z] = ops::linear_activation_forward().redispatch(keys, input, weight, bias, name, params,
+                                                                 /*keep_preactivation=*/!keep_output);
+
+  using Rule = LinearActivationRule;
+  auto node = make_node<FamilyNode<Rule>>();
+  node->set_next_edges(collect_next_edges(input, weight, bias));
+  node->rule.activation = {index, params};
+  node->rule.from_output = keep_output;
+  const bool may_recompute = keep_output && !keep_nothing;
+  // Where native's activation keeps its input (elu and its family), `y += skip` trains natively, and so must
+  // it here.
+  if (node->should_compute_output(1) || (may_recompute && !info.keeps_output))
+    node->saved[Rule::input] = SavedVariable(input, /*is_output=*/false);
+  if (node->should_compute_output(0) || may_recompute)
+    node->saved[Rule::weight] = SavedVariable(weight, /*is_output=*/false);
+  if (may_recompute && bias) node->saved[Rule::bias] = SavedVariable(*bias, /*is_output=*/false);
+
+  torch::autograd::set_history(output, node);
+  if (keep_output && !keep_nothing) {
+    node->saved[Rule::kept] = SavedVariable(output, /*is_output=*/true);
+    node->rule.version = torch::autograd::impl::version_counter(output);
+    node->rule.saved_version = node->rule.version->current_version();
+  } else if (!keep_nothing) {
+    torch::autograd::set_history(z, node);
+    node->saved[Rule::kept] = SavedVariable(z, /*is_output=*/true);
+  }
+  finish(node);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
+    DispatchKeySet keys, const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& saved, std::string_view name, Params params, bool from_output, Mask output_mask) {
+  if (!plain_eager(keys, grad_output, input, weight, saved) ||
+      compute_requires_grad(grad_output, input, weight, saved))
+    return composite::linear_activation_backward(grad_output, input, weight, saved, name, params, from_output,
+                                                 output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::linear_activation_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,
+                                                      weight, saved, name, params, from_output, output_mask);
+}
+
+// ---- linear + maxout
+
+struct LinearMaxoutRule {
+  static constexpr const char* name = "LinearMaxoutBackward0";
+  enum Saved : std::size_t { input, weight, index };
+  static constexpr std::size_t inputs = 3, saved = 3;
+  static constexpr std::array<bool, saved> saves_output{};
+
+  int64_t pieces = 1;
+
+  bool needs(std::size_t i, Mask mask) const { return i == input ? mask[1] : i == weight ? mask[0] : true; }
+  template <class Visit> void attributes(Visit&& visit) { visit(pieces); }
+  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
+                         Mask mask) const {
+    if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
+    auto [dx, dw, db] = ops::linear_maxout_backward().call(
+        grads[0], optional(tensors[input]), optional(tensors[weight]), tensors[index], pieces, mask);
+    return {dx, dw, db};
+  }
+};
+
+Tensor linear_maxout(DispatchKeySet keys, const Tensor& input, const Tensor& weight,
+                     const OptionalTensor& bias) {
+  if (!plain_eager(keys, input, weight, bias) || !served(input, weight, bias))
+    return composite::linear_maxout(input, weight, bias);
+
+  const bool requires_grad = compute_requires_grad(input, weight, bias);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  keys = keys & c10::after_autograd_keyset;
+  if (!requires_grad) return ops::linear_maxout().redispatch(keys, input, weight, bias);
+
+  auto [output, index] = ops::linear_maxout_forward().redispatch(keys, input, weight, bias);
+  using Rule = LinearMaxoutRule;
+  auto node = make_node<FamilyNode<Rule>>();
+  node->set_next_edges(collect_next_edges(input, weight, bias));
+  node->rule.pieces = weight.size(0);
+  if (node->should_compute_output(1)) node->saved[Rule::input] = SavedVariable(input, /*is_output=*/false);
+  if (node->should_compute_output(0)) node->saved[Rule::weight] = SavedVariable(weight, /*is_output=*/false);
+  node->saved[Rule::index] = SavedVariable(index, /*is_output=*/false);
+  torch::autograd::set_history(output, node);
+  finish(node);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(DispatchKeySet keys, const Tensor& grad_output,
+                                                          const OptionalTensor& input,
+                                                          const OptionalTensor& weight, const Tensor& index,
+                                                          int64_t pieces, Mask output_mask) {
+  if (!plain_eager(keys, grad_output, input, weight, index) ||
+      compute_requires_grad(grad_output, input, weight))
+    return composite::linear_maxout_backward(grad_output, input, weight, index, pieces, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::linear_maxout_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,
+                                                  weight, index, pieces, output_mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mlpext, Autograd, m) {
+  m.impl("activation", activation);
+  m.impl("activation_", activation_);
+  m.impl("activation_backward", activation_backward);
+  m.impl("maxout", maxout);
+  m.impl("maxout_backward", maxout_backward);
+  m.impl("linear_activation", linear_activation);
+  m.impl("linear_activation_backward", linear_activation_backward);
+  m.impl("linear_maxout", linear_maxout);
+  m.impl("linear_maxout_backward", linear_maxout_backward);
+  // Called by themselves, the operators that also return what backward wants are differentiated as native
+  // operators.
+  m.impl("maxout_forward", composite::maxout_forward);
+  m.impl("linear_activation_forward", composite::linear_activation_forward);
+  m.impl("linear_maxout_forward", composite::linear_maxout_forward);
+}
+
+TORCH_LIBRARY_IMPL(mlpext, ADInplaceOrView, m) { m.impl("activation_", bump_version); }
+
+}  // namespace mlpext

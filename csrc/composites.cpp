@@ -1,0 +1,243 @@
+// The rows: the functions of activations.h as native operators, a line or two each. See composites.h.
+#include "composites.h"
+
+#include <ATen/ScalarOps.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/WrapDimUtils.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/abs.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/celu.h>
+#include <ATen/ops/cos.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/elu_backward.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/hardshrink.h>
+#include <ATen/ops/hardshrink_backward.h>
+#include <ATen/ops/hardsigmoid.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardswish_backward.h>
+#include <ATen/ops/hardtanh.h>
+#include <ATen/ops/hardtanh_backward.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/leaky_relu_backward.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/log_sigmoid.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/max.h>
+#include <ATen/ops/mish.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/reciprocal.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/relu6.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/selu.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/sin.h>
+#include <ATen/ops/softplus.h>
+#include <ATen/ops/softplus_backward.h>
+#include <ATen/ops/softshrink.h>
+#include <ATen/ops/softshrink_backward.h>
+#include <ATen/ops/sqrt.h>
+#include <ATen/ops/square.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+namespace mlpext::composite {
+namespace {
+
+using T = const Tensor&;
+using P = const double*;
+
+struct Row {
+  std::string_view name;
+  Tensor (*forward)(T x, P p);
+  Tensor (*backward)(T g, T x, P p);
+  Tensor (*backward_from_output)(T g, T y, P p) = nullptr;
+  Tensor& (*in_place)(Tensor& x, P p) = nullptr;  // where torch.nn.functional has `inplace`
+};
+
+// torch's Python adds numbers as tensors, which nested tensors can and Scalars cannot.
+Tensor one() { return at::native::wrapped_scalar_tensor(1); }
+
+// clang-format off
+constexpr Row rows[] = {
+    {"identity", [](T x, P) { return x.clone(); }, [](T g, T, P) { return g.clone(); }, [](T g, T, P) { return g.clone(); }},
+    {"sigmoid", [](T x, P) { return at::sigmoid(x); },
+     [](T g, T x, P) { return at::sigmoid_backward(g, at::sigmoid(x)); },
+     [](T g, T y, P) { return at::sigmoid_backward(g, y); }},
+    {"tanh", [](T x, P) { return at::tanh(x); },
+     [](T g, T x, P) { return at::tanh_backward(g, at::tanh(x)); },
+     [](T g, T y, P) { return at::tanh_backward(g, y); }},
+    {"relu", [](T x, P) { return at::relu(x); },
+     [](T g, T x, P) { return at::threshold_backward(g, x, 0); },
+     [](T g, T y, P) { return at::threshold_backward(g, y, 0); },
+     [](Tensor& x, P) -> Tensor& { return at::relu_(x); }},
+    {"leaky_relu", [](T x, P p) { return at::leaky_relu(x, p[0]); },
+     [](T g, T x, P p) { return at::leaky_relu_backward(g, x, p[0], false); },
+     [](T g, T y, P p) { return at::leaky_relu_backward(g, y, p[0], true); },
+     [](Tensor& x, P p) -> Tensor& { return at::leaky_relu_(x, p[0]); }},
+    {"elu", [](T x, P p) { return at::elu(x, p[0]); },
+     [](T g, T x, P p) { return at::elu_backward(g, p[0], 1, 1, false, x); },
+     [](T g, T y, P p) { return at::elu_backward(g, p[0], 1, 1, true, y); },
+     [](Tensor& x, P p) -> Tensor& { return at::elu_(x, p[0]); }},
+    {"gelu", [](T x, P) { return at::gelu(x, "none"); },
+     [](T g, T x, P) { return at::gelu_backward(g, x, "none"); }},
+    {"gelu_tanh", [](T x, P) { return at::gelu(x, "tanh"); },
+     [](T g, T x, P) { return at::gelu_backward(g, x, "tanh"); }},
+    {"silu", [](T x, P) { return at::silu(x); },
+     [](T g, T x, P) { Tensor s = at::sigmoid(x); return g * (s * (1 + x * (1 - s))); }, nullptr,
+     [](Tensor& x, P) -> Tensor& { return at::silu_(x); }},
+    {"mish", [](T x, P) { return at::mish(x); },
+     [](T g, T x, P) { Tensor t = at::tanh(at::softplus(x)); return g * (t + x * at::sigmoid(x) * (1 - t * t)); }, nullptr,
+     [](Tensor& x, P) -> Tensor& { return at::mish_(x); }},
+    {"softplus", [](T x, P p) { return at::softplus(x, p[0], p[1]); },
+     [](T g, T x, P p) { return at::softplus_backward(g, x, p[0], p[1]); }},
+    {"selu", [](T x, P) { return at::selu(x); },
+     [](T g, T x, P) { return at::elu_backward(g, SELU::scaled_alpha, SELU::scale, 1, false, x); },
+     [](T g, T y, P) { return at::elu_backward(g, SELU::scaled_alpha, SELU::scale, 1, true, y); },
+     [](Tensor& x, P) -> Tensor& { return at::selu_(x); }},
+    {"celu", [](T x, P p) { return at::celu(x, p[0]); },
+     [](T g, T x, P p) { return at::elu_backward(g, p[0], 1, 1 / p[0], false, x); },
+     [](T g, T y, P p) { return at::elu_backward(g, p[0], 1, 1 / p[0], true, y); },
+     [](Tensor& x, P p) -> Tensor& { return at::celu_(x, p[0]); }},
+    {"relu6", [](T x, P) { return at::relu6(x); },
+     [](T g, T x, P) { return at::hardtanh_backward(g, x, 0, 6); }, nullptr,
+     [](Tensor& x, P) -> Tensor& { return at::relu6_(x); }},
+    {"hardtanh", [](T x, P p) { return at::hardtanh(x, p[0], p[1]); },
+     [](T g, T x, P p) { return at::hardtanh_backward(g, x, p[0], p[1]); }, nullptr,
+     [](Tensor& x, P p) -> Tensor& { return at::hardtanh_(x, p[0], p[1]); }},
+    // Not at::hardsigmoid, whose backward has no derivative.
+    {"hardsigmoid", [](T x, P) { return x.is_floating_point() ? at::hardtanh(x + 3, 0, 6) / 6 : at::hardsigmoid(x); },
+     [](T g, T x, P) { return at::hardtanh_backward(g, x, -3, 3) / 6; }, nullptr,
+     [](Tensor& x, P) -> Tensor& { return at::hardsigmoid_(x); }},
+    {"hardswish", [](T x, P) { return at::hardswish(x); },
+     [](T g, T x, P) { return at::hardswish_backward(g, x); }, nullptr,
+     [](Tensor& x, P) -> Tensor& { return at::hardswish_(x); }},
+    {"logsigmoid", [](T x, P) { return at::log_sigmoid(x); }, [](T g, T x, P) { return g * at::sigmoid(-x); }},
+    {"softsign", [](T x, P) { return x / at::add(at::abs(x), one()); },
+     [](T g, T x, P) { return g * at::square(at::reciprocal(at::abs(x) + 1)); }},
+    {"tanhshrink", [](T x, P) { return x - at::tanh(x); }, [](T g, T x, P) { return g * at::square(at::tanh(x)); }},
+    {"softshrink", [](T x, P p) { return at::softshrink(x, p[0]); },
+     [](T g, T x, P p) { return at::softshrink_backward(g, x, p[0]); }},
+    {"hardshrink", [](T x, P p) { return at::hardshrink(x, p[0]); },
+     [](T g, T x, P p) { return at::hardshrink_backward(g, x, p[0]); }},
+    {"sine", [](T x, P p) { return at::sin(x * p[0]); }, [](T g, T x, P p) { return g * at::cos(x * p[0]) * p[0]; }},
+    {"squareplus", [](T x, P p) { return (x + at::sqrt(x * x + p[0])) / 2; },
+     [](T g, T x, P p) { return g * (x * at::rsqrt(x * x + p[0]) + 1) / 2; }},
+};
+// clang-format on
+
+static_assert(
+    [] {
+      for (std::size_t i = 0; i < activation_count; ++i)
+        if (rows[i].name != activation_infos[i].name) return false;
+      return std::size(rows) == activation_count;
+    }(),
+    "composites.h and activations.h must list the same activations in the same order");
+
+// The pieces as one linear layer of pieces * out features, piece after piece: maxout splits it again.
+Tensor stacked_linear(T input, T weight, const OptionalTensor& bias) {
+  return at::linear(input, weight.flatten(0, 1), bias ? std::optional(bias->flatten(0, 1)) : std::nullopt);
+}
+
+}  // namespace
+
+Tensor activation(T input, std::string_view name, Params params) {
+  return rows[activation_index(name, params)].forward(input, params.data());
+}
+
+Tensor& activation_(Tensor& input, std::string_view name, Params params) {
+  const Row& row = rows[activation_index(name, params)];
+  return row.in_place ? row.in_place(input, params.data())
+                      : input.copy_(row.forward(input.clone(), params.data()));
+}
+
+Tensor activation_backward(T grad_output, T saved, std::string_view name, Params params, bool from_output) {
+  const Row& row = rows[activation_index(name, params)];
+  TORCH_CHECK_VALUE(!from_output || row.backward_from_output, "from_output: the derivative of '", name,
+                    "' is not determined by its output, expected False");
+  return (from_output ? row.backward_from_output : row.backward)(grad_output, saved, params.data());
+}
+
+std::tuple<Tensor, Tensor> maxout_forward(T input, int64_t pieces, int64_t dim) {
+  dim = check_maxout(input, pieces, dim);
+  auto [output, index] = at::max(input.unflatten(dim, {pieces, -1}), dim);
+  return {output, index.to(maxout_index_dtype(pieces))};
+}
+
+Tensor maxout(T input, int64_t pieces, int64_t dim) {
+  dim = check_maxout(input, pieces, dim);
+  return std::get<0>(at::max(input.unflatten(dim, {pieces, -1}), dim));
+}
+
+Tensor maxout_backward(T grad_output, T index, int64_t pieces, int64_t dim) {
+  dim = at::maybe_wrap_dim(dim, grad_output.dim());
+  std::vector<int64_t> shape(grad_output.dim() + 1, 1);
+  shape[dim] = pieces;
+  Tensor piece = at::arange(pieces, index.options()).view(shape);
+  Tensor zero = at::zeros({}, grad_output.options());
+  return at::where(index.unsqueeze(dim) == piece, grad_output.unsqueeze(dim), zero).flatten(dim, dim + 1);
+}
+
+std::tuple<Tensor, Tensor> linear_activation_forward(T input, T weight, const OptionalTensor& bias,
+                                                     std::string_view name, Params params,
+                                                     bool keep_preactivation) {
+  Tensor z = at::linear(input, weight, bias);
+  return {activation(z, name, params), keep_preactivation ? z : Tensor()};
+}
+
+Tensor linear_activation(T input, T weight, const OptionalTensor& bias, std::string_view name,
+                         Params params) {
+  Tensor z = at::linear(input, weight, bias);
+  return name == Identity::name ? z : activation(z, name, params);
+}
+
+// The gradients of at::linear for a weight of two dimensions, from dz = dE/dz.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(T dz, const OptionalTensor& input,
+                                                   const OptionalTensor& weight, Mask mask) {
+  auto rows_of = [](T t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); };
+  Tensor dx, dw, db;
+  if (mask[0]) dx = at::matmul(dz, *weight);
+  if (mask[1]) dw = at::mm(rows_of(dz).t(), rows_of(*input));
+  if (mask[2]) db = rows_of(dz).sum(0);
+  return {dx, dw, db};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(T grad_output, const OptionalTensor& input,
+                                                              const OptionalTensor& weight,
+                                                              const OptionalTensor& saved,
+                                                              std::string_view name, Params params,
+                                                              bool from_output, Mask output_mask) {
+  Tensor dz = name == Identity::name ? grad_output
+                                     : activation_backward(grad_output, *saved, name, params, from_output);
+  return linear_backward(dz, input, weight, output_mask);
+}
+
+std::tuple<Tensor, Tensor> linear_maxout_forward(T input, T weight, const OptionalTensor& bias) {
+  return maxout_forward(stacked_linear(input, weight, bias), weight.size(0), -1);
+}
+
+Tensor linear_maxout(T input, T weight, const OptionalTensor& bias) {
+  return maxout(stacked_linear(input, weight, bias), weight.size(0), -1);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(T grad_output, const OptionalTensor& input,
+                                                          const OptionalTensor& weight, T index,
+                                                          int64_t pieces, Mask output_mask) {
+  Tensor dz = maxout_backward(grad_output, index, pieces, -1);
+  auto [dx, dw, db] =
+      linear_backward(dz, input, weight ? std::optional(weight->flatten(0, 1)) : std::nullopt, output_mask);
+  if (output_mask[1]) dw = dw.unflatten(0, {pieces, -1});
+  if (output_mask[2]) db = db.unflatten(0, {pieces, -1});
+  return {dx, dw, db};
+}
+
+}  // namespace mlpext::composite

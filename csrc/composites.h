@@ -1,0 +1,39 @@
+// The same functions as native operators: what every unusual path runs (functorch transforms, forward mode,
+// dispatch modes, wrapper subclasses, dtypes and devices that have no kernel here, parameters that are not
+// usual(), and the graph of a backward), so that each inherits all of native's behaviour and derivatives of
+// any order.
+//
+// Signatures are the operators' own.
+#pragma once
+#include "ops.h"
+
+namespace mlpext::composite {
+
+Tensor activation(const Tensor& input, std::string_view name, Params params);
+Tensor& activation_(Tensor& input, std::string_view name, Params params);
+Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,
+                           Params params, bool from_output);
+std::tuple<Tensor, Tensor> maxout_forward(const Tensor& input, int64_t pieces, int64_t dim);
+Tensor maxout(const Tensor& input, int64_t pieces, int64_t dim);
+Tensor maxout_backward(const Tensor& grad_output, const Tensor& index, int64_t pieces, int64_t dim);
+std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const Tensor& weight,
+                                                     const OptionalTensor& bias, std::string_view name,
+                                                     Params params, bool keep_preactivation);
+Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                         std::string_view name, Params params);
+
+// The gradients of at::linear for a weight of two dimensions, from dz = dE/dz.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dz, const OptionalTensor& input,
+                                                   const OptionalTensor& weight, Mask mask);
+std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
+    const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const OptionalTensor& saved, std::string_view name, Params params, bool from_output, Mask output_mask);
+std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
+                                                 const OptionalTensor& bias);
+Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_output,
+                                                          const OptionalTensor& input,
+                                                          const OptionalTensor& weight, const Tensor& index,
+                                                          int64_t pieces, Mask output_mask);
+
+}  // namespace mlpext::composite

@@ -1,0 +1,144 @@
+// Activations on CPU: tensors to pointers. Dense tensors are one run of memory; every other layout goes
+// through native's TensorIterator, for its order and its output strides, and a buffer that stays in the L1
+// cache.
+#include <ATen/Parallel.h>
+#include <ATen/TensorIterator.h>
+#include <torch/library.h>
+
+#include "../composites.h"
+#include "tensors.h"
+
+namespace mlpext::cpu {
+namespace {
+
+constexpr int64_t buffer_elements = 512;
+using Buffer = std::array<std::byte, buffer_elements * sizeof(double)>;
+
+template <class Element>
+void copy_strided(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    std::memcpy(static_cast<char*>(to) + i * to_stride, static_cast<const char*>(from) + i * from_stride,
+                sizeof(Element));
+}
+
+void copy_strided(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t n,
+                  int64_t element_size) {
+  switch (element_size) {
+    case 2: return copy_strided<uint16_t>(to, to_stride, from, from_stride, n);
+    case 4: return copy_strided<uint32_t>(to, to_stride, from, from_stride, n);
+    default: return copy_strided<uint64_t>(to, to_stride, from, from_stride, n);
+  }
+}
+
+// Runs kernel(inputs..., output, n) over the iterator's output (operand 0) and its `inputs` inputs.
+template <std::size_t inputs, class Kernel> void iterate(at::TensorIterator& iterator, Kernel kernel) {
+  const int64_t size = iterator.element_size(0);
+  iterator.for_each(
+      [&](char** data, const int64_t* strides, int64_t n) {
+        const bool contiguous =
+            std::all_of(strides, strides + inputs + 1, [&](int64_t stride) { return stride == size; });
+        if (contiguous) {
+          kernel(data, n);
+          return;
+        }
+        alignas(64) std::array<Buffer, inputs + 1> buffers;
+        for (int64_t start = 0; start < n; start += buffer_elements) {
+          const int64_t count = std::min(buffer_elements, n - start);
+          std::array<char*, inputs + 1> run;
+          for (std::size_t i = 0; i <= inputs; ++i) {
+            run[i] = reinterpret_cast<char*>(buffers[i].data());
+            if (i > 0) copy_strided(run[i], size, data[i] + start * strides[i], strides[i], count, size);
+          }
+          kernel(run.data(), count);
+          copy_strided(data[0] + start * strides[0], strides[0], run[0], size, count, size);
+        }
+      },
+      grain_size);
+}
+
+// Cuts a dense run of n elements for the threads.
+template <class Run> void parallel(int64_t n, Run run) {
+  if (n <= grain_size) run(0, n);
+  else at::parallel_for(0, n, grain_size, run);
+}
+
+void strided_forward(const Tensor& input, Tensor& output, std::size_t index, Params params) {
+  const Forward kernel = kernels().activations[index].forward[dtype_of(input)];
+  at::TensorIterator iterator = at::TensorIteratorConfig().add_output(output).add_const_input(input).build();
+  iterate<1>(iterator, [&](char** data, int64_t n) { kernel(params.data(), data[1], data[0], n); });
+  output = iterator.output();
+}
+
+Tensor activation(const Tensor& input, std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  if (!served(input) || !activation_infos[index].usual(params.data()))
+    return composite::activation(input, name, params);
+  Tensor output;
+  if (input.is_non_overlapping_and_dense()) {
+    output = fresh_like(input);
+    run_forward(input, output, index, params);
+  } else {
+    strided_forward(input, output, index, params);
+  }
+  return output;
+}
+
+Tensor& activation_(Tensor& input, std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  if (!served(input) || !activation_infos[index].usual(params.data()))
+    return composite::activation_(input, name, params);
+  if (input.is_non_overlapping_and_dense()) run_forward(input, input, index, params);
+  else strided_forward(input, input, index, params);
+  return input;
+}
+
+}  // namespace
+
+void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params params) {
+  const Forward kernel = kernels().activations[index].forward[dtype_of(x)];
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t size = x.element_size();
+  parallel(x.numel(), [&](int64_t begin, int64_t end) {
+    kernel(params.data(), from + begin * size, to + begin * size, end - begin);
+  });
+}
+
+Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,
+                           Params params, bool from_output) {
+  const std::size_t index = activation_index(name, params);
+  const ActivationKernels& table = kernels().activations[index];
+  if (!served(grad_output) || !served(saved) || grad_output.scalar_type() != saved.scalar_type() ||
+      !activation_infos[index].usual(params.data()) || (from_output && !table.backward_from_output[0]))
+    return composite::activation_backward(grad_output, saved, name, params, from_output);
+
+  const Backward kernel = (from_output ? table.backward_from_output : table.backward)[dtype_of(saved)];
+  if (saved.is_non_overlapping_and_dense() && saved.sizes() == grad_output.sizes() &&
+      saved.strides() == grad_output.strides()) {
+    Tensor grad_input = fresh_like(saved);
+    const auto* g = static_cast<const char*>(grad_output.const_data_ptr());
+    const auto* s = static_cast<const char*>(saved.const_data_ptr());
+    auto* dx = static_cast<char*>(grad_input.mutable_data_ptr());
+    const int64_t size = saved.element_size();
+    parallel(saved.numel(), [&](int64_t begin, int64_t end) {
+      kernel(params.data(), g + begin * size, s + begin * size, dx + begin * size, end - begin);
+    });
+    return grad_input;
+  }
+  Tensor grad_input;
+  at::TensorIterator iterator = at::TensorIteratorConfig()
+                                    .add_output(grad_input)
+                                    .add_const_input(grad_output)
+                                    .add_const_input(saved)
+                                    .build();
+  iterate<2>(iterator, [&](char** data, int64_t n) { kernel(params.data(), data[1], data[2], data[0], n); });
+  return iterator.output();
+}
+
+TORCH_LIBRARY_IMPL(mlpext, CPU, m) {
+  m.impl("activation", activation);
+  m.impl("activation_", activation_);
+  m.impl("activation_backward", activation_backward);
+}
+
+}  // namespace mlpext::cpu

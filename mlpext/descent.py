@@ -1,0 +1,137 @@
+"""The weight update, and one epoch of it: the PyTorch engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .objective import Metric
+from .samples import BLOCK, Samples
+
+
+class Descent(Protocol):
+    """What an epoch needs of an optimizer: torch's own have it too."""
+
+    def step(self) -> object: ...
+    def zero_grad(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class GradientDescent:
+    """W <- W - eta dE/dW; with weight decay and momentum as torch.optim.SGD has them, to the same bits:
+
+        g = dE/dW + weight_decay W;    v = momentum v + g, first v = g;    W <- W - eta v
+
+    lr is eta. Parameters without a gradient stay as they are.
+
+        descent = GradientDescent(model.parameters(), lr=0.1)
+        E.backward(); descent.step(); descent.zero_grad()
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
+        self.parameters = list(parameters)
+        self.lr = lr
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.velocity: list[Tensor | None] = [None] * len(self.parameters)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for k, W in enumerate(self.parameters):
+            if W.grad is None:
+                continue
+            g = W.grad
+            if self.weight_decay:
+                g = g.add(W, alpha=self.weight_decay)
+            if self.momentum:
+                v = self.velocity[k]
+                g = self.velocity[k] = g.clone() if v is None else v.mul_(self.momentum).add_(g)
+            W.add_(g, alpha=-self.lr)
+
+    def zero_grad(self) -> None:
+        for W in self.parameters:
+            W.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"velocity": self.velocity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.velocity = [
+            None if v is None else v.to(W, copy=True)
+            for W, v in zip(self.parameters, state_dict["velocity"], strict=True)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How an epoch goes: which samples a step takes, what it minimises, what is measured on the way."""
+
+    mode: str
+    step_size: int
+    mean: bool
+    total: Callable[[Tensor, Tensor], Tensor]
+    metric: Metric | None
+
+
+def run_epoch(
+    model: nn.Module,
+    samples: Samples,
+    order: Tensor,
+    plan: Plan,
+    descent: Descent,
+    interrupted: Sequence[object],
+    advance: Callable[[int, float], object],
+) -> tuple[Tensor, Tensor]:
+    """Visit the samples once in `order` (int64 row numbers), updating the model after each step.
+
+    Returns the mean E of each step, float64 (steps,), and the sum of the metric's scores, both as the steps
+    met the samples. Stops early after a block with a loss that is NaN or infinite. Raises KeyboardInterrupt
+    between two steps once `interrupted` is not empty. `advance(samples, mean E)` reports progress.
+    """
+    batch = plan.mode == "batch"
+    # Losses are looked at, and rows gathered, cast and moved, a block at a time: per step it would cost more
+    # than a small model's own work. In batch mode a block is also the chunk that passes through the model at
+    # once.
+    chunk = BLOCK if batch else plan.step_size
+    block = max(BLOCK // chunk, 1) * chunk
+    score = torch.zeros((), dtype=torch.float64)
+    losses: list[Tensor] = []
+    descent.zero_grad()
+    for rows in torch.split(order, block):
+        x, d = samples[rows]
+        outputs, totals = [], []
+        for inputs, targets in zip(torch.split(x, chunk), torch.split(d, chunk), strict=True):
+            if interrupted:
+                raise KeyboardInterrupt
+            output = model(inputs)
+            total = plan.total(output, targets)
+            size = len(order) if batch else len(inputs)
+            torch.autograd.backward(total / size if plan.mean else total)
+            if not batch:
+                descent.step()
+                descent.zero_grad()
+            outputs.append(output.detach())
+            totals.append(total.detach())
+        sizes = torch.full((len(totals),), chunk, dtype=torch.float64)
+        sizes[-1] = len(inputs)
+        errors = torch.stack(totals).to("cpu", torch.float64)
+        losses.append(errors / (len(order) if batch else sizes))
+        if plan.metric is not None:
+            score = score + plan.metric.score(torch.cat(outputs), d).cpu()
+        mean = errors.sum().item() / len(rows)
+        advance(len(rows), mean)
+        if not torch.isfinite(errors).all():
+            break
+    else:
+        if batch:
+            descent.step()
+            descent.zero_grad()
+    step_losses = torch.cat(losses)
+    return (step_losses.sum().reshape(1) if batch else step_losses), score

@@ -1,0 +1,297 @@
+"""Activations, maxout and fused linear layers as functions: torch.nn.functional's names, signatures and
+errors.
+
+Unless a function says otherwise: `input` has any shape; float64, float32, bfloat16 and float16 tensors on
+the CPU take the package's kernels, and whatever else torch accepts takes torch's. The result has the shape,
+dtype and memory format of `input`. Derivatives of every order, forward mode, torch.func, torch.compile and
+autocast work as for torch's own functions. TypeError and RuntimeError are raised as torch raises them.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mlpext import _C
+from mlpext import _native as _native  # tells torch.compile what to trace
+
+# Name -> parameters and defaults, from the compiled list.
+_PARAMETERS = _C.activations()
+_DEFAULTS = {name: tuple(defaults.values()) for name, defaults in _PARAMETERS.items()}
+
+
+def activations() -> list[str]:
+    """Names of the elementwise activations that the compiled list holds, `identity` first.
+
+    >>> mlpext.activations()[:3]
+    ['identity', 'sigmoid', 'tanh']
+    """
+    return list(_PARAMETERS)
+
+
+def _parameters(activation: str, given: dict[str, float]) -> tuple[float, ...]:
+    """The parameters of `activation` in order: those given, and defaults."""
+    if not isinstance(activation, str):
+        raise TypeError(f"activation: expected a name (str), got {activation!r}")
+    defaults = _PARAMETERS.get(activation)
+    if defaults is None:
+        raise ValueError(f"activation: unknown name {activation!r}, expected one of {', '.join(_PARAMETERS)}")
+    for name, value in given.items():
+        if name not in defaults:
+            accepted = ", ".join(defaults) or "no parameters"
+            raise TypeError(f"{name}: not a parameter of activation {activation!r}, which takes {accepted}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {value!r}")
+    return tuple({**defaults, **given}.values())
+
+
+def sigmoid(input: Tensor) -> Tensor:
+    """1 / (1 + e^-x). Lecture row 3. At most 2.4 ULP in float32, below -88 too.
+
+    >>> mlpext.functional.sigmoid(torch.tensor([-1.0, 2.0]))
+    tensor([0.2689, 0.8808])
+    """
+    return _C.activation(input, "sigmoid")
+
+
+def tanh(input: Tensor) -> Tensor:
+    """tanh(x). Lecture row 3. At most 2.5 ULP in float32.
+
+    >>> mlpext.functional.tanh(torch.tensor([-1.0, 2.0]))
+    tensor([-0.7616,  0.9640])
+    """
+    return _C.activation(input, "tanh")
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """max(0, x). Lecture row 3.
+
+    >>> mlpext.functional.relu(torch.tensor([-1.0, 2.0]))
+    tensor([0., 2.])
+    """
+    return _C.activation(input, "relu", (), inplace)
+
+
+def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """x, and negative_slope x below 0; the lecture's max(0.1 x, x) is negative_slope=0.1.
+
+    >>> mlpext.functional.leaky_relu(torch.tensor([-1.0, 2.0]), 0.1)
+    tensor([-0.1000,  2.0000])
+    """
+    return _C.activation(input, "leaky_relu", (negative_slope,), inplace)
+
+
+def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """x, and alpha (e^x - 1) below 0. Lecture row 3; Clevert et al., 2015.
+
+    >>> mlpext.functional.elu(torch.tensor([-1.0, 2.0]))
+    tensor([-0.6321,  2.0000])
+    """
+    return _C.activation(input, "elu", (alpha,), inplace)
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """x P(X <= x) for a normal X; approximate="tanh": x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
+
+    Hendrycks and Gimpel, 2016. Keeps its digits in the negative tail, where 1 + erf(x) cancels.
+
+    >>> mlpext.functional.gelu(torch.tensor([-1.0, 2.0]))
+    tensor([-0.1587,  1.9545])
+    """
+    if approximate == "none":
+        return _C.activation(input, "gelu")
+    if approximate == "tanh":
+        return _C.activation(input, "gelu_tanh")
+    return F.gelu(input, approximate=approximate)  # raises
+
+
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
+    """x sigmoid(x). Elfwing et al., 2017.
+
+    >>> mlpext.functional.silu(torch.tensor([-1.0, 2.0]))
+    tensor([-0.2689,  1.7616])
+    """
+    return _C.activation(input, "silu", (), inplace)
+
+
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
+    """x tanh(log(1 + e^x)). Misra, 2019.
+
+    >>> mlpext.functional.mish(torch.tensor([-1.0, 2.0]))
+    tensor([-0.3034,  1.9440])
+    """
+    return _C.activation(input, "mish", (), inplace)
+
+
+def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    """log(1 + e^(beta x)) / beta, and x where beta x > threshold. Dugas et al., 2000.
+
+    >>> mlpext.functional.softplus(torch.tensor([-1.0, 2.0]))
+    tensor([0.3133, 2.1269])
+    """
+    return _C.activation(input, "softplus", (beta, threshold))
+
+
+def selu(input: Tensor, inplace: bool = False) -> Tensor:
+    """scale x, and scale alpha (e^x - 1) below 0, scale = 1.0507, alpha = 1.6733. Klambauer et al., 2017.
+
+    >>> mlpext.functional.selu(torch.tensor([-1.0, 2.0]))
+    tensor([-1.1113,  2.1014])
+    """
+    return _C.activation(input, "selu", (), inplace)
+
+
+def celu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
+    """x, and alpha (e^(x / alpha) - 1) below 0. Barron, 2017.
+
+    >>> mlpext.functional.celu(torch.tensor([-1.0, 2.0]), 2.0)
+    tensor([-0.7869,  2.0000])
+    """
+    return _C.activation(input, "celu", (alpha,), inplace)
+
+
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
+    """min(max(0, x), 6). Howard et al., 2017.
+
+    >>> mlpext.functional.relu6(torch.tensor([-1.0, 9.0]))
+    tensor([0., 6.])
+    """
+    return _C.activation(input, "relu6", (), inplace)
+
+
+def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> Tensor:
+    """x held between min_val and max_val; ValueError where min_val > max_val. Collobert, 2004.
+
+    >>> mlpext.functional.hardtanh(torch.tensor([-3.0, 0.5]))
+    tensor([-1.0000,  0.5000])
+    """
+    if min_val > max_val:
+        return F.hardtanh(input, min_val, max_val)  # raises
+    return _C.activation(input, "hardtanh", (min_val, max_val), inplace)
+
+
+def hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
+    """min(max(x + 3, 0), 6) / 6. Courbariaux et al., 2015.
+
+    >>> mlpext.functional.hardsigmoid(torch.tensor([-1.0, 2.0]))
+    tensor([0.3333, 0.8333])
+    """
+    return _C.activation(input, "hardsigmoid", (), inplace)
+
+
+def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
+    """x min(max(x + 3, 0), 6) / 6. Howard et al., 2019.
+
+    >>> mlpext.functional.hardswish(torch.tensor([-1.0, 2.0]))
+    tensor([-0.3333,  1.6667])
+    """
+    return _C.activation(input, "hardswish", (), inplace)
+
+
+def logsigmoid(input: Tensor) -> Tensor:
+    """log(1 / (1 + e^-x)).
+
+    >>> mlpext.functional.logsigmoid(torch.tensor([-1.0, 2.0]))
+    tensor([-1.3133, -0.1269])
+    """
+    return _C.activation(input, "logsigmoid")
+
+
+def softsign(input: Tensor) -> Tensor:
+    """x / (1 + |x|). Bergstra et al., 2009.
+
+    >>> mlpext.functional.softsign(torch.tensor([-1.0, 2.0]))
+    tensor([-0.5000,  0.6667])
+    """
+    return _C.activation(input, "softsign")
+
+
+def tanhshrink(input: Tensor) -> Tensor:
+    """x - tanh(x).
+
+    >>> mlpext.functional.tanhshrink(torch.tensor([-1.0, 2.0]))
+    tensor([-0.2384,  1.0360])
+    """
+    return _C.activation(input, "tanhshrink")
+
+
+def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """x moved towards 0 by lambd >= 0, and 0 where |x| <= lambd.
+
+    >>> mlpext.functional.softshrink(torch.tensor([-1.0, 2.0]))
+    tensor([-0.5000,  1.5000])
+    """
+    return _C.activation(input, "softshrink", (lambd,))
+
+
+def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+    """x, and 0 where |x| <= lambd.
+
+    >>> mlpext.functional.hardshrink(torch.tensor([-0.2, 2.0]))
+    tensor([0., 2.])
+    """
+    return _C.activation(input, "hardshrink", (lambd,))
+
+
+def sine(input: Tensor, omega: float = 1.0) -> Tensor:
+    """sin(omega x), the activation of SIREN networks (their omega is 30). Sitzmann et al., 2020.
+
+    >>> mlpext.functional.sine(torch.tensor([-1.0, 2.0]), omega=30.0)
+    tensor([ 0.9880, -0.3048])
+    """
+    return _C.activation(input, "sine", (omega,))
+
+
+def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
+    """(x + sqrt(x^2 + b)) / 2: a ReLU with a smooth corner, b > 0. Barron, 2021.
+
+    >>> mlpext.functional.squareplus(torch.tensor([-1.0, 2.0]))
+    tensor([0.6180, 2.4142])
+    """
+    return _C.activation(input, "squareplus", (b,))
+
+
+def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
+    """Maximum over `pieces` groups of the slices of `dim`: `input.unflatten(dim, (pieces, -1)).amax(dim)`
+    in values.
+
+    Lecture row 3; Goodfellow et al., 2013. `dim` holds piece 0 of every output, then piece 1, and so on; it
+    shrinks by `pieces`, which must divide it (RuntimeError). In a tie the first piece takes the whole
+    gradient; a NaN wins. Backward keeps the index of the winner, one byte an output up to 256 pieces, and
+    neither input nor output.
+
+    >>> mlpext.functional.maxout(torch.tensor([1.0, 5.0, 3.0, 2.0]), pieces=2)
+    tensor([3., 5.])
+    """
+    return _C.maxout(input, pieces, dim)
+
+
+def linear_activation(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **params: float
+) -> Tensor:
+    """f(x W' + b) as one operator: lecture rows 2 and 4, o = f(w1 x1 + ... + wn xn + b) for every neuron of
+    a layer.
+
+    input (*, in_features), weight (out_features, in_features), bias (out_features,), result (*,
+    out_features), all of one dtype. `activation` is one of `activations()` (ValueError otherwise), `params`
+    its parameters (TypeError for one that it lacks). Where the derivative follows from the output, backward
+    keeps only the output.
+
+    >>> mlpext.functional.linear_activation(x, weight, bias, "elu", alpha=0.5)
+    """
+    values = (
+        _parameters(activation, params) if params or activation not in _DEFAULTS else _DEFAULTS[activation]
+    )
+    return _C.linear_activation(input, weight, bias, activation, values)
+
+
+def linear_maxout(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """max over k of x W[k]' + b[k]: the lecture's max(w1'x + b1, w2'x + b2), for any number of pieces.
+
+    input (*, in_features), weight (pieces, out_features, in_features), bias (pieces, out_features), result
+    (*, out_features), all of one dtype. Backward keeps the index of the winner, one byte an output up to
+    256 pieces.
+
+    >>> mlpext.functional.linear_maxout(x, torch.randn(2, 3, x.size(-1)))
+    """
+    return _C.linear_maxout(input, weight, bias)

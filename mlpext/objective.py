@@ -1,0 +1,183 @@
+"""What training minimises, E, and what it reports: accuracy for classes, R2 for numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .samples import BLOCK, Samples
+
+Loss: TypeAlias = "str | Callable[[Tensor, Tensor], Tensor]"
+LOSSES = ("squared_error", "cross_entropy")
+
+
+def squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """The lecture's E = 1/2 ||d - o||^2, summed over the samples; both (n, ...), the result 0-d."""
+    return 0.5 * F.mse_loss(output, target, reduction="sum")
+
+
+def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
+    """-log softmax(o)[target], summed over the samples; o (n, C), target (n,) or probabilities (n, C)."""
+    return F.cross_entropy(output, target, reduction="sum")
+
+
+def total_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
+    """The function (outputs, targets) -> sum of E over the samples, 0-d, that `loss` stands for.
+
+    A callable may return E per sample, shape (n,), or its mean. Raises ValueError for an unknown name,
+    TypeError for anything else.
+    """
+    if loss == "squared_error":
+        return squared_error
+    if loss == "cross_entropy":
+        return cross_entropy
+    if isinstance(loss, str):
+        raise ValueError(
+            f"loss must be one of {', '.join(LOSSES)}, or a function of (outputs, targets), got {loss!r}"
+        )
+    if not callable(loss):
+        raise TypeError(f"loss must be a name or a function of (outputs, targets), got {type(loss).__name__}")
+
+    def total(output: Tensor, target: Tensor) -> Tensor:
+        value = loss(output, target)
+        if not isinstance(value, Tensor) or value.shape not in ((), (len(output),)):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss must return a tensor of shape () or ({len(output)},), one value per sample, got {got}"
+            )
+        return value.sum() if value.ndim else value * len(output)
+
+    return total
+
+
+class Metric(Protocol):
+    """A figure of merit that adds up over blocks of samples."""
+
+    name: str
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        """What these samples add."""
+
+    def value(self, score: Tensor, samples: int) -> float:
+        """The metric of so many samples from the sum of their scores."""
+
+
+class Accuracy:
+    """The share of samples whose largest output is that of their class (or of the largest entry of d)."""
+
+    name = "accuracy"
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        labels = target if target.ndim == 1 else target.argmax(1)
+        return (output.argmax(1) == labels).sum()
+
+    def value(self, score: Tensor, samples: int) -> float:
+        return score.item() / samples
+
+
+class R2:
+    """1 - sum (d - o)^2 / sum (d - mean d)^2, averaged over the outputs (scikit-learn's r2_score).
+
+    An output whose d is constant counts 1 where it is met exactly, else 0.
+    """
+
+    name = "r2"
+
+    def __init__(self, samples: Samples) -> None:
+        # Deviations from the first sample: sums of squares of the targets themselves would cancel.
+        origin = _flat(samples[torch.tensor([0])][1])
+        total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
+        for rows in torch.split(torch.arange(len(samples)), BLOCK):
+            deviation = _flat(samples[rows][1]) - origin
+            total += deviation.sum(0)
+            squares += deviation.square().sum(0)
+        self._spread = (squares - total.square() / len(samples)).squeeze(0).clamp_min(0).cpu()
+
+    def score(self, output: Tensor, target: Tensor) -> Tensor:
+        return _flat(target - output).square().sum(0)
+
+    def value(self, score: Tensor, samples: int) -> float:
+        constant = torch.where(score == 0, 1.0, 0.0)
+        return torch.where(self._spread > 0, 1 - score / self._spread, constant).mean().item()
+
+
+def prepare(model: nn.Module, samples: Samples, loss: Loss, name: str = "") -> None:
+    """Shape the targets as the model's outputs and `loss` need them: one-hot d, or (N,) as a column.
+
+    Raises ValueError for targets that do not go with the outputs; `name` ("validation ") begins the message.
+    """
+    with torch.no_grad(), in_mode(model, training=False):
+        output = model(samples[torch.tensor([0])][0])
+    if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != 1:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"model must give one row of outputs per sample; for x of one sample it gave {got}")
+    outputs, shape = list(output.shape[1:]), samples.shapes[1]
+    if samples.has_classes and isinstance(loss, str):
+        largest = samples.largest_class()
+        if len(outputs) != 1 or largest >= outputs[0]:
+            raise ValueError(
+                f"{name}target has class numbers up to {largest}, which needs {largest + 1} outputs or more, "
+                f"but the model's are {_shape(outputs)}; for one output give {name}target as floating point"
+            )
+        if loss == "squared_error":
+            samples.one_hot = outputs[0]
+    elif not samples.has_classes:
+        if outputs == [1] and len(shape) == 1:
+            samples.as_column()
+        elif isinstance(loss, str) and shape[1:] != outputs:
+            raise ValueError(
+                f"{name}target has shape {_shape(shape[1:])}, but the model's outputs {_shape(outputs)}"
+            )
+        if loss == "cross_entropy" and len(outputs) != 1:
+            raise ValueError(
+                f"cross_entropy needs outputs of shape (n, classes), the model's are {_shape(outputs)}"
+            )
+    samples.outputs = outputs
+
+
+def metric_for(samples: Samples, loss: Loss) -> Metric | None:
+    """Accuracy for classes, R2 for numbers of the outputs' shape, None for anything else."""
+    if samples.has_classes or loss == "cross_entropy":
+        return Accuracy() if len(samples.outputs) == 1 and samples.outputs[0] > 1 else None
+    return R2(samples) if samples.shapes[1][1:] == samples.outputs else None
+
+
+def measure(
+    model: nn.Module, samples: Samples, total: Callable[[Tensor, Tensor], Tensor], metric: Metric | None
+) -> dict[str, float]:
+    """Mean E ("loss") and metric of the samples under the model as it is, in eval() mode."""
+    error, score = 0.0, torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), in_mode(model, training=False):
+        for rows in torch.split(torch.arange(len(samples)), BLOCK):
+            x, target = samples[rows]
+            output = model(x)
+            error += total(output, target).item()
+            if metric is not None:
+                score = score + metric.score(output, target).cpu()
+    result = {"loss": error / len(samples)}
+    return result if metric is None else result | {metric.name: metric.value(score, len(samples))}
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in train() or eval() mode, and afterwards each of its modules in the mode that it had."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _flat(rows: Tensor) -> Tensor:
+    return rows.reshape(len(rows), -1).double()
+
+
+def _shape(sizes: list[int]) -> str:
+    return f"(n, {', '.join(map(str, sizes))})" if sizes else "(n,)"

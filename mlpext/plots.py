@@ -1,0 +1,188 @@
+"""Pictures of activation functions with their derivatives, and of training runs; no display is needed."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import write_atomically
+from .history import History
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("plots need matplotlib: pip install 'mlpext[train]'") from error
+
+# Okabe and Ito's colours, which colour-blind readers tell apart too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+METRICS = {"accuracy": "accuracy", "r2": "R²"}
+
+# Defaults that a picture would not show: a slope of 0.01 looks like 0, thirty waves like a bar. 0.1 is the
+# lecture's.
+READABLE = {"leaky_relu": {"negative_slope": 0.1}, "sine": {"omega": 1.0}}
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure in the format that the name ends in (.png, .svg, .pdf), never half written.
+
+    Raises ValueError for a format that matplotlib does not write, OSError where it cannot be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, format=Path(path).suffix[1:] or "png", dpi=150)
+    write_atomically(path, content.getvalue())
+
+
+def plot_activations(path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw f(x) and f'(x) of every activation, and of a maxout of three affine pieces, in one grid.
+
+    Parameters have their defaults, or those of READABLE; the titles say which. Writes the picture to `path`
+    if given.
+
+        plot_activations("activations.png")
+    """
+    from . import _C, functional
+
+    names = _C.activations()
+    columns = 5
+    rows = math.ceil((len(names) + 1) / columns)
+    figure = _figure(2.4 * columns, 1.9 * rows + 0.4)
+    axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
+    for axis, (name, defaults) in zip(axes, names.items(), strict=False):
+        parameters = {**defaults, **READABLE.get(name, {})}
+        _draw_curve(axis, _elementwise(functional, name, parameters))
+        axis.set_title(name, loc="left", fontsize=9)
+        shown = ", ".join(f"{parameter}={value:g}" for parameter, value in parameters.items())
+        axis.set_title(shown, loc="right", fontsize=7, color="0.4")
+
+    axis, *unused = axes[len(names) :]
+    slopes, offsets = torch.tensor([-0.8, 0.2, 1.0]).double(), torch.tensor([-1.5, 0.5, -0.5]).double()
+    _draw_curve(axis, lambda x: functional.linear_maxout(x, slopes.reshape(3, 1, 1), offsets.reshape(3, 1)))
+    axis.set_title("maxout", loc="left", fontsize=9)
+    axis.set_title("pieces=3", loc="right", fontsize=7, color="0.4")
+    for slope, offset in zip(slopes.tolist(), offsets.tolist(), strict=True):
+        axis.axline((0, offset), slope=slope, color="0.6", linewidth=0.8, linestyle=":", zorder=1)
+    axis.set_ylim(-1.2, 4)
+    for axis in unused:
+        axis.set_visible(False)
+    figure.legend(handles=axes[0].get_lines()[-2:], loc="outside upper center", ncols=2, frameon=False)
+    return _finish(figure, path)
+
+
+def plot_histories(
+    histories: Mapping[str, History], path: str | os.PathLike[str] | None = None, title: str = ""
+) -> Figure:
+    """Draw loss and metric of runs, one colour a run: training data solid, validation data dashed.
+
+    One run is drawn over its epochs, with the losses of its steps behind; several are compared over epochs
+    and over seconds of training, on logarithmic axes. Writes the picture to `path` if given. Raises
+    ValueError when no history has an epoch.
+
+        plot_histories({"eta 0.1": first, "eta 0.2": second}, "compare.png")
+    """
+    histories = {label: history for label, history in histories.items() if len(history)}
+    if not histories:
+        raise ValueError("there is no epoch to plot")
+    several = len(histories) > 1
+    panels = [("loss", "epoch"), ("loss", "seconds")] if several else [("loss", "epoch")]
+    metric = next(
+        (name for name in METRICS if any(name in history.columns for history in histories.values())), None
+    )
+    if metric is not None:
+        panels.append((metric, "seconds" if several else "epoch"))
+
+    figure = _figure(3.8 * len(panels), 3.4)
+    figure.suptitle(title, fontsize=11)
+    axes = list(figure.subplots(1, len(panels), squeeze=False).flat)
+    for axis, (quantity, against) in zip(axes, panels, strict=True):
+        for index, history in enumerate(histories.values()):
+            _draw_run(axis, history, quantity, against, COLOURS[index % len(COLOURS)], steps=not several)
+        if several:
+            axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if quantity == "loss" and all(min(history["loss"]) > 0 for history in histories.values()):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_locator(NullLocator())
+        axis.set_xlabel("epoch" if against == "epoch" else "seconds of training", fontsize=9)
+        axis.set_ylabel("E, mean over the samples" if quantity == "loss" else METRICS[quantity], fontsize=9)
+        _clean(axis)
+    handles = [
+        Line2D([], [], color=COLOURS[index % len(COLOURS)], label=label)
+        for index, label in enumerate(histories)
+    ]
+    if any("val_loss" in history.columns for history in histories.values()):
+        handles.append(Line2D([], [], color="0.4", label="training"))
+        handles.append(Line2D([], [], color="0.4", linestyle="--", label="validation"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return _finish(figure, path)
+
+
+def _draw_run(axis: Axes, history: History, quantity: str, against: str, colour: str, steps: bool) -> None:
+    x = history["epoch"] if against == "epoch" else list(itertools.accumulate(history["seconds"]))
+    if steps and quantity == "loss" and len(history.step_losses) > len(history):
+        fraction = torch.arange(1, len(history.step_losses) + 1) / len(history.step_losses)
+        axis.plot(fraction * len(history), history.step_losses, color=colour, linewidth=0.5, alpha=0.25)
+    # A single epoch is a point, which a line would not show.
+    marker = "o" if len(history) == 1 else ""
+    for name, style in ((quantity, "-"), (f"val_{quantity}", "--")):
+        if name in history.columns:
+            axis.plot(x, history[name], style, color=colour, marker=marker, linewidth=1.5)
+
+
+def _elementwise(functional: Any, name: str, parameters: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
+    """The activation alone: a layer whose weight is 1, because layers know every activation by its name."""
+    return lambda x: functional.linear_activation(x, torch.ones(1, 1).to(x), None, name, **parameters)
+
+
+def _draw_curve(axis: Axes, function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.linspace(-4, 4, 1601, dtype=torch.float64, requires_grad=True)
+    y = function(x[:, None])[:, 0]
+    (slope,) = torch.autograd.grad(y.sum(), x)
+    axis.axhline(0, color="0.85", linewidth=0.8, zorder=0)
+    axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+    axis.plot(x.detach(), _with_gaps(slope), color=COLOURS[1], linewidth=1.2, label="f'(x)")
+    axis.plot(x.detach(), _with_gaps(y.detach()), color=COLOURS[0], linewidth=1.8, label="f(x)")
+    axis.set_xlim(-4, 4)
+    _clean(axis)
+
+
+def _with_gaps(values: Tensor) -> Tensor:
+    """The values with NaN where they jump, so that a jump is a gap in the curve and not an upright line."""
+    change = values.diff().abs()
+    around = torch.nn.functional.pad(change, (1, 1))
+    jump = change > 10 * (around[:-2] + around[2:]) + 1e-3
+    return values.masked_fill(torch.nn.functional.pad(jump, (1, 0)), math.nan)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Not pyplot: its global state leaks figures, and it may look for a display.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _clean(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8, length=3)
+
+
+def _finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    if path is not None:
+        save(figure, path)
+    return figure

@@ -1,0 +1,153 @@
+"""Inputs and their targets, handed to the training loop a block of rows at a time."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
+
+# Rows read at once where all of them are visited in order: to check the data, and to evaluate a model.
+BLOCK = 1024
+
+
+class Samples:
+    """N inputs x (N, ...) and targets (N,) or (N, ...), cast to one floating dtype and kept on one device.
+
+    A tensor or an array is cast and moved once. A memory-mapped array stays where it is: only the rows of a
+    block are read, cast and moved. Integer (or bool) targets are class numbers, one per sample, int64;
+    `one_hot=C` hands them out as rows of d with a 1 in the class's column.
+
+    Raises TypeError for anything but tensors and numpy arrays, for inputs that are not floating point and
+    targets that are not numbers; ValueError for empty data, different lengths, NaN or infinity (naming the
+    row) and class numbers below 0. `name` ("validation ") begins the messages. `outputs` is the shape of one
+    sample's outputs, once the model is known (see objective.prepare).
+
+        samples = Samples(x, target, dtype=torch.float32, device=torch.device("cpu"))
+        inputs, targets = samples[torch.tensor([3, 1])]
+    """
+
+    def __init__(
+        self, x: Array, target: Array, *, dtype: torch.dtype, device: torch.device, name: str = ""
+    ) -> None:
+        for label, data in ((f"{name}x", x), (f"{name}target", target)):
+            if not isinstance(data, (Tensor, np.ndarray)):
+                raise TypeError(f"{label} must be a tensor or a numpy array, got {type(data).__name__}")
+        if not _is_float(x):
+            raise TypeError(
+                f"{name}x must be floating point, got {x.dtype}; convert it first, as with x.float()"
+            )
+        if not (_is_float(target) or _is_integer(target)):
+            raise TypeError(
+                f"{name}target must hold class numbers (integer) or desired outputs (floating point), "
+                f"got {target.dtype}"
+            )
+        if x.ndim < 2 or target.ndim < 1:
+            raise ValueError(
+                f"{name}x must have shape (N, ...), one row per sample, and {name}target (N,) or (N, ...); "
+                f"got {tuple(x.shape)} and {tuple(target.shape)}"
+            )
+        if len(x) != len(target):
+            raise ValueError(
+                f"{name}x has {len(x)} samples but {name}target has {len(target)}; they must be as many"
+            )
+        if len(x) == 0 or 0 in x.shape:
+            raise ValueError(f"{name}x is empty: its shape is {tuple(x.shape)}")
+        self.has_classes = _is_integer(target)
+        if self.has_classes and target.ndim != 1:
+            raise ValueError(
+                f"{name}target of dtype {target.dtype} means class numbers, which have shape (N,), "
+                f"got {tuple(target.shape)}; desired outputs must be floating point"
+            )
+        self.one_hot: int | None = None
+        self.outputs: list[int] = []
+        self._name = name
+        self._dtype = dtype
+        self._target_dtype = torch.int64 if self.has_classes else dtype
+        self._device = device
+        self._x: Array = x if isinstance(x, np.memmap) else self._convert(x, dtype)
+        self._target: Array = (
+            target if isinstance(target, np.memmap) else self._convert(target, self._target_dtype)
+        )
+        self._rows: Tensor | None = None
+        self._check_values()
+
+    def __len__(self) -> int:
+        return len(self._x) if self._rows is None else len(self._rows)
+
+    def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the inputs and targets of `rows`, int64 row numbers on the CPU."""
+        if self._rows is not None:
+            rows = self._rows[rows]
+        x, target = self._take(self._x, rows, self._dtype), self._take(self._target, rows, self._target_dtype)
+        if self.one_hot is not None:
+            target = torch.nn.functional.one_hot(target, self.one_hot).to(self._dtype)
+        return x, target
+
+    def subset(self, rows: Tensor) -> Samples:
+        """Samples of these rows alone, which share the memory of all of them."""
+        part = copy.copy(self)
+        part._rows = rows if self._rows is None else self._rows[rows]
+        return part
+
+    @property
+    def shapes(self) -> tuple[list[int], list[int]]:
+        """The shapes of inputs and targets, as given."""
+        return list(self._x.shape), list(self._target.shape)
+
+    def as_column(self) -> None:
+        """Hand out targets of shape (N,) as (N, 1)."""
+        self._target = self._target[:, None]
+
+    def largest_class(self) -> int:
+        """The largest class number."""
+        return int(self._target.max())
+
+    def _take(self, data: Array, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(data, Tensor):
+            return data.index_select(0, rows.to(data.device))
+        return self._convert(data[rows.numpy()], dtype)
+
+    def _convert(self, data: Array, dtype: torch.dtype) -> Tensor:
+        if not isinstance(data, Tensor):
+            # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
+            data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
+            data = torch.from_numpy(data if data.flags.writeable else data.copy())
+        return data.detach().to(self._device, dtype)
+
+    def _check_values(self) -> None:
+        for rows in torch.split(torch.arange(len(self)), BLOCK):
+            x, target = self[rows]
+            _check_finite(f"{self._name}x", x, int(rows[0]))
+            if not self.has_classes:
+                _check_finite(f"{self._name}target", target, int(rows[0]))
+            elif int(target.min()) < 0:
+                row = int(rows[0]) + int(target.argmin())
+                raise ValueError(
+                    f"{self._name}target[{row}] is {int(target.min())}; classes are numbered from 0"
+                )
+
+
+def _check_finite(name: str, data: Tensor, first_row: int) -> None:
+    finite = data.isfinite()
+    if not bool(finite.all()):
+        place = (~finite).nonzero()[0].tolist()
+        value = data[tuple(place)].item()
+        place[0] += first_row
+        raise ValueError(f"{name}{place} is {value}; training needs finite numbers")
+
+
+def _is_float(data: Array) -> bool:
+    if isinstance(data, Tensor):
+        return data.is_floating_point()
+    return bool(data.dtype.kind == "f" and data.dtype.itemsize <= 8)
+
+
+def _is_integer(data: Array) -> bool:
+    if isinstance(data, Tensor):
+        return not data.is_floating_point() and not data.is_complex()
+    return bool(data.dtype.kind in "iub")

@@ -1,0 +1,555 @@
+"""Gradient descent on E = 1/2 ||d - o||^2 in the lecture's three modes.
+
+A model gives o = model(x) for the inputs x; d is the desired output, e = d - o, and E = 1/2 ||e||^2 the error
+of one sample. Each step moves every parameter against the gradient of the mean of E over the step's samples,
+
+    W(k+1) = W(k) - eta dE/dW(k)
+
+and the mode says which samples those are:
+
+    mode            samples per update    updates per epoch
+    "stochastic"    1                     N
+    "mini-batch"    batch_size            ceil(N / batch_size)
+    "batch"         N                     1
+
+The mean, not the lecture's sum, so that one eta suits all three; `reduction="sum"` is the sum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import operator
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import objective
+from .checkpoint import Checkpoint
+from .descent import Descent, GradientDescent, Plan, run_epoch
+from .history import Epoch, History, Log
+from .objective import LOSSES, Loss
+from .samples import Array, Samples
+
+__all__ = [
+    "ENGINES",
+    "LOSSES",
+    "MODES",
+    "REDUCTIONS",
+    "Epoch",
+    "GradientDescent",
+    "History",
+    "evaluate",
+    "fit",
+]
+
+MODES = ("stochastic", "mini-batch", "batch")
+REDUCTIONS = ("mean", "sum")
+ENGINES = ("auto", "autograd")
+
+MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def fit(
+    model: nn.Module,
+    x: Array,
+    target: Array,
+    *,
+    mode: str = "mini-batch",
+    batch_size: int = 32,
+    lr: float = 0.1,
+    epochs: int = 10,
+    loss: Loss = "squared_error",
+    reduction: str = "mean",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
+    validation: tuple[Array, Array] | float | None = None,
+    shuffle: bool = True,
+    seed: int | None = None,
+    early_stopping: int | None = None,
+    callbacks: Sequence[Callable[[Epoch], object]] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    log_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    engine: str = "auto",
+) -> History:
+    """Train `model` in place by gradient descent and return what happened.
+
+        model = mlpext.nn.MLP([64, 32, 10], activation="tanh")
+        history = fit(model, x, labels, mode="mini-batch", lr=0.1, epochs=20, validation=0.2, seed=0)
+
+    Args:
+        model: any module from (n, ...) to (n, ...). Trained in train() mode, measured in eval() mode, and
+            left in the mode that it had.
+        x: floating-point tensor or numpy array (N, ...), cast to the model's dtype and moved to its device. A
+            `numpy.memmap` is read a block of rows at a time, never copied whole.
+        target: what the model should give. Integer (N,): class numbers, which squared_error takes as one-hot
+            d. Floating point, of the outputs' shape ((N,) will do for one output): d itself, or for
+            cross_entropy the probabilities of the classes.
+        mode: "stochastic", "mini-batch" or "batch". Batch mode takes the data through the model in chunks and
+            adds up their gradients, so that memory does not grow with N (a batch norm sees the chunks).
+        batch_size: samples per update in mini-batch mode; the last step of an epoch takes those that are
+            left.
+        lr: eta, the step size.
+        epochs: passes over the data in all; a resumed run does those that are missing.
+        loss: "squared_error", 1/2 ||d - o||^2 summed over a sample's outputs; "cross_entropy" of logits; or a
+            function of (outputs, targets) that returns one value per sample, shape (n,), or their mean, a
+            scalar.
+        reduction: what a step minimises, the "mean" over its samples or the "sum", which is the lecture's
+            literal batch update. The losses reported are means either way.
+        momentum, weight_decay: as in torch.optim.SGD, see `GradientDescent`.
+        optimizer: a torch.optim.Optimizer over the model's parameters, or a function that makes one from
+            them, to use instead of lr, momentum and weight_decay.
+        validation: held-out data (x, d) to measure after each epoch, or a fraction of the data to hold out at
+            random.
+        shuffle: visit the samples in a new random order each epoch; batch mode needs none.
+        seed: of the order and the hold-out; None draws one, kept in `history.config["seed"]`. fit neither
+            reads nor disturbs torch's global generator; seed that too for dropout and initial weights.
+        early_stopping: stop after so many epochs without a lower validation loss; the model gets the weights
+            of its best epoch when the run ends.
+        callbacks: functions called with the `Epoch` after each epoch; one that returns True or "stop" ends
+            the run.
+        checkpoint: a folder that keeps the state after the latest epoch, so that a kill at any moment loses
+            no more than the epoch under way. A run that does not resume replaces what is there.
+        resume: continue from `checkpoint` if it holds a state, else start. The final weights have the same
+            bits as those of a run never interrupted; torch's global generators are set to the saved state,
+            for dropout.
+        log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
+        progress: show a bar on stderr where that is a terminal.
+        device: move the model there first; None trains it where it is.
+        engine: "autograd", the PyTorch loop, or "auto", the fastest that serves (today the same).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run.
+        FloatingPointError: a loss or a weight became NaN or infinite; the message names epoch and step. The
+            model gets back the weights that it had when that epoch began, and the checkpoint stays that of
+            the epoch before.
+        KeyboardInterrupt: Ctrl-C, once the step under way is complete (in batch mode that step is dropped
+            instead); the checkpoint is that of the last complete epoch.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    _one_of("mode", mode, MODES)
+    _one_of("reduction", reduction, REDUCTIONS)
+    _one_of("engine", engine, ENGINES)
+    batch_size = _count("batch_size", batch_size, 1)
+    epochs = _count("epochs", epochs, 0)
+    patience = None if early_stopping is None else _count("early_stopping", early_stopping, 1)
+    if patience is not None and validation is None:
+        raise ValueError("early_stopping watches the validation loss: give validation=(x, d) or a fraction")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True needs checkpoint, the folder to continue from")
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(f"callbacks must be functions of an Epoch, got {type(callback).__name__}")
+    total = objective.total_loss(loss)
+
+    store = None if checkpoint is None else Checkpoint(checkpoint)
+    saved = store.load() if store is not None and resume and store.exists() else None
+    if seed is None:
+        seed = torch.Generator().seed() if saved is None else saved["config"]["seed"]
+    generator = torch.Generator().manual_seed(_count("seed", seed, 0, 2**64 - 1))
+
+    if device is not None:
+        model.to(device)
+    samples = _samples(model, x, target, loss)
+    held_out = None
+    if isinstance(validation, (tuple, list)) and len(validation) == 2:
+        held_out = _samples(model, *validation, loss, "validation ")
+    elif validation is not None:
+        held_out, samples = _hold_out(validation, samples, generator)
+    held_out_metric = None if held_out is None else objective.metric_for(held_out, loss)
+
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
+    descent, descent_config = _descent(optimizer, parameters, lr, momentum, weight_decay)
+    plan = Plan(
+        mode=mode,
+        step_size={"stochastic": 1, "mini-batch": batch_size, "batch": len(samples)}[mode],
+        mean=reduction == "mean",
+        total=total,
+        metric=objective.metric_for(samples, loss),
+    )
+    config = {
+        "mode": mode,
+        "samples_per_update": plan.step_size,
+        "epochs": epochs,
+        "loss": loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__qualname__),
+        "reduction": reduction,
+        **descent_config,
+        "shuffle": bool(shuffle),
+        "seed": seed,
+        "early_stopping": patience,
+        "samples": len(samples),
+        "validation_samples": 0 if held_out is None else len(held_out),
+        "x": samples.shapes[0],
+        "target": samples.shapes[1],
+        "model": str(model),
+        "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "dtype": str(parameters[0].dtype),
+    }
+    run = _Run(model, descent, generator, History(config), _EarlyStopping(patience))
+    if saved is not None:
+        _check_same_run(saved["config"], config, f"the checkpoint in {checkpoint}")
+        run.load_state_dict(saved)
+        if len(run.history) > epochs:
+            raise ValueError(
+                f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(run.history)}"
+            )
+    elif store is not None:
+        store.save(run.state_dict())
+    history, stopping = run.history, run.stopping
+    log = None if log_dir is None else Log(log_dir, history)
+
+    with _training(model, descent), _Progress(progress, len(samples), epochs, len(history)) as bar:
+        while len(history) < epochs and not stopping.due(len(history)):
+            order = torch.arange(len(samples))
+            if shuffle and mode != "batch":
+                order = torch.randperm(len(samples), generator=generator)
+            weights = _copy_weights(model)
+            started = time.perf_counter()
+            with _between_steps() as interrupted:
+                losses, score = run_epoch(model, samples, order, plan, descent, interrupted, bar.advance)
+            seconds = time.perf_counter() - started
+
+            metrics = (
+                {} if plan.metric is None else {plan.metric.name: plan.metric.value(score, len(samples))}
+            )
+            trouble = _trouble(losses, parameters)
+            if held_out is not None and trouble is None:
+                measured = objective.measure(model, held_out, total, held_out_metric)
+                metrics |= {f"val_{name}": value for name, value in measured.items()}
+                if not math.isfinite(measured["loss"]):
+                    trouble = f"the validation loss became {measured['loss']} after step {len(losses)}"
+            if trouble is not None:
+                _put_back(model, weights)
+                raise FloatingPointError(
+                    f"{trouble} of epoch {len(history) + 1}; try a smaller lr. "
+                    f"The model has its weights of the end of epoch {len(history)} again"
+                )
+            epoch = Epoch(
+                epoch=len(history) + 1,
+                updates=len(losses) + (history.epochs[-1].updates if len(history) else 0),
+                loss=_epoch_loss(losses, plan.step_size, len(samples)),
+                metrics=metrics,
+                seconds=seconds,
+                samples_per_second=len(samples) / seconds,
+            )
+            history.append(epoch, losses)
+            bar.end(epoch)
+            if patience is not None:
+                stopping.see(epoch, model)
+            if store is not None:
+                store.save(run.state_dict())
+            if log is not None:
+                log.append(epoch)
+            answers = [callback(epoch) for callback in callbacks]
+            if any(answer is True or answer == "stop" for answer in answers):
+                break
+    stopping.restore_best(model)
+    return history
+
+
+def evaluate(model: nn.Module, x: Array, target: Array, *, loss: Loss = "squared_error") -> dict[str, float]:
+    """The mean of E over the samples ("loss") and their "accuracy" (classes) or "r2" (numbers), in eval()
+    mode.
+
+        evaluate(model, x_test, labels)["accuracy"]
+
+    Takes x, target and loss as `fit` does, a block at a time, and raises the same errors.
+    """
+    total = objective.total_loss(loss)
+    samples = _samples(model, x, target, loss)
+    return objective.measure(model, samples, total, objective.metric_for(samples, loss))
+
+
+class _EarlyStopping:
+    """The best epoch by validation loss, its weights, and whether `patience` epochs have gone by since."""
+
+    def __init__(self, patience: int | None) -> None:
+        self.patience = patience
+        self.best_epoch = 0
+        self.best_loss = math.inf
+        self.weights: list[Tensor] = []
+
+    def see(self, epoch: Epoch, model: nn.Module) -> None:
+        if epoch.metrics["val_loss"] < self.best_loss:
+            self.best_epoch, self.best_loss = epoch.epoch, epoch.metrics["val_loss"]
+            self.weights = _copy_weights(model)
+
+    def due(self, epoch: int) -> bool:
+        return self.patience is not None and epoch - self.best_epoch >= self.patience
+
+    def restore_best(self, model: nn.Module) -> None:
+        if self.weights:
+            _put_back(model, self.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_epoch": self.best_epoch, "best_loss": self.best_loss, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_epoch, self.best_loss, self.weights = (
+            state["best_epoch"],
+            state["best_loss"],
+            state["weights"],
+        )
+
+
+class _Run:
+    """All that changes while a run goes on, which is what a checkpoint keeps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        descent: Descent,
+        generator: torch.Generator,
+        history: History,
+        stopping: _EarlyStopping,
+    ) -> None:
+        self.model = model
+        self.descent = descent
+        self.generator = generator
+        self.history = history
+        self.stopping = stopping
+        self._cuda = [weight.device for weight in model.parameters() if weight.is_cuda][:1]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **self.history.record(),
+            "model": self.model.state_dict(),
+            "descent": self.descent.state_dict(),
+            "stopping": self.stopping.state_dict(),
+            "order": self.generator.get_state(),
+            # The model's own randomness (dropout) comes from torch's global generators.
+            "random": torch.get_rng_state(),
+            "random_cuda": [torch.cuda.get_rng_state(device) for device in self._cuda],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history.load_record(state)
+        self.model.load_state_dict(state["model"])
+        if isinstance(self.descent, torch.optim.Optimizer):
+            # torch numbers the parameters, and JSON knows only text as keys.
+            state["descent"]["state"] = {
+                int(index): entry for index, entry in state["descent"]["state"].items()
+            }
+        self.descent.load_state_dict(state["descent"])
+        self.stopping.load_state_dict(state["stopping"])
+        self.generator.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        for device, random in zip(self._cuda, state["random_cuda"], strict=False):
+            torch.cuda.set_rng_state(random, device)
+
+
+def _samples(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
+    """The data as the model takes it: in the dtype and on the device of its first floating-point weight."""
+    weights = [*model.parameters(), *model.buffers()]
+    weight = next((weight for weight in weights if weight.is_floating_point()), torch.empty(0))
+    samples = Samples(x, target, dtype=weight.dtype, device=weight.device, name=name)
+    objective.prepare(model, samples, loss, name)
+    return samples
+
+
+def _hold_out(fraction: Any, samples: Samples, generator: torch.Generator) -> tuple[Samples, Samples]:
+    """A random share of the samples, and the others, each in their old order."""
+    if not _is_number(fraction) or not 0 < fraction < 1:
+        raise ValueError(
+            f"validation must be (x, d), a fraction between 0 and 1, or None, got {_brief(fraction)}"
+        )
+    count = round(float(fraction) * len(samples))
+    if not 0 < count < len(samples):
+        raise ValueError(
+            f"validation={fraction} of {len(samples)} samples leaves none to validate or none to train on"
+        )
+    rows = torch.randperm(len(samples), generator=generator)
+    return samples.subset(rows[:count].sort().values), samples.subset(rows[count:].sort().values)
+
+
+def _descent(
+    optimizer: torch.optim.Optimizer | MakeOptimizer | None,
+    parameters: list[nn.Parameter],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Descent, dict[str, Any]]:
+    """What updates the parameters, and its part of the run's configuration."""
+    rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+    rates = {name: _at_least_zero(name, value) for name, value in rates.items()}
+    if optimizer is None:
+        return GradientDescent(parameters, **rates), {"optimizer": None, **rates}
+    if momentum or weight_decay:
+        raise ValueError(
+            "momentum and weight_decay belong to the optimizer when one is given: set them there"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        if not callable(optimizer):
+            raise TypeError(
+                "optimizer must be a torch.optim.Optimizer or a function that makes one from parameters, "
+                f"got {type(optimizer).__name__}"
+            )
+        optimizer = optimizer(parameters)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer must return a torch.optim.Optimizer, it returned {type(optimizer).__name__}"
+            )
+    updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if updated.isdisjoint(map(id, parameters)):
+        raise ValueError("optimizer holds none of the model's parameters")
+    return optimizer, {"optimizer": type(optimizer).__name__}
+
+
+def _check_same_run(saved: dict[str, Any], config: dict[str, Any], where: str) -> None:
+    differences = [
+        f"{name} is {config.get(name)!r} here and {saved.get(name)!r} there"
+        for name in dict.fromkeys([*config, *saved])
+        if name != "epochs" and config.get(name) != saved.get(name)
+    ]
+    if differences:
+        raise ValueError(f"cannot resume, because {where} is of another run: {'; '.join(differences)}")
+
+
+def _trouble(losses: Tensor, parameters: list[nn.Parameter]) -> str | None:
+    """What is NaN or infinite after an epoch, and at which step."""
+    finite = losses.isfinite()
+    if not bool(finite.all()):
+        step = int((~finite).nonzero()[0])
+        return f"the loss became {losses[step].item()} at step {step + 1}"
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        return f"a weight became NaN or infinite at step {len(losses)} or shortly before"
+    return None
+
+
+def _epoch_loss(losses: Tensor, step_size: int, samples: int) -> float:
+    """The mean of E over an epoch's samples, from the means over its steps; the last may have fewer."""
+    sizes = torch.full_like(losses, step_size)
+    sizes[-1] = samples - step_size * (len(losses) - 1)
+    return float((losses * sizes).sum() / samples)
+
+
+def _copy_weights(model: nn.Module) -> list[Tensor]:
+    return [weight.detach().clone() for weight in (*model.parameters(), *model.buffers())]
+
+
+def _put_back(model: nn.Module, weights: list[Tensor]) -> None:
+    with torch.no_grad():
+        for weight, value in zip((*model.parameters(), *model.buffers()), weights, strict=True):
+            weight.copy_(value)
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module, descent: Descent) -> Iterator[None]:
+    """The model in train() mode; afterwards as it was, without gradients left over."""
+    with objective.in_mode(model, training=True):
+        try:
+            yield
+        finally:
+            descent.zero_grad()
+
+
+@contextlib.contextmanager
+def _between_steps() -> Iterator[list[int]]:
+    """Hold Ctrl-C back, so that it cannot cut a weight update in two: the list is not empty once it was
+    pressed.
+
+    A second Ctrl-C is not held back. Python's own handler is the only one replaced, and only in the main
+    thread, where alone signals arrive.
+    """
+    pressed: list[int] = []
+    default = signal.default_int_handler
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not default
+    ):
+        yield pressed
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            default(number, frame)
+        pressed.append(number)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, default)
+    if pressed:
+        raise KeyboardInterrupt
+
+
+class _Progress:
+    """A bar over the samples of all epochs with loss and metrics; tqdm adds the samples per second."""
+
+    def __init__(self, show: bool, samples: int, epochs: int, done: int) -> None:
+        # disable=None is tqdm's word for "unless stderr is a terminal".
+        self._bar = tqdm(
+            total=epochs * samples,
+            initial=done * samples,
+            unit=" samples",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=None if show else True,
+        )
+        self._metrics: dict[str, float] = {}
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def advance(self, samples: int, error: float) -> None:
+        if not self._bar.disable:
+            self._bar.set_postfix({"loss": error, **self._metrics}, refresh=False)
+            self._bar.update(samples)
+
+    def end(self, epoch: Epoch) -> None:
+        self._metrics = epoch.metrics
+        self._bar.set_description(f"epoch {epoch.epoch}", refresh=False)
+
+
+def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {_brief(value)}")
+
+
+def _count(name: str, value: Any, least: int, most: float = math.inf) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {_brief(value)}")
+    if not least <= number <= most:
+        raise ValueError(
+            f"{name} must be {least} or more{f', at most {most}' if most < math.inf else ''}, got {number}"
+        )
+    return number
+
+
+def _at_least_zero(name: str, value: Any) -> float:
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {_brief(value)}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and 0 or more, got {value}")
+    return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _brief(value: object) -> str:
+    return f"{value!r}" if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"

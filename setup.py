@@ -1,0 +1,84 @@
+"""Builds mlpext._C against the torch of this environment; pyproject.toml has the rest of the package.
+
+MLPEXT_CUDA=auto|0|1    auto: with CUDA where torch has it and a toolkit is found (never by looking for a GPU)
+MLPEXT_WERROR=1         warnings are errors: for `make check`, not for users
+"""
+
+import os
+import sys
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+
+
+def stop(message: str) -> None:
+    sys.exit(f"mlpext: {message}")
+
+
+try:
+    import torch
+except ImportError:
+    stop(
+        "building needs torch: in an environment that has torch (a CPU wheel is enough) and setuptools, run "
+        "`pip install --no-build-isolation .`"
+    )
+if not (2, 11) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 16):
+    stop(f"torch {torch.__version__} is not supported: torch>=2.11,<2.16 is needed")
+
+choice = os.environ.get("MLPEXT_CUDA", "auto")
+if choice not in ("auto", "0", "1"):
+    stop(f"MLPEXT_CUDA={choice!r} is none of auto, 0, 1")
+
+# Before cpp_extension, which guesses from where nvcc lies and is misled by a wrapper in /usr/local/bin.
+if "CUDA_PATH" not in os.environ and os.path.exists("/usr/local/cuda/bin/nvcc"):
+    os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+from torch.utils import cpp_extension  # noqa: E402
+
+kernels = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+if choice == "1" and not toolkit:
+    stop(f"MLPEXT_CUDA=1, but torch {torch.__version__} has no CUDA or no CUDA toolkit was found (CUDA_HOME)")
+if choice == "1" and not kernels:
+    stop("MLPEXT_CUDA=1, but this version has no CUDA kernels")
+cuda = choice != "0" and toolkit and bool(kernels)
+
+# No -march: the files in csrc/cpu choose their instruction set by pragma, so one build runs everywhere.
+# -ffp-contract=off: the same bits from every instruction set. -g0: Python's own flags ask for debug data.
+flags = ["-std=c++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+if os.environ.get("MLPEXT_WERROR") == "1":
+    # g++ 12 sees uninitialised values, wrongly, where torch's templates and AVX-512 intrinsics are inlined.
+    flags += ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
+
+sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + glob("csrc/training/*.cpp"))
+make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
+# torch's headers become system headers: a warning in them is not ours to mend.
+system = [f"-isystem{path}" for path in extension.include_dirs]
+extension.include_dirs = [os.path.abspath("csrc")]
+extension.extra_compile_args = {"cxx": flags + system, "nvcc": ["-std=c++20", "-O3", *system]}
+
+
+class Build(cpp_extension.BuildExtension):
+    def finalize_options(self) -> None:
+        # A fixed place for objects, so that pip's editable build does not start from nothing at every edit;
+        # one for each torch, because ninja does not watch system headers.
+        self.build_temp = self.build_temp or f"build/torch-{torch.__version__}"
+        super().finalize_options()
+
+    def run(self) -> None:
+        super().run()
+        # What mlpext/_import_check.py compares with the torch that it meets.
+        Path(self.get_ext_fullpath("mlpext._C")).with_name("_build.py").write_text(
+            f'''"""Written by setup.py."""
+
+version = "{self.distribution.get_version()}"
+torch_version = "{torch.__version__}"
+cuda = {cuda}
+cuda_archs = "{os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""}"
+'''
+        )
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})
