@@ -1,8 +1,9 @@
 // SIMD lanes: the words a formula may use, on whole registers of float or double.
 //
-// The including file sets MLPEXT_ISA (a namespace: baseline, avx2, avx512) and MLPEXT_VECTOR_BYTES (16, 32, 64) and
-// switches its target on: 64 means AVX-512 F/BW/VL/DQ, 32 means AVX2 + FMA + F16C, 16 is portable. Include standard
-// headers before switching the target: their inline functions must not be compiled for it, or other files may run them.
+// The including file sets MLPEXT_ISA (a namespace: baseline, avx2, avx512) and MLPEXT_VECTOR_BYTES (16, 32,
+// 64) and switches its target on: 64 means AVX-512 F/BW/VL/DQ, 32 means AVX2 + FMA + F16C, 16 is portable.
+// Include standard headers before switching the target: their inline functions must not be compiled for it,
+// or other files may run them.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,12 @@
 #ifndef MLPEXT_HALF_TYPES
 #define MLPEXT_HALF_TYPES
 namespace mlpext {
-struct BFloat16 { uint16_t bits; };
-struct Half { uint16_t bits; };
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
 }  // namespace mlpext
 #endif
 
@@ -28,7 +33,9 @@ template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
 
 // N elements of M in a register, or in a part of one.
-template <class M, int N> struct PackedOf { typedef M type __attribute__((vector_size(N * sizeof(M)))); };
+template <class M, int N> struct PackedOf {
+  typedef M type __attribute__((vector_size(N * sizeof(M))));
+};
 template <class M, int N> using Packed = typename PackedOf<M, N>::type;
 
 template <class T> struct Format;
@@ -45,8 +52,12 @@ template <> struct Format<double> {
 
 #if MLPEXT_VECTOR_BYTES == 64
 // The compiler's masks for intrinsics: one bit a lane.
-template <int N> struct MaskOf { using type = __mmask16; };
-template <> struct MaskOf<8> { using type = __mmask8; };
+template <int N> struct MaskOf {
+  using type = __mmask16;
+};
+template <> struct MaskOf<8> {
+  using type = __mmask8;
+};
 #endif
 
 template <class T> struct Mask {
@@ -98,13 +109,14 @@ template <class T> struct Lanes {
   friend MLPEXT_INLINE Mask<T> operator>=(Lanes a, Lanes b) { return b <= a; }
 };
 
-// --- words ---
-
-template <class T> MLPEXT_INLINE typename Lanes<T>::Bits bits_of(Lanes<T> x) { return (typename Lanes<T>::Bits)x.v; }
+template <class T> MLPEXT_INLINE typename Lanes<T>::Bits bits_of(Lanes<T> x) {
+  return (typename Lanes<T>::Bits)x.v;
+}
 template <class T> MLPEXT_INLINE Lanes<T> from_bits(typename Lanes<T>::Bits x) {
   return Lanes<T>((typename Lanes<T>::Register)x);
 }
-template <class T> constexpr typename Format<T>::Bits sign_bit = typename Format<T>::Bits(1) << (8 * sizeof(T) - 1);
+template <class T> constexpr typename Format<T>::Bits sign_bit = typename Format<T>::Bits(1)
+                                                                 << (8 * sizeof(T) - 1);
 
 template <class T> MLPEXT_INLINE Lanes<T> select(Mask<T> mask, Lanes<T> a, Lanes<T> b) {
 #if MLPEXT_VECTOR_BYTES == 64
@@ -158,7 +170,8 @@ template <class T> MLPEXT_INLINE Lanes<T> sqrt(Lanes<T> x) {
   if constexpr (sizeof(T) == 4) return Lanes<T>(_mm_sqrt_ps(x.v));
   else return Lanes<T>(_mm_sqrt_pd(x.v));
 #else
-  for (int i = 0; i < Lanes<T>::size; ++i) x.v[i] = T(__builtin_sqrt(x.v[i]));  // float by way of double rounds the same
+  for (int i = 0; i < Lanes<T>::size; ++i)
+    x.v[i] = T(__builtin_sqrt(x.v[i]));  // float by way of double rounds the same
   return x;
 #endif
 }
@@ -181,7 +194,7 @@ template <class T> MLPEXT_INLINE Lanes<T> at_most(Lanes<T> x, Lanes<T> hi) {
 #endif
 }
 
-// --- memory: whole registers, or the first n elements (0 < n < size), never a byte beyond them ---
+// Memory: whole registers, or the first n elements (0 < n < size) and never a byte beyond them.
 
 template <class P, class M> MLPEXT_INLINE P read(const M* p) {
   P x;
@@ -193,7 +206,8 @@ template <class P, class M> MLPEXT_INLINE void write(M* p, P x) { __builtin_memc
 #if MLPEXT_VECTOR_BYTES == 32
 // All ones in the first n of the 4- or 8-byte elements of a register.
 template <int element> MLPEXT_INLINE __m256i first(int n) {
-  if constexpr (element == 4) return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  if constexpr (element == 4)
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   else return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
 #endif
@@ -206,7 +220,8 @@ template <class P, class M> MLPEXT_INLINE P read(const M* p, int n) {
   else if constexpr (sizeof(P) == 32) return (P)_mm256_maskz_loadu_epi8(__mmask32(bytes), p);
   else if constexpr (sizeof(P) == 16) return (P)_mm_maskz_loadu_epi8(__mmask16(bytes), p);
 #elif MLPEXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(P) == 32 && sizeof(M) == 4) return (P)_mm256_maskload_epi32((const int*)p, first<4>(n));
+  if constexpr (sizeof(P) == 32 && sizeof(M) == 4)
+    return (P)_mm256_maskload_epi32((const int*)p, first<4>(n));
   else if constexpr (sizeof(P) == 32) return (P)_mm256_maskload_epi64((const long long*)p, first<8>(n));
 #endif
   P x{};
@@ -220,13 +235,12 @@ template <class P, class M> MLPEXT_INLINE void write(M* p, P x, int n) {
   else if constexpr (sizeof(P) == 32) return _mm256_mask_storeu_epi8(p, __mmask32(bytes), (__m256i)x);
   else if constexpr (sizeof(P) == 16) return _mm_mask_storeu_epi8(p, __mmask16(bytes), (__m128i)x);
 #elif MLPEXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(P) == 32 && sizeof(M) == 4) return _mm256_maskstore_epi32((int*)p, first<4>(n), (__m256i)x);
+  if constexpr (sizeof(P) == 32 && sizeof(M) == 4)
+    return _mm256_maskstore_epi32((int*)p, first<4>(n), (__m256i)x);
   else if constexpr (sizeof(P) == 32) return _mm256_maskstore_epi64((long long*)p, first<8>(n), (__m256i)x);
 #endif
   __builtin_memcpy(p, &x, n * sizeof(M));
 }
-
-// --- 16-bit floats ---
 
 template <int N> MLPEXT_INLINE Packed<float, N> widen_bfloat16(Packed<uint16_t, N> x) {
   return (Packed<float, N>)(__builtin_convertvector(x, Packed<uint32_t, N>) << 16);
@@ -248,8 +262,8 @@ template <int N> MLPEXT_INLINE Packed<float, N> widen_half(Packed<uint16_t, N> x
   using U = Packed<uint32_t, N>;
   using I = Packed<int32_t, N>;
   U h = __builtin_convertvector(x, U), e = h & 0x7c00, m = h & 0x3ff;
-  U normal = ((h & 0x7fff) << 13) + (112u << 23);                            // bias 15 becomes 127
-  U special = (normal + (112u << 23)) | (m != 0 ? U{} + 0x400000 : U{});     // inf, or a NaN made quiet
+  U normal = ((h & 0x7fff) << 13) + (112u << 23);                             // bias 15 becomes 127
+  U special = (normal + (112u << 23)) | (m != 0 ? U{} + 0x400000 : U{});      // inf, or a NaN made quiet
   U small = (U)(__builtin_convertvector((I)m, Packed<float, N>) * 0x1p-24f);  // zero and subnormals, exactly
   small = m != 0 ? small : U{};
   U y = e == 0 ? small : e == 0x7c00 ? special : normal;
@@ -266,19 +280,25 @@ template <int N> MLPEXT_INLINE Packed<uint16_t, N> narrow_half(Packed<float, N> 
   using U = Packed<uint32_t, N>;
   U b = (U)x, sign = (b >> 16) & 0x8000;
   b &= 0x7fffffff;
-  U normal = (b - (112u << 23) + 0xfff + ((b >> 13) & 1)) >> 13;         // nearest even; carries into infinity
-  U small = (U)((Packed<float, N>)b + 0.5f) - 0x3f000000;                // below 2^-14: the addition rounds to 2^-24
+  U normal = (b - (112u << 23) + 0xfff + ((b >> 13) & 1)) >> 13;  // nearest even; carries into infinity
+  U small = (U)((Packed<float, N>)b + 0.5f) - 0x3f000000;         // below 2^-14: the addition rounds to 2^-24
   U special = 0x7c00 | (b > 0x7f800000 ? 0x200 | ((b >> 13) & 0x3ff) : U{});
   U y = b < (113u << 23) ? small : b >= (143u << 23) ? special : normal;
   return __builtin_convertvector(y | sign, Packed<uint16_t, N>);
 #endif
 }
 
-// --- load and store: memory holds M, lanes hold V ---
+// Load and store: memory holds M, lanes hold V.
 
-template <class M> struct Stored { using type = M; };
-template <> struct Stored<BFloat16> { using type = uint16_t; };
-template <> struct Stored<Half> { using type = uint16_t; };
+template <class M> struct Stored {
+  using type = M;
+};
+template <> struct Stored<BFloat16> {
+  using type = uint16_t;
+};
+template <> struct Stored<Half> {
+  using type = uint16_t;
+};
 template <class V, class M> using StoredLanes = Packed<typename Stored<M>::type, V::size>;
 
 template <class V, class M> MLPEXT_INLINE V widen(StoredLanes<V, M> x) {
@@ -292,8 +312,12 @@ template <class M, class V> MLPEXT_INLINE StoredLanes<V, M> narrow(V x) {
   else return x.v;
 }
 
-template <class V, class M> MLPEXT_INLINE V load(const M* p) { return widen<V, M>(read<StoredLanes<V, M>>(p)); }
-template <class V, class M> MLPEXT_INLINE V load_partial(const M* p, int n) { return widen<V, M>(read<StoredLanes<V, M>>(p, n)); }
+template <class V, class M> MLPEXT_INLINE V load(const M* p) {
+  return widen<V, M>(read<StoredLanes<V, M>>(p));
+}
+template <class V, class M> MLPEXT_INLINE V load_partial(const M* p, int n) {
+  return widen<V, M>(read<StoredLanes<V, M>>(p, n));
+}
 template <class V, class M> MLPEXT_INLINE void store(M* p, V x) { write(p, narrow<M>(x)); }
 template <class V, class M> MLPEXT_INLINE void store_partial(M* p, V x, int n) { write(p, narrow<M>(x), n); }
 
@@ -307,9 +331,15 @@ template <class V, class I> MLPEXT_INLINE V from_index(Packed<I, V::size> x) {
   return V(__builtin_convertvector(wide, typename V::Register));
 }
 
-template <class V, class I> MLPEXT_INLINE V load_index(const I* p) { return from_index<V, I>(read<Packed<I, V::size>>(p)); }
-template <class V, class I> MLPEXT_INLINE V load_index_partial(const I* p, int n) { return from_index<V, I>(read<Packed<I, V::size>>(p, n)); }
+template <class V, class I> MLPEXT_INLINE V load_index(const I* p) {
+  return from_index<V, I>(read<Packed<I, V::size>>(p));
+}
+template <class V, class I> MLPEXT_INLINE V load_index_partial(const I* p, int n) {
+  return from_index<V, I>(read<Packed<I, V::size>>(p, n));
+}
 template <class V, class I> MLPEXT_INLINE void store_index(I* p, V x) { write(p, to_index<I>(x)); }
-template <class V, class I> MLPEXT_INLINE void store_index_partial(I* p, V x, int n) { write(p, to_index<I>(x), n); }
+template <class V, class I> MLPEXT_INLINE void store_index_partial(I* p, V x, int n) {
+  write(p, to_index<I>(x), n);
+}
 
 }  // namespace mlpext::MLPEXT_ISA

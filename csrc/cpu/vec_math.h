@@ -1,8 +1,9 @@
 // Elementary functions on lanes: one inline polynomial each, float and double from one text.
 //
-// No table, no branch but the far range of sin and cos; a NaN stays one, infinities give the limits, and subnormal results
-// are rounded, not flushed. Beside each function stands its max ULP as measured: with FMA, and in brackets without
-// (baseline); float over all inputs (brackets: every 37th or closer), double over 2 * 10^4 or more random ones.
+// No table, no branch but the far range of sin and cos; a NaN stays one, infinities give the limits, and
+// subnormal results are rounded, not flushed. Beside each function stands its max ULP as measured: with FMA,
+// and in brackets without (baseline); float over all inputs (brackets: every 37th or closer), double over
+// 10^4 random ones.
 #pragma once
 
 #include "vec.h"
@@ -17,19 +18,23 @@ template <class V, class... C> MLPEXT_INLINE V horner(V x, double c0, C... c) {
   else return madd(x, horner(x, c...), V(c0));
 }
 
-// x rounded to a whole number n, |n| < 2^22 or 2^51, by adding 1.5 * 2^23 or 2^52: the low bits of `biased` are n's.
+// x rounded to a whole number n, |n| < 2^22 or 2^51, by adding 1.5 * 2^23 or 2^52: the low bits of `biased`
+// are n's.
 template <class V> struct Whole {
   static constexpr double magic = is_float<V> ? 0x1.8p23 : 0x1.8p52;
   V biased;
   MLPEXT_INLINE V value() const { return biased - V(magic); }
   MLPEXT_INLINE typename V::Bits bits() const { return bits_of(biased); }
 };
-template <class V> MLPEXT_INLINE Whole<V> round_product(V x, double c) { return {madd(x, V(c), V(Whole<V>::magic))}; }
+template <class V> MLPEXT_INLINE Whole<V> round_product(V x, double c) {
+  return {madd(x, V(c), V(Whole<V>::magic))};
+}
 
 // 2^(n + offset) for exponents of normal numbers.
 template <class V> MLPEXT_INLINE V power_of_two(typename V::Bits n, int offset) {
   using F = Format<typename V::Scalar>;
-  return from_bits<typename V::Scalar>((n << F::mantissa) + (typename F::Bits(F::bias + offset) << F::mantissa));
+  return from_bits<typename V::Scalar>((n << F::mantissa) +
+                                       (typename F::Bits(F::bias + offset) << F::mantissa));
 }
 
 // x * 2^n, 0.5 <= x < 2, rounded once also when subnormal; |n| up to twice the largest exponent.
@@ -43,16 +48,22 @@ template <class V> MLPEXT_INLINE V scale(V x, Whole<V> n) {
 #endif
 }
 
-// (e^r - 1 - r) / r^2 for |r| < 0.41: degree 5 in float, 10 in double; e^r - 1 has relative error 2^-25.9, 2^-57.7 by it.
-template <class V> MLPEXT_INLINE V expm1_terms(V r) {
-  if constexpr (is_float<V>)
+// (e^r - 1 - r) / r^2 for |r| <= ln 2 / 2, in `wide` for |r| < 0.41: degree 4 (5) in float, 10 in double; it
+// gives e^r - 1 a relative error of 2^-25.9 in float, 2^-57.7 in double.
+template <bool wide = false, class V> MLPEXT_INLINE V expm1_terms(V r) {
+  if constexpr (is_float<V> && !wide)
+    return horner(r, 0.5, 0.1666653, 0.041666158, 0.008368273, 0.0013975992);
+  else if constexpr (is_float<V>)
     return horner(r, 0.5, 0.16666612, 0.041666396, 0.008344386, 0.001394393, 0.00014911752);
   else
-    return horner(r, 0.5, 0.16666666666666746, 0.041666666666667004, 0.008333333333271527, 0.0013888888888668887,
-                  0.00019841269998743986, 2.4801587751488235e-05, 2.7557145056151536e-06, 2.755694529177771e-07,
-                  2.5139044274645392e-08, 2.100128797163858e-09);
+    return horner(r, 0.5, 0.16666666666666746, 0.041666666666667004, 0.008333333333271527,
+                  0.0013888888888668887, 0.00019841269998743986, 2.4801587751488235e-05,
+                  2.7557145056151536e-06, 2.755694529177771e-07, 2.5139044274645392e-08,
+                  2.100128797163858e-09);
 }
-template <class V> MLPEXT_INLINE V expm1_reduced(V r) { return madd(r * r, expm1_terms(r), r); }
+template <bool wide = false, class V> MLPEXT_INLINE V expm1_reduced(V r) {
+  return madd(r * r, expm1_terms<wide>(r), r);
+}
 
 constexpr double log2e = 1.4426950408889634;
 // ln 2 = hi + lo; the products of hi with exponents are exact.
@@ -64,7 +75,7 @@ template <class V> MLPEXT_INLINE V subtract_ln2(V x, V n) {
   return madd(n, V(-ln2_lo<V>), madd(n, V(-ln2_hi<V>), x));
 }
 
-// Max ULP: float 0.90 (1.17), double 0.83 (1.05).
+// Max ULP: float 0.93 (1.20), double 0.82 (1.05).
 template <class V> MLPEXT_INLINE V exp(V x) {
   x = at_least(at_most(x, V(is_float<V> ? 89 : 710)), V(is_float<V> ? -104 : -746));  // beyond: inf, 0
   const auto n = round_product(x, log2e);
@@ -72,24 +83,25 @@ template <class V> MLPEXT_INLINE V exp(V x) {
   return scale(madd(r, madd(r, expm1_terms(r), V(1)), V(1)), n);
 }
 
-// Max ULP: float 1.43, below 0 0.87 (1.38, 0.98), double 1.12 (1.10).
+// Max ULP: float 1.43, below 0 0.87 (1.40, 0.98), double 1.12 (1.10).
 template <class V> MLPEXT_INLINE V expm1(V x) {
   const V t = at_least(at_most(x, V(is_float<V> ? 89 : 710)), V(is_float<V> ? -18 : -39));  // beyond: inf, -1
   // No reduction up to 0.41: just above ln 2 / 2, 2 (1 + m) - 1 would cancel and cost 2 ULP.
   const auto near = abs(x) < V(0.41);
   const auto n = round_product(t, log2e);
-  const V m = expm1_reduced(subtract_ln2(t, select(near, V(0), n.value())));
+  const V m = expm1_reduced<true>(subtract_ln2(t, select(near, V(0), n.value())));
   const V half = power_of_two<V>(n.bits(), -1);  // 2^n itself may overflow
   const V y = madd(half, m, half - V(0.5));
   return copysign(select(near, m, y + y), x);  // for -0
 }
 
 // |x| < 0.56: x + x^3 q(x^2), q of degree 4 in float, 10 in double; above: 1 - 2 / (e^2|x| + 1).
-// Max ULP: float 1.40 (1.42), double 1.41 (1.34).
+// Max ULP: float 1.45 (1.42), double 1.41 (1.34).
 template <class V> MLPEXT_INLINE V tanh(V x) {
   const V t = at_most(abs(x), V(is_float<V> ? 9.1 : 19.1)), z = t * t;  // beyond: 1
   V q;
-  if constexpr (is_float<V>) q = horner(z, -3.3333313e-01, 1.3332437e-01, -5.383626e-02, 2.1005783e-02, -6.1821397e-03);
+  if constexpr (is_float<V>)
+    q = horner(z, -3.3333313e-01, 1.3332437e-01, -5.383626e-02, 2.1005783e-02, -6.1821397e-03);
   else
     q = horner(z, -0.3333333333333328, 0.13333333333323746, -0.05396825396207604, 0.02186948833760144,
                -0.008863231814868233, 0.0035920841479180083, -0.0014554925188961388, 0.0005882390271805032,
@@ -101,50 +113,55 @@ template <class V> MLPEXT_INLINE V tanh(V x) {
   return copysign(select(t < V(0.56), small, V(1) - V(2) / (e + V(1))), x);
 }
 
-// Max ULP: float 0.97 (1.08), double 1.19 (1.50).
+// Max ULP: float 1.27 (1.27), double 1.19 (1.50).
 template <class V> MLPEXT_INLINE V log1p(V x) {
   using T = typename V::Scalar;
   using F = Format<T>;
   // 1 + x = 2^k (1 + f) with 1 + f in [0.75, 1.5); f is exact up to x = 5.
   const auto b = bits_of(V(1) + x) - bits_of(V(0.75));
-  const auto e = b & (~typename F::Bits(0) << F::mantissa);            // k in the exponent's place
-  const V s = from_bits<T>(bits_of(V(4)) - e);                         // 4 * 2^-k: a normal number even for the largest x
+  const auto e = b & (~typename F::Bits(0) << F::mantissa);  // k in the exponent's place
+  const V s = from_bits<T>(bits_of(V(4)) - e);  // 4 * 2^-k: a normal number even for the largest x
   const V f = from_bits<T>(bits_of(x) - e) - madd(s, V(-0.25), V(1));  // in this order -0 stays -0
   // k + bias + 1 > 0 as the low bits of a large number, then -k: its zero times -ln 2 keeps the -0, too.
   constexpr double large = is_float<V> ? 0x1p23 : 0x1p52;
-  const V minus_k = V(large + F::bias + 1) - from_bits<T>(((b + bits_of(V(2))) >> F::mantissa) | bits_of(V(large)));
+  const V minus_k =
+      V(large + F::bias + 1) - from_bits<T>(((b + bits_of(V(2))) >> F::mantissa) | bits_of(V(large)));
   // log(1 + f) = 2 atanh(r), around f - f^2 / 2; q has degree 2 in float, 7 in double.
   const V r = f / (V(2) + f), z = r * r, h = V(0.5) * f * f;
   V q;
   if constexpr (is_float<V>) q = horner(z, 6.666695e-01, 3.9957657e-01, 3.0364004e-01);
   else
-    q = horner(z, 0.666666666666666, 0.4000000000005667, 0.2857142855583043, 0.22222224296311363, 0.1818166582562713,
-               0.1539111706008564, 0.13173439309281326, 0.13844672491925275);
+    q = horner(z, 0.666666666666666, 0.4000000000005667, 0.2857142855583043, 0.22222224296311363,
+               0.1818166582562713, 0.1539111706008564, 0.13173439309281326, 0.13844672491925275);
   V y = madd(minus_k, V(-0.6931471805599453), f - (h - r * madd(z, q, h)));
   y = select(x < V(__builtin_inf()), y, x);
   return select(x > V(-1), y, select(x == V(-1), V(-__builtin_inf()), V(__builtin_nan(""))));
 }
 
-// t - n pi/2 = r + tail for whole n below 2^16 (float), 2^30 (double). The products of n with all parts of pi/2 but the last
-// are exact: by FMA, or because the parts are short. Without the tail sin would have 1.5 ULP, where |r| is just above 1/4.
+// t - n pi/2 = r + tail for whole n below 2^16 (float), 2^30 (double). The products of n with all parts of
+// pi/2 but the last are exact: by FMA, or because the parts are short. Without the tail sin would have 1.5
+// ULP, where |r| is just above 1/4.
 template <class V> struct Quadrant {
   V r, tail;
   MLPEXT_INLINE Quadrant(V t, V n) {
     if constexpr (is_float<V> && fused_madd) subtract(t, n, -0x1.777a5cp-25, -0x1.ee59dap-50, 0x1.921fb6p0);
-    else if constexpr (is_float<V>) subtract(t, n, 0x1.68p-39, 0x1.84698ap-48, 0x1.92p0, 0x1.fcp-12, -0x1.58p-21, 0x1.1p-30);
-    else if constexpr (fused_madd) subtract(t, n, 0x1.1a62633145c07p-54, -0x1.f1976b7ed8fbcp-110, 0x1.921fb54442d18p0);
+    else if constexpr (is_float<V>)
+      subtract(t, n, 0x1.68p-39, 0x1.84698ap-48, 0x1.92p0, 0x1.fcp-12, -0x1.58p-21, 0x1.1p-30);
+    else if constexpr (fused_madd)
+      subtract(t, n, 0x1.1a62633145c07p-54, -0x1.f1976b7ed8fbcp-110, 0x1.921fb54442d18p0);
     else subtract(t, n, 0x1.8cc518p-72, -0x1.fc8f8cbb5bf6cp-97, 0x1.921fb4p0, 0x1.4442dp-24, 0x1.846988p-48);
   }
   template <class... P> MLPEXT_INLINE void subtract(V t, V n, double middle, double last, P... first) {
     ((t = madd(n, V(-first), t)), ...);
     const V p = n * V(middle);
     r = t - p;
-    tail = madd(n, V(-last), (t - r) - p) - madd(n, V(middle), -p);  // what rounding p and r lost, and the rest
+    tail =
+        madd(n, V(-last), (t - r) - p) - madd(n, V(middle), -p);  // what rounding p and r lost, and the rest
   }
 };
 
-// sin(x + shift pi/2), shift 0 or 1; degrees 7 and 8 in float, 13 and 14 in double. Beyond 1e5 (float) or 1e9 (double), and
-// for infinities, lane by lane with the C library.
+// sin(x + shift pi/2), shift 0 or 1; degrees 7 and 8 in float, 13 and 14 in double. Beyond 1e5 (float) or 1e9
+// (double), and for infinities, lane by lane with the C library.
 template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   using T = typename V::Scalar;
   using F = Format<T>;
@@ -159,8 +176,8 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   } else {
     s = horner(z, -0.1666666666666663, 0.00833333333332182, -0.00019841269829332472, 2.7557313527321752e-06,
                -2.505072706501954e-08, 1.589439487838676e-10);
-    c = horner(z, -0.5, 0.04166666666666659, -0.0013888888888872186, 2.480158728829582e-05, -2.75573140153953e-07,
-               2.087567817869225e-09, -1.135734732819494e-11);
+    c = horner(z, -0.5, 0.04166666666666659, -0.0013888888888872186, 2.480158728829582e-05,
+               -2.75573140153953e-07, 2.087567817869225e-09, -1.135734732819494e-11);
   }
   s = q.r + madd(q.r * z, s, q.tail);
   c = madd(z, c, V(1));
@@ -176,7 +193,7 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   }
   return y;
 }
-// Max ULP, both: float 1.21 (2.48), double 1.10 (1.42).
+// Max ULP, both: float 1.21 (2.48), double 1.13 (1.50).
 template <class V> MLPEXT_INLINE V sin(V x) { return sine<0>(x); }
 template <class V> MLPEXT_INLINE V cos(V x) { return sine<1>(x); }
 
@@ -192,7 +209,8 @@ template <class V> struct Gaussian {
       lo = madd(u, t, -hi);
     } else {
       using F = Format<typename V::Scalar>;
-      const V head = from_bits<typename V::Scalar>(bits_of(t) & (~typename F::Bits(0) << (F::mantissa / 2 + 1)));
+      const V head =
+          from_bits<typename V::Scalar>(bits_of(t) & (~typename F::Bits(0) << (F::mantissa / 2 + 1)));
       hi = V(-0.5) * head * head;
       lo = V(-0.5) * (t - head) * (t + head);
     }
@@ -200,19 +218,20 @@ template <class V> struct Gaussian {
     r = madd(n.value(), V(-ln2_hi<V>), hi) + madd(n.value(), V(-ln2_lo<V>), lo);
   }
 };
-template <class V> constexpr double gaussian_end = is_float<V> ? 14.5 : 38.8;  // normal_pdf and normal_cdf(-t) are 0 here
+template <class V> constexpr double gaussian_end =
+    is_float<V> ? 14.5 : 38.8;  // normal_pdf and normal_cdf(-t) are 0 here
 
-// e^(-x^2/2) / sqrt(2 pi). Max ULP: float 1.27 (1.37), double 1.20 (1.27).
+// e^(-x^2/2) / sqrt(2 pi). Max ULP: float 1.27 (1.79), double 1.29 (1.31).
 template <class V> MLPEXT_INLINE V normal_pdf(V x) {
   const Gaussian<V> g(at_most(abs(x), V(gaussian_end<V>)));
   const V c(0.3989422804014327);
   return scale(madd(c, expm1_reduced(g.r), c), g.n);
 }
 
-// Phi(x) = erfc(-x / sqrt 2) / 2. |x| < 1: 1/2 + x p(x^2), p of degree 5 in float, 10 in double; else, with t = |x|,
-// Phi(-t) = e^(-t^2/2) u q(u), u = 1 / (t + b), q of degree 7 in float, 19 in double. Every factor rounds by up to one ULP:
-// `loss` holds what they lost, so that the product is nearly rounded once.
-// Max ULP: float 1.78 (3.50), double 2.7 (3.1).
+// Phi(x) = erfc(-x / sqrt 2) / 2. |x| < 1: 1/2 + x p(x^2), p of degree 5 in float, 10 in double; else, with t
+// = |x|, Phi(-t) = e^(-t^2/2) u q(u), u = 1 / (t + b), q of degree 7 in float, 19 in double. Every factor
+// rounds by up to one ULP: `loss` holds what they lost, so that the product is nearly rounded once. Max ULP:
+// float 1.87 (3.50), double 2.66 (3.23).
 template <class V> MLPEXT_INLINE V normal_cdf(V x) {
   const V t = at_most(abs(x), V(gaussian_end<V>)), z = t * t;
   const V b(is_float<V> ? 3 : 4), d = t + b, u = V(1) / d;
@@ -222,16 +241,19 @@ template <class V> MLPEXT_INLINE V normal_cdf(V x) {
     near = horner(z, 0.3989423, -0.066490345, 0.009973095, -0.0011857867, 0.000112951915, -7.4629315e-06);
     terms = horner(u, 1.1979256, 3.1522114, 7.949042, 3.0245533, 70.199875, -291.42963, 286.16138);
   } else {
-    near = horner(z, 0.3989422804014327, -0.06649038006690532, 0.009973557010032818, -0.001187328215446723,
-                  0.00011543468740264206, -9.444655425684446e-06, 6.659672432229469e-07, -4.122315245835515e-08,
-                  2.269661722280619e-09, -1.103114705157121e-10, 4.0115242944906535e-12);
-    terms = horner(u, 1.5957691207438396, 5.984134340753468, 20.74498579907822, 65.02841815274778, 177.0916104141519,
-                   384.75343551208755, 433.3593289994951, 0.5076328905651842, -20580.728478106557, 163649.73122059187,
-                   -2002930.5863897728, 17223569.9757699, -113760074.77797389, 593864580.6036891, -2286219211.873374,
-                   6104378237.822052, -10667542410.46418, 11017643098.860037, -5125459968.988311);
+    near =
+        horner(z, 0.3989422804014327, -0.06649038006690532, 0.009973557010032818, -0.001187328215446723,
+               0.00011543468740264206, -9.444655425684446e-06, 6.659672432229469e-07, -4.122315245835515e-08,
+               2.269661722280619e-09, -1.103114705157121e-10, 4.0115242944906535e-12);
+    terms = horner(u, 1.5957691207438396, 5.984134340753468, 20.74498579907822, 65.02841815274778,
+                   177.0916104141519, 384.75343551208755, 433.3593289994951, 0.5076328905651842,
+                   -20580.728478106557, 163649.73122059187, -2002930.5863897728, 17223569.9757699,
+                   -113760074.77797389, 593864580.6036891, -2286219211.873374, 6104378237.822052,
+                   -10667542410.46418, 11017643098.860037, -5125459968.988311);
   }
   const V q = madd(u, terms, c), product = u * q;
-  // 1 - u (t + b), the error of u, counts 1 + u q'(u) / q(u) times in u q(u), about a line in u; d - b is exact.
+  // 1 - u (t + b), the error of u, counts 1 + u q'(u) / q(u) times in u q(u), about a line in u; d - b is
+  // exact.
   const V u_loss = madd(u, V(is_float<V> ? 4.4 : 7.5), V(1)) * madd(-u, t - (d - b), madd(-u, d, V(1)));
   const V loss = madd(product, u_loss, madd(u, madd(u, terms, c - q), madd(u, q, -product)));
   const Gaussian<V> g(t);
