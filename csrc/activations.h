@@ -137,7 +137,8 @@ struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer e
   static constexpr std::string_view name = "selu";
   static constexpr bool coarse_in_half = true;
   static constexpr double scale = 1.0507009873554804934193349852946;
-  static constexpr double scaled_alpha = 1.6732632423543772848170429916717 * scale;
+  static constexpr double alpha = 1.6732632423543772848170429916717;
+  static constexpr double scaled_alpha = alpha * scale;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     return select(x >= V(0), V(scale) * x, V(scaled_alpha) * expm1(x));
   }

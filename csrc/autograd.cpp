@@ -328,20 +328,20 @@ struct LinearActivationRule {
       result = at::linear(tensors[input], tensors[weight], optional(tensors[bias]));
       derive_from_output = false;
     }
-    if (grads.size() == 1 || !grads[1].defined()) {
-      auto [dx, dw, db] = ops::linear_activation_backward().call(
-          grads[0], optional(tensors[input]), optional(tensors[weight]), optional(result), activation.name(),
-          activation.params(), derive_from_output, mask);
-      return {dx, dw, db};
-    }
+    auto linear_backward = [&](const Tensor& grad_output, std::string_view name, Params params) {
+      auto [dx, dw, db] = ops::linear_activation_backward().call(grad_output, optional(tensors[input]),
+                                                                 optional(tensors[weight]), optional(result),
+                                                                 name, params, derive_from_output, mask);
+      return variable_list{dx, dw, db};
+    };
+    if (grads.size() == 1 || !grads[1].defined())
+      return linear_backward(grads[0], activation.name(), activation.params());
     // The backward of a backward: z has a gradient of its own.
     Tensor dz = grads[1];
     if (grads[0].defined())
       dz = dz +
            ops::activation_backward().call(grads[0], result, activation.name(), activation.params(), false);
-    auto [dx, dw, db] =
-        composite::linear_backward(dz, optional(tensors[input]), optional(tensors[weight]), mask);
-    return {dx, dw, db};
+    return linear_backward(dz, Identity::name, {});
   }
 };
 

@@ -15,7 +15,6 @@
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardshrink.h>
-#include <ATen/ops/hardshrink_backward.h>
 #include <ATen/ops/hardsigmoid.h>
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/hardswish_backward.h>
@@ -41,7 +40,6 @@
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/softplus_backward.h>
 #include <ATen/ops/softshrink.h>
-#include <ATen/ops/softshrink_backward.h>
 #include <ATen/ops/sqrt.h>
 #include <ATen/ops/square.h>
 #include <ATen/ops/tanh.h>
@@ -101,8 +99,8 @@ constexpr Row rows[] = {
     {"softplus", [](T x, P p) { return at::softplus(x, p[0], p[1]); },
      [](T g, T x, P p) { return at::softplus_backward(g, x, p[0], p[1]); }},
     {"selu", [](T x, P) { return at::selu(x); },
-     [](T g, T x, P) { return at::elu_backward(g, SELU::scaled_alpha, SELU::scale, 1, false, x); },
-     [](T g, T y, P) { return at::elu_backward(g, SELU::scaled_alpha, SELU::scale, 1, true, y); },
+     [](T g, T x, P) { return at::elu_backward(g, SELU::alpha, SELU::scale, 1, false, x); },
+     [](T g, T y, P) { return at::elu_backward(g, SELU::alpha, SELU::scale, 1, true, y); },
      [](Tensor& x, P) -> Tensor& { return at::selu_(x); }},
     {"celu", [](T x, P p) { return at::celu(x, p[0]); },
      [](T g, T x, P p) { return at::elu_backward(g, p[0], 1, 1 / p[0], false, x); },
@@ -126,9 +124,9 @@ constexpr Row rows[] = {
      [](T g, T x, P) { return g * at::square(at::reciprocal(at::abs(x) + 1)); }},
     {"tanhshrink", [](T x, P) { return x - at::tanh(x); }, [](T g, T x, P) { return g * at::square(at::tanh(x)); }},
     {"softshrink", [](T x, P p) { return at::softshrink(x, p[0]); },
-     [](T g, T x, P p) { return at::softshrink_backward(g, x, p[0]); }},
+     [](T g, T x, P p) { return at::where(at::abs(x) <= p[0], 0, g); }},
     {"hardshrink", [](T x, P p) { return at::hardshrink(x, p[0]); },
-     [](T g, T x, P p) { return at::hardshrink_backward(g, x, p[0]); }},
+     [](T g, T x, P p) { return at::where(at::abs(x) <= p[0], 0, g); }},
     {"sine", [](T x, P p) { return at::sin(x * p[0]); }, [](T g, T x, P p) { return g * at::cos(x * p[0]) * p[0]; }},
     {"squareplus", [](T x, P p) { return (x + at::sqrt(x * x + p[0])) / 2; },
      [](T g, T x, P p) { return g * (x * at::rsqrt(x * x + p[0]) + 1) / 2; }},
@@ -146,6 +144,17 @@ static_assert(
 // The pieces as one linear layer of pieces * out features, piece after piece: maxout splits it again.
 Tensor stacked_linear(T input, T weight, const OptionalTensor& bias) {
   return at::linear(input, weight.flatten(0, 1), bias ? std::optional(bias->flatten(0, 1)) : std::nullopt);
+}
+
+// The gradients of at::linear for a weight of two dimensions, from dz = dE/dz.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(T dz, const OptionalTensor& input,
+                                                   const OptionalTensor& weight, Mask mask) {
+  auto rows_of = [](T t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); };
+  Tensor dx, dw, db;
+  if (mask[0]) dx = at::matmul(dz, *weight);
+  if (mask[1]) dw = at::mm(rows_of(dz).t(), rows_of(*input));
+  if (mask[2]) db = rows_of(dz).sum(0);
+  return {dx, dw, db};
 }
 
 }  // namespace
@@ -198,17 +207,6 @@ Tensor linear_activation(T input, T weight, const OptionalTensor& bias, std::str
                          Params params) {
   Tensor z = at::linear(input, weight, bias);
   return name == Identity::name ? z : activation(z, name, params);
-}
-
-// The gradients of at::linear for a weight of two dimensions, from dz = dE/dz.
-std::tuple<Tensor, Tensor, Tensor> linear_backward(T dz, const OptionalTensor& input,
-                                                   const OptionalTensor& weight, Mask mask) {
-  auto rows_of = [](T t) { return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2); };
-  Tensor dx, dw, db;
-  if (mask[0]) dx = at::matmul(dz, *weight);
-  if (mask[1]) dw = at::mm(rows_of(dz).t(), rows_of(*input));
-  if (mask[2]) db = rows_of(dz).sum(0);
-  return {dx, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(T grad_output, const OptionalTensor& input,

@@ -21,10 +21,6 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                                      Params params, bool keep_preactivation);
 Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          std::string_view name, Params params);
-
-// The gradients of at::linear for a weight of two dimensions, from dz = dE/dz.
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dz, const OptionalTensor& input,
-                                                   const OptionalTensor& weight, Mask mask);
 std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
     const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& saved, std::string_view name, Params params, bool from_output, Mask output_mask);

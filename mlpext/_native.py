@@ -30,7 +30,7 @@ def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace
     is traced."""
     function: Callable[..., Tensor] | None = _FUNCTIONS.get(name) or getattr(F, name, None)
     if function is None:
-        if not is_tensor_like(input):
+        if not is_tensor_like(input):  # type: ignore[no-untyped-call]
             raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
         return torch.ops.mlpext.activation(input, name, params)  # type: ignore[no-any-return]
     return function(input, *params, inplace=True) if inplace else function(input, *params)

@@ -96,9 +96,8 @@ def run_epoch(
     between two steps once `interrupted` is not empty. `advance(samples, mean E)` reports progress.
     """
     batch = plan.mode == "batch"
-    # Losses are looked at, and rows gathered, cast and moved, a block at a time: per step it would cost more
-    # than a small model's own work. In batch mode a block is also the chunk that passes through the model at
-    # once.
+    # Rows are gathered, cast and moved, and losses and metric looked at, a block at a time, so that a step
+    # does nothing but its own work. In batch mode a block is also the chunk that the model takes at once.
     chunk = BLOCK if batch else plan.step_size
     block = max(BLOCK // chunk, 1) * chunk
     score = torch.zeros((), dtype=torch.float64)

@@ -203,11 +203,11 @@ def fit(
     run = _Run(model, descent, generator, History(config), _EarlyStopping(patience))
     if saved is not None:
         _check_same_run(saved["config"], config, f"the checkpoint in {checkpoint}")
-        run.load_state_dict(saved)
-        if len(run.history) > epochs:
+        if len(saved["epochs"]) > epochs:
             raise ValueError(
-                f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(run.history)}"
+                f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(saved['epochs'])}"
             )
+        run.load_state_dict(saved)
     elif store is not None:
         store.save(run.state_dict())
     history, stopping = run.history, run.stopping
@@ -263,8 +263,7 @@ def fit(
 
 
 def evaluate(model: nn.Module, x: Array, target: Array, *, loss: Loss = "squared_error") -> dict[str, float]:
-    """The mean of E over the samples ("loss") and their "accuracy" (classes) or "r2" (numbers), in eval()
-    mode.
+    """The samples' mean E ("loss") and their "accuracy" (classes) or "r2" (numbers), in eval() mode.
 
         evaluate(model, x_test, labels)["accuracy"]
 
@@ -281,12 +280,13 @@ class _EarlyStopping:
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
         self.best_epoch = 0
-        self.best_loss = math.inf
+        self.best_loss: float | None = None
         self.weights: list[Tensor] = []
 
     def see(self, epoch: Epoch, model: nn.Module) -> None:
-        if epoch.metrics["val_loss"] < self.best_loss:
-            self.best_epoch, self.best_loss = epoch.epoch, epoch.metrics["val_loss"]
+        loss = epoch.metrics["val_loss"]
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_epoch, self.best_loss = epoch.epoch, loss
             self.weights = _copy_weights(model)
 
     def due(self, epoch: int) -> bool:
