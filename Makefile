@@ -35,7 +35,7 @@ clean:                     ## remove what was built; .venv's packages stay
 	find mlpext tests benchmarks -name __pycache__ -exec rm -rf {} +
 
 # One thread: on a machine with few cores, busy OpenMP threads make small tensors ten times slower.
-TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q
+TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxprocesses 4
 
 # Another TORCH than the one noted in the stamp makes the stamp out of date.
 ifneq ($(TORCH),$(STAMPED))

@@ -350,5 +350,5 @@ def _picture(record: Mapping[str, Any], path: Path) -> None:
     axes.set_xlabel("peer's CPU time / mlpext's (longer: mlpext faster; black line: target)")
     setting = record["setting"]
     axes.set_title(f"{record['title']}: {setting['threads']} thread(s), {setting['cpu']}", fontsize=9)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)
