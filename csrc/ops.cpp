@@ -62,8 +62,8 @@ bool served(const Tensor& tensor) {
 bool served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   if (!served(input) || !served(weight)) return false;
   // torch's linear takes a vector as weight, and broadcasts the bias.
-  return weight.dim() != 1 &&
-         (!bias || (served(*bias) && bias->dim() != 0 && bias->size(-1) == weight.size(-2)));
+  return weight.dim() >= 2 &&
+         (!bias || (served(*bias) && bias->dim() == 1 && (bias->size(0) != 1 || weight.size(-2) == 1)));
 }
 
 at::ScalarType maxout_index_dtype(int64_t pieces) { return pieces <= 256 ? at::kByte : at::kInt; }
