@@ -69,8 +69,8 @@ static_assert(std::ranges::all_of(activation_infos,
 
 // The node of a family. Rule says what is saved and how the gradients come of it:
 //   name, inputs                       what grad_fn prints; how many gradients it returns
-//   saved, saves_output[saved]         the saved tensors, and which of them are outputs of the node itself
-//   needs(i, mask)                     whether saved tensor i is wanted for the gradients asked for
+//   saved, saves_output(i)             how many tensors are saved; whether the i-th is an output of the node
+//   itself needs(i, mask)                     whether saved tensor i is wanted for the gradients asked for
 //   attributes(visit)                  everything else that the gradients depend on (for compiled autograd)
 //   backward(grads, tensors, mask)     the gradients
 template <class Rule> struct FamilyNode final : torch::autograd::TraceableFunction {
@@ -108,7 +108,7 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
 
   void compiled_args(torch::autograd::CompiledNodeArgs& args) const override {
     for (std::size_t i = 0; i < saved.size(); ++i) {
-      args.collect(saved[i], Rule::saves_output[i]);
+      args.collect(saved[i], rule.saves_output(i));
       args.collect(rule.needs(i, mask()));
     }
     Rule(rule).attributes([&](auto& attribute) { args.collect(attribute); });
@@ -160,11 +160,11 @@ OptionalTensor optional(const Tensor& tensor) {
 struct ActivationRule {
   static constexpr const char* name = "ActivationBackward0";
   static constexpr std::size_t inputs = 1, saved = 1;
-  static constexpr std::array<bool, saved> saves_output{false};
 
   Remembered activation;
   bool from_output = false;
 
+  bool saves_output(std::size_t) const { return from_output; }
   bool needs(std::size_t, std::array<bool, inputs>) const { return true; }
   template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit), visit(from_output); }
   variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
@@ -251,10 +251,10 @@ Tensor activation_backward(DispatchKeySet keys, const Tensor& grad_output, const
 struct MaxoutRule {
   static constexpr const char* name = "MaxoutBackward0";
   static constexpr std::size_t inputs = 1, saved = 1;  // the index of the piece that won
-  static constexpr std::array<bool, saved> saves_output{false};
 
   int64_t pieces = 1, dim = 0;
 
+  bool saves_output(std::size_t) const { return false; }
   bool needs(std::size_t, std::array<bool, inputs>) const { return true; }
   template <class Visit> void attributes(Visit&& visit) { visit(pieces), visit(dim); }
   variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
@@ -298,7 +298,6 @@ struct LinearActivationRule {
   // output so that a graph of the backward reaches through it.
   enum Saved : std::size_t { input, weight, bias, kept };
   static constexpr std::size_t inputs = 3, saved = 4;
-  static constexpr std::array<bool, saved> saves_output{false, false, false, true};
 
   Remembered activation;
   bool from_output = false;
@@ -307,6 +306,7 @@ struct LinearActivationRule {
   std::optional<c10::VariableVersion> version;
   uint32_t saved_version = 0;
 
+  bool saves_output(std::size_t i) const { return i == kept; }
   bool is_identity() const { return activation.index == 0; }
   bool output_changed() const { return version && version->current_version() != saved_version; }
 
@@ -408,10 +408,10 @@ struct LinearMaxoutRule {
   static constexpr const char* name = "LinearMaxoutBackward0";
   enum Saved : std::size_t { input, weight, index };
   static constexpr std::size_t inputs = 3, saved = 3;
-  static constexpr std::array<bool, saved> saves_output{};
 
   int64_t pieces = 1;
 
+  bool saves_output(std::size_t) const { return false; }
   bool needs(std::size_t i, Mask mask) const { return i == input ? mask[1] : i == weight ? mask[0] : true; }
   template <class Visit> void attributes(Visit&& visit) { visit(pieces); }
   variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,

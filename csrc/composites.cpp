@@ -113,7 +113,7 @@ constexpr Row rows[] = {
      [](T g, T x, P p) { return at::hardtanh_backward(g, x, p[0], p[1]); }, nullptr,
      [](Tensor& x, P p) -> Tensor& { return at::hardtanh_(x, p[0], p[1]); }},
     // Not at::hardsigmoid, whose backward has no derivative.
-    {"hardsigmoid", [](T x, P) { return x.is_floating_point() ? at::hardtanh(x + 3, 0, 6) / 6 : at::hardsigmoid(x); },
+    {"hardsigmoid", [](T x, P) { return x.is_floating_point() && x.layout() == at::kStrided ? at::hardtanh(x + 3, 0, 6) / 6 : at::hardsigmoid(x); },
      [](T g, T x, P) { return at::hardtanh_backward(g, x, -3, 3) / 6; }, nullptr,
      [](Tensor& x, P) -> Tensor& { return at::hardsigmoid_(x); }},
     {"hardswish", [](T x, P) { return at::hardswish(x); },
@@ -170,9 +170,11 @@ Tensor& activation_(Tensor& input, std::string_view name, Params params) {
 }
 
 Tensor activation_backward(T grad_output, T saved, std::string_view name, Params params, bool from_output) {
-  const Row& row = rows[activation_index(name, params)];
-  TORCH_CHECK_VALUE(!from_output || row.backward_from_output, "from_output: the derivative of '", name,
-                    "' is not determined by its output, expected False");
+  const std::size_t index = activation_index(name, params);
+  TORCH_CHECK_VALUE(!from_output || activation_infos[index].output_suffices(params.data()),
+                    "from_output: the derivative of '", name, "' with parameters ", params,
+                    " does not follow from its output, expected False");
+  const Row& row = rows[index];
   return (from_output ? row.backward_from_output : row.backward)(grad_output, saved, params.data());
 }
 

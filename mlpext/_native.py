@@ -13,26 +13,22 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import is_tensor_like
 
 from mlpext import _C
 
-# Where the name is not torch.nn.functional's own.
+# Where torch.nn.functional has no function of that name.
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "sine": lambda input, omega: torch.sin(input * omega),
+    "squareplus": lambda input, b: (input + torch.sqrt(input * input + b)) / 2,
 }
 
 
 def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
-    """`name` of torch.nn.functional; what torch lacks is the registered operator, which decomposes when it
-    is traced."""
-    function: Callable[..., Tensor] | None = _FUNCTIONS.get(name) or getattr(F, name, None)
-    if function is None:
-        if not is_tensor_like(input):  # type: ignore[no-untyped-call]
-            raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
-        return torch.ops.mlpext.activation(input, name, params)  # type: ignore[no-any-return]
+    """The function `name` of torch.nn.functional, or what torch makes it of."""
+    function: Callable[..., Tensor] = _FUNCTIONS.get(name) or getattr(F, name)
     return function(input, *params, inplace=True) if inplace else function(input, *params)
 
 

@@ -8,13 +8,15 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checkpoint import write_atomically
-from .history import History
+
+if TYPE_CHECKING:
+    from .history import History
 
 try:
     from matplotlib.axes import Axes

@@ -107,9 +107,10 @@ void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params par
 Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,
                            Params params, bool from_output) {
   const std::size_t index = activation_index(name, params);
+  const ActivationInfo& info = activation_infos[index];
   const ActivationKernels& table = kernels().activations[index];
   if (!served(grad_output) || !served(saved) || grad_output.scalar_type() != saved.scalar_type() ||
-      !activation_infos[index].usual(params.data()) || (from_output && !table.backward_from_output[0]))
+      !info.usual(params.data()) || (from_output && !info.output_suffices(params.data())))
     return composite::activation_backward(grad_output, saved, name, params, from_output);
 
   const Backward kernel = (from_output ? table.backward_from_output : table.backward)[dtype_of(saved)];
