@@ -3,8 +3,9 @@
 //
 // V is a vector of float or double lanes (cpu/vec.h) or a plain float or double. A formula uses only the
 // words that every V has: + - * /, comparisons, select, abs, sqrt, madd, at_least and at_most (a NaN passes),
-// exp, expm1, log1p, tanh, sin, cos, normal_cdf, normal_pdf, tanhshrink. There is no `if`: with
-// select(condition, a, b) a NaN takes the same side in every lane, at every length, on every instruction set.
+// exp(x), exp(x, c) = c e^x, expm1(x), expm1(x, c), log1p, tanh, tanhshrink, sin, cos, normal_cdf,
+// times_normal_cdf, normal_pdf, odd_cubic. There is no `if`: with select(condition, a, b) a NaN takes the
+// same side in every lane, at every length, on every instruction set.
 //
 // A struct has
 //   name, params             what users call it and its parameters, with defaults: double members in the same
@@ -30,6 +31,10 @@ namespace mlpext {
 struct Param {
   std::string_view name;
   double value;  // default
+};
+
+struct TwoParts {  // a constant with more digits than a double
+  double hi, lo;
 };
 
 struct Formula {
@@ -125,7 +130,7 @@ struct ELU : Formula {  // x, and alpha (e^x - 1) below 0 (Clevert et al., 2015)
   double alpha;
   template <class V> MLPEXT_FORMULA V forward(V x) const { return select(x >= V(0), x, V(alpha) * expm1(x)); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    return select(x > V(0), V(1), V(alpha) * exp(x));
+    return select(x > V(0), V(1), exp(x, V(alpha)));
   }
   template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
     return select(y > V(0), V(1), y + V(alpha));
@@ -140,10 +145,10 @@ struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer e
   static constexpr double alpha = 1.6732632423543772848170429916717;
   static constexpr double scaled_alpha = alpha * scale;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    return select(x >= V(0), V(scale) * x, V(scaled_alpha) * expm1(x));
+    return select(x >= V(0), V(scale) * x, expm1(x, V(scaled_alpha)));
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    return select(x > V(0), V(scale), V(scaled_alpha) * exp(x));
+    return select(x > V(0), V(scale), exp(x, V(scaled_alpha)));
   }
   template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
     return select(y > V(0), V(scale), y + V(scaled_alpha));
@@ -170,55 +175,66 @@ struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 20
 
 struct GELU : Formula {  // x P(X <= x), X normal (Hendrycks and Gimpel, 2016)
   static constexpr std::string_view name = "gelu";
-  template <class V> MLPEXT_FORMULA V forward(V x) const { return at_least(x, V(-1000)) * normal_cdf(x); }
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return times_normal_cdf(x); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     return madd(at_most(at_least(x, V(-1000)), V(1000)), normal_pdf(x), normal_cdf(x));
   }
 };
 
+// The derivative of x sigmoid(v), from minus = -|v|, where v has the sign of x, and slope = v'. exp
+// multiplies the other factor in: e^-|v| alone would lose digits, then be 0, where the product is not.
+template <class V, class Exponent> MLPEXT_FORMULA V times_sigmoid_derivative(V x, Exponent minus, V slope) {
+  V e = exp(minus), d = V(1) + e;
+  return select(x < V(0), exp(minus, madd(x, slope, d)), madd(x * slope, e, d)) / (d * d);
+}
+
 struct SiLU : Formula {  // x sigmoid(x) (Elfwing et al., 2017)
   static constexpr std::string_view name = "silu";
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    return at_least(x, V(-1000)) * Sigmoid().forward(x);
+    V n = select(x < V(0), exp(-abs(x), at_least(x, V(-1000))), x);
+    return n / (V(1) + exp(-abs(x)));
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    V bounded = at_most(at_least(x, V(-1000)), V(1000));
-    return madd(bounded, Sigmoid().derivative(x), Sigmoid().forward(x));
+    return times_sigmoid_derivative(at_most(at_least(x, V(-1000)), V(1000)), -abs(x), V(1));
   }
 };
 
-struct GELUTanh : Formula {  // gelu's tanh approximation, x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x
-                             // + 0.044715 x^3)
+// gelu's tanh approximation, x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)
+struct GELUTanh : Formula {
   static constexpr std::string_view name = "gelu_tanh";
-  static constexpr double two_k = 1.5957691216057307117597842397375;  // 2 sqrt(2 / pi)
-  static constexpr double cubic = 0.044715;
-  template <class V> static MLPEXT_FORMULA V two_u(V x) { return V(two_k) * x * madd(V(cubic) * x, x, V(1)); }
+  static constexpr TwoParts a{1.5957691216057308, -9.96930880911092e-17};  // 2u = a x + b x^3
+  static constexpr TwoParts b{0.07135481627260025, -4.1218577217431825e-18};
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    return at_least(x, V(-1000)) * Sigmoid().forward(two_u(x));
+    V t = at_most(abs(x), V(1000));
+    auto minus = -odd_cubic(t, a, b);
+    V q = over_one_plus(exp(minus, t), exp(minus));
+    return select(x < V(0), -q, x - q);
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     V bounded = at_most(at_least(x, V(-1000)), V(1000));
-    V two_u_derivative = V(two_k) * madd(V(3 * cubic) * bounded, bounded, V(1));
-    return madd(bounded * two_u_derivative, Sigmoid().derivative(two_u(bounded)),
-                Sigmoid().forward(two_u(x)));
+    V slope = madd(V(3 * b.hi) * bounded, bounded, V(a.hi));
+    return times_sigmoid_derivative(bounded, -odd_cubic(abs(bounded), a, b), slope);
   }
 };
 
-struct Mish
-    : Formula {  // x tanh(log(1 + e^x)) (Misra, 2019); tanh(log(1 + e^x)) = n / d, rational in t = e^-|x|
+struct Mish : Formula {  // x tanh(log(1 + e^x)) (Misra, 2019), in t = e^-|x|
   static constexpr std::string_view name = "mish";
+  // Below 0 it is x n / (1 + e) with n = t + t^2 / 2 = e, above x - x n / (1 + e) with n = 2 t^2 and e = 2 t
+  // + 2 t^2.
+  template <class V> static MLPEXT_FORMULA V rest(V x, V t) {
+    return madd(select(x > V(0), V(2), V(0.5)) * t, t, select(x > V(0), t + t, t));
+  }
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    V t = exp(-abs(x));
-    V n = select(x > V(0), madd(V(2), t, V(1)), t * (t + V(2)));
-    V d = n + select(x > V(0), V(2) * t * t, V(2));
-    return at_least(x, V(-1000)) * (n / d);
+    V t = exp(-abs(x)), xt = exp(-abs(x), at_most(at_least(x, V(-1000)), V(1000)));
+    V xn = madd(select(x > V(0), V(2), V(0.5)) * xt, t, select(x > V(0), V(0), xt));
+    V q = over_one_plus(xn, rest(x, t));
+    return select(x > V(0), x - q, q);
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    V t = exp(-abs(x));
-    V n = select(x > V(0), madd(V(2), t, V(1)), t * (t + V(2)));
-    V d = n + select(x > V(0), V(2) * t * t, V(2));
-    V slope = select(x > V(0), t * t, t) * V(4) * (V(1) + t) / (d * d);
-    return madd(at_most(at_least(x, V(-1000)), V(1000)), slope, n / d);
+    V t = exp(-abs(x)), bounded = at_most(at_least(x, V(-1000)), V(1000)), d = V(1) + rest(x, t);
+    V above = madd(V(4) * t * t, bounded * (V(1) + t), madd(V(2), t, V(1)) * d);
+    V below = exp(-abs(x), madd(madd(V(0.5), t, V(1)), d, bounded * (V(1) + t)));
+    return select(x > V(0), above, below) / (d * d);
   }
 };
 
@@ -276,7 +292,7 @@ struct Softsign : Formula {  // x / (1 + |x|)
 
 struct Tanhshrink : Formula {  // x - tanh(x)
   static constexpr std::string_view name = "tanhshrink";
-  template <class V> MLPEXT_FORMULA V forward(V x) const { return x - tanh(x); }
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return tanhshrink(x); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     V y = tanh(x);
     return y * y;

@@ -18,6 +18,16 @@ template <class V, class... C> MLPEXT_INLINE V horner(V x, double c0, C... c) {
   else return madd(x, horner(x, c...), V(c0));
 }
 
+// a b + c where the two nearly cancel, so that what is left is exact or nearly so: what rounding lost.
+template <class V> MLPEXT_INLINE V residual(V a, V b, V c) {
+  if constexpr (fused_madd) return madd(a, b, c);
+  using T = typename V::Scalar;
+  constexpr auto head = ~typename Format<T>::Bits(0) << (Format<T>::mantissa / 2 + 1);
+  const V a1 = from_bits<T>(bits_of(a) & head), a2 = a - a1, b1 = from_bits<T>(bits_of(b) & head),
+          b2 = b - b1;
+  return (((a1 * b1 + c) + a1 * b2) + a2 * b1) + a2 * b2;
+}
+
 // x rounded to a whole number n, |n| < 2^22 or 2^51, by adding 1.5 * 2^23 or 2^52: the low bits of `biased`
 // are n's.
 template <class V> struct Whole {
@@ -75,30 +85,96 @@ template <class V> MLPEXT_INLINE V subtract_ln2(V x, V n) {
   return madd(n, V(-ln2_lo<V>), madd(n, V(-ln2_hi<V>), x));
 }
 
-// Max ULP: float 0.93 (1.20), double 0.82 (1.05).
-template <class V> MLPEXT_INLINE V exp(V x) {
-  x = at_least(at_most(x, V(is_float<V> ? 89 : 710)), V(is_float<V> ? -104 : -746));  // beyond: inf, 0
-  const auto n = round_product(x, log2e);
-  const V r = subtract_ln2(x, n.value());
-  return scale(madd(r, madd(r, expm1_terms(r), V(1)), V(1)), n);
+// A number in two parts: hi + lo, |lo| at most an ulp or two of hi.
+template <class V> struct Pair {
+  V hi, lo;
+  friend MLPEXT_INLINE Pair operator-(Pair x) { return {-x.hi, -x.lo}; }
+};
+
+// e^x = 2^n e^r, |r| <= ln 2 / 2; x in one part or two.
+template <class V> struct Exponential {
+  Whole<V> n;
+  V r;
+  MLPEXT_INLINE explicit Exponential(V x) : n(round_product(x, log2e)), r(subtract_ln2(x, n.value())) {}
+  MLPEXT_INLINE explicit Exponential(Pair<V> x) : n(round_product(x.hi, log2e)) {
+    r = madd(n.value(), V(-ln2_hi<V>), x.hi) + madd(n.value(), V(-ln2_lo<V>), x.lo);
+  }
+  MLPEXT_INLINE V times(V c) const { return scale(madd(c * r, madd(r, expm1_terms(r), V(1)), c), n); }
+};
+
+// x where e^x is neither 0 nor infinity, and somewhat beyond.
+template <class V> MLPEXT_INLINE V exp_range(V x) {
+  return at_least(at_most(x, V(is_float<V> ? 89 : 710)), V(is_float<V> ? -150 : -800));
 }
+template <class V> MLPEXT_INLINE Pair<V> exp_range(Pair<V> x) { return {exp_range(x.hi), x.lo}; }
+
+// e^x, and c e^x for |c| < 10^6, rounded as well as e^x and 0 only where the product is; x may have two
+// parts. Max ULP: float 0.93 (1.20), double 0.82 (1.05).
+template <class V> MLPEXT_INLINE V exp(V x) { return Exponential<V>(exp_range(x)).times(V(1)); }
+template <class V> MLPEXT_INLINE V exp(Pair<V> x) { return Exponential<V>(exp_range(x)).times(V(1)); }
+template <class V> MLPEXT_INLINE V exp(V x, V c) { return Exponential<V>(exp_range(x)).times(c); }
+template <class V> MLPEXT_INLINE V exp(Pair<V> x, V c) { return Exponential<V>(exp_range(x)).times(c); }
+
+// n / (1 + e), e >= 0 and n finite, nearly rounded once: what rounding 1 + e and the quotient lost is made
+// good.
+template <class V> MLPEXT_INLINE V over_one_plus(V n, V e) {
+  const V d = V(1) + e, lost = e - (d - V(1)), r = V(1) / d, y = n * r;
+  return madd(madd(-y, lost, residual(-y, d, n)), r, y);
+}
+
+// a x + b x^3 in two parts, as exp takes it; a and b have two parts, too. |a + b x^2| < 16 (float) or 64
+// (double) wherever the second part counts: to such sums the part of a on a grid adds exactly.
+template <class V, class Constant> MLPEXT_INLINE Pair<V> odd_cubic(V x, Constant a, Constant b) {
+  constexpr double magic = is_float<V> ? 0x1.8p32 : 0x1.8p5;
+  const double a_grid = (a.hi + magic) - magic, b_hi = typename V::Scalar(b.hi);
+  const V a1(a_grid), a2((a.hi - a_grid) + a.lo), b1(b_hi), b2((b.hi - b_hi) + b.lo);
+  const V z = x * x, slope = madd(b1, z, a1), y = x * slope;
+  const V rest = residual(b1, z, a1 - slope) + madd(b1, residual(x, x, -z), madd(b2, z, a2));
+  return {y, madd(x, rest, residual(x, slope, -y))};
+}
+
+// What expm1 shares with its multiple: 2^n (1 + m) - 1, or m alone up to 0.41, where 2 (1 + m) - 1, just
+// above ln 2 / 2, would cancel and cost 2 ULP.
+template <class V> struct Expm1 {
+  Mask<typename V::Scalar> near;
+  V r, half;  // half = 2^n / 2: 2^n itself may overflow
+  MLPEXT_INLINE explicit Expm1(V x) : near(abs(x) < V(0.41)) {
+    const V t =
+        at_least(at_most(x, V(is_float<V> ? 89 : 710)), V(is_float<V> ? -18 : -39));  // beyond: inf, -1
+    const auto n = round_product(t, log2e);
+    r = subtract_ln2(t, select(near, V(0), n.value()));
+    half = power_of_two<V>(n.bits(), -1);
+  }
+};
 
 // Max ULP: float 1.43, below 0 0.87 (1.40, 0.98), double 1.12 (1.10).
 template <class V> MLPEXT_INLINE V expm1(V x) {
-  const V t = at_least(at_most(x, V(is_float<V> ? 89 : 710)), V(is_float<V> ? -18 : -39));  // beyond: inf, -1
-  // No reduction up to 0.41: just above ln 2 / 2, 2 (1 + m) - 1 would cancel and cost 2 ULP.
-  const auto near = abs(x) < V(0.41);
-  const auto n = round_product(t, log2e);
-  const V m = expm1_reduced<true>(subtract_ln2(t, select(near, V(0), n.value())));
-  const V half = power_of_two<V>(n.bits(), -1);  // 2^n itself may overflow
-  const V y = madd(half, m, half - V(0.5));
-  return copysign(select(near, m, y + y), x);  // for -0
+  const Expm1<V> e(x);
+  const V m = expm1_reduced<true>(e.r), y = madd(e.half, m, e.half - V(0.5));
+  return copysign(select(e.near, m, y + y), x);  // for -0
 }
 
-// |x| < 0.56: x + x^3 q(x^2), q of degree 4 in float, 10 in double; above: 1 - 2 / (e^2|x| + 1).
+// c (e^x - 1) for c > 0, rounded nearly as well.
+template <class V> MLPEXT_INLINE V expm1(V x, V c) {
+  const Expm1<V> e(x);
+  const V rest = e.r * e.r * expm1_terms<true>(e.r), y = madd(c * e.half, e.r + rest, c * (e.half - V(0.5)));
+  const V p = c * e.r, near = p + madd(c, rest, residual(c, e.r, -p));
+  return copysign(select(e.near, near, y + y), x);
+}
+
+// 1 - tanh(t) = 2 / (e^2t + 1) for t >= 0
+template <class V> MLPEXT_INLINE V one_minus_tanh(V t) {
+  t = at_most(t, V(is_float<V> ? 9.1 : 19.1));  // beyond: less than half an ulp of 1
+  const auto n = round_product(t, 2 * log2e);
+  const V power = power_of_two<V>(n.bits(), 0);
+  const V e = madd(power, expm1_reduced(subtract_ln2(t + t, n.value())), power);
+  return V(2) / (e + V(1));
+}
+
+// |x| < 0.56: x + x^3 q(x^2), q of degree 4 in float, 10 in double.
 // Max ULP: float 1.45 (1.42), double 1.41 (1.34).
 template <class V> MLPEXT_INLINE V tanh(V x) {
-  const V t = at_most(abs(x), V(is_float<V> ? 9.1 : 19.1)), z = t * t;  // beyond: 1
+  const V t = abs(x), z = t * t;
   V q;
   if constexpr (is_float<V>)
     q = horner(z, -3.3333313e-01, 1.3332437e-01, -5.383626e-02, 2.1005783e-02, -6.1821397e-03);
@@ -106,11 +182,26 @@ template <class V> MLPEXT_INLINE V tanh(V x) {
     q = horner(z, -0.3333333333333328, 0.13333333333323746, -0.05396825396207604, 0.02186948833760144,
                -0.008863231814868233, 0.0035920841479180083, -0.0014554925188961388, 0.0005882390271805032,
                -0.00023286214715130565, 8.257562487935518e-05, -1.903893304955719e-05);
-  const V small = madd(t * z, q, t);
-  const auto n = round_product(t, 2 * log2e);
-  const V power = power_of_two<V>(n.bits(), 0);
-  const V e = madd(power, expm1_reduced(subtract_ln2(t + t, n.value())), power);
-  return copysign(select(t < V(0.56), small, V(1) - V(2) / (e + V(1))), x);
+  return copysign(select(t < V(0.56), madd(t * z, q, t), V(1) - one_minus_tanh(t)), x);
+}
+
+// x - tanh(x). |x| < 1: x^3 (1/3 + q(x^2)), q of degree 7 in float, 16 in double, with x^3 in two parts.
+template <class V> MLPEXT_INLINE V tanhshrink(V x) {
+  const V t = abs(x), z = t * t, cube = t * z;
+  V q;
+  if constexpr (is_float<V>)
+    q = z * horner(z, -0.13333312, 0.05396333, -0.021829518, 0.008697974, -0.0032069709, 0.0009236356,
+                   -0.00014282367);
+  else
+    q = z * horner(z, -0.1333333333333331, 0.05396825396823156, -0.021869488535297885, 0.00886323551258739,
+                   -0.003592127823652332, 0.001455832653290811, -0.0005900175763535086,
+                   0.00023908846376653154, -9.679108983752376e-05, 3.899186661071375e-05,
+                   -1.5416446707126692e-05, 5.777649982412294e-06, -1.921811747213646e-06,
+                   5.123293514745995e-07, -9.365596749694354e-08, 8.539977078885353e-09);
+  const V third(1.0 / 3), rest = residual(t, z, -cube) + t * residual(t, t, -z);
+  const V near = madd(cube, third, madd(cube, q, rest * third));
+  const V y = select(t < V(1), near, (t - V(1)) + one_minus_tanh(t));
+  return copysign(y, x) + V(0);  // 0 - 0 is +0
 }
 
 // Max ULP: float 1.27 (1.27), double 1.19 (1.50).
@@ -197,69 +288,66 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
 template <class V> MLPEXT_INLINE V sin(V x) { return sine<0>(x); }
 template <class V> MLPEXT_INLINE V cos(V x) { return sine<1>(x); }
 
-// e^(-t^2 / 2) = 2^n e^r. The square is kept in two parts: rounding it alone would cost 50 ULP at t = 14.
-template <class V> struct Gaussian {
-  Whole<V> n;
-  V r;
-  MLPEXT_INLINE explicit Gaussian(V t) {
-    V hi, lo;
-    if constexpr (fused_madd) {
-      const V u = V(-0.5) * t;
-      hi = u * t;
-      lo = madd(u, t, -hi);
-    } else {
-      using F = Format<typename V::Scalar>;
-      const V head =
-          from_bits<typename V::Scalar>(bits_of(t) & (~typename F::Bits(0) << (F::mantissa / 2 + 1)));
-      hi = V(-0.5) * head * head;
-      lo = V(-0.5) * (t - head) * (t + head);
-    }
-    n = round_product(hi, log2e);
-    r = madd(n.value(), V(-ln2_hi<V>), hi) + madd(n.value(), V(-ln2_lo<V>), lo);
-  }
-};
+// -t^2 / 2 in two parts: rounding the square alone would cost 50 ULP of its exponential at t = 14.
+template <class V> MLPEXT_INLINE Pair<V> minus_half_square(V t) {
+  const V u = V(-0.5) * t, hi = u * t;
+  return {hi, residual(u, t, -hi)};
+}
 template <class V> constexpr double gaussian_end =
     is_float<V> ? 14.5 : 38.8;  // normal_pdf and normal_cdf(-t) are 0 here
 
 // e^(-x^2/2) / sqrt(2 pi). Max ULP: float 1.27 (1.79), double 1.29 (1.31).
 template <class V> MLPEXT_INLINE V normal_pdf(V x) {
-  const Gaussian<V> g(at_most(abs(x), V(gaussian_end<V>)));
-  const V c(0.3989422804014327);
-  return scale(madd(c, expm1_reduced(g.r), c), g.n);
+  const V t = at_most(abs(x), V(gaussian_end<V>));
+  return Exponential<V>(minus_half_square(t)).times(V(0.3989422804014327));
 }
 
-// Phi(x) = erfc(-x / sqrt 2) / 2. |x| < 1: 1/2 + x p(x^2), p of degree 5 in float, 10 in double; else, with t
-// = |x|, Phi(-t) = e^(-t^2/2) u q(u), u = 1 / (t + b), q of degree 7 in float, 19 in double. Every factor
-// rounds by up to one ULP: `loss` holds what they lost, so that the product is nearly rounded once. Max ULP:
-// float 1.87 (3.50), double 2.66 (3.23).
-template <class V> MLPEXT_INLINE V normal_cdf(V x) {
+// Phi(x) = erfc(-x / sqrt 2) / 2, or x Phi(x). |x| < 0.68: 1/2 + x p(x^2), p of degree 4 in float, 9 in
+// double; else, with t = |x|, Phi(-t) = e^(-t^2/2) u q(u), u = 1 / (t + b), q of degree 8 in float, 20 in
+// double. Every factor rounds by up to one ULP: `loss` holds what they lost, so that the product is nearly
+// rounded once.
+template <bool times_x, class V> MLPEXT_INLINE V normal_cdf_or_multiple(V x) {
   const V t = at_most(abs(x), V(gaussian_end<V>)), z = t * t;
   const V b(is_float<V> ? 3 : 4), d = t + b, u = V(1) / d;
-  const V c(is_float<V> ? 0.39892948 : 0.3989422804039454);
-  V near, terms;
+  const V c(is_float<V> ? 0.39890274 : 0.3989422804135614);
+  const V c1(is_float<V> ? 1.1997305 : 1.595769117915698);
+  V near, rest;
   if constexpr (is_float<V>) {
-    near = horner(z, 0.3989423, -0.066490345, 0.009973095, -0.0011857867, 0.000112951915, -7.4629315e-06);
-    terms = horner(u, 1.1979256, 3.1522114, 7.949042, 3.0245533, 70.199875, -291.42963, 286.16138);
+    near = horner(z, 0.3989423, -0.066490315, 0.009972408, -0.001181873, 0.00010379773);
+    rest = horner(u, 3.1009862, 8.747941, -4.475675, 113.688545, -443.8507, 582.0666, -244.17523);
   } else {
-    near =
-        horner(z, 0.3989422804014327, -0.06649038006690532, 0.009973557010032818, -0.001187328215446723,
-               0.00011543468740264206, -9.444655425684446e-06, 6.659672432229469e-07, -4.122315245835515e-08,
-               2.269661722280619e-09, -1.103114705157121e-10, 4.0115242944906535e-12);
-    terms = horner(u, 1.5957691207438396, 5.984134340753468, 20.74498579907822, 65.02841815274778,
-                   177.0916104141519, 384.75343551208755, 433.3593289994951, 0.5076328905651842,
-                   -20580.728478106557, 163649.73122059187, -2002930.5863897728, 17223569.9757699,
-                   -113760074.77797389, 593864580.6036891, -2286219211.873374, 6104378237.822052,
-                   -10667542410.46418, 11017643098.860037, -5125459968.988311);
+    near = horner(z, 0.3989422804014327, -0.06649038006690544, 0.009973557010035444, -0.0011873282154727753,
+                  0.00011543468752864916, -9.444655656129468e-06, 6.659667294710474e-07,
+                  -4.1219439776966777e-08, 2.2612109084254878e-09, -1.011296222291486e-10);
+    rest = horner(u, 5.984134722903506, 20.744954247838454, 65.03020399094471, 177.01790476342975,
+                  387.056779452778, 377.4980836780601, 1069.3838574631282, -36893.92671403632,
+                  363544.10598477034, -3975204.1128443913, 32882893.75732596, -213378150.06753695,
+                  1097223721.0171583, -4277450404.7730784, 12132954693.766117, -24143351044.406498,
+                  31959993895.195877, -25318580715.0835, 9093306270.540699);
   }
-  const V q = madd(u, terms, c), product = u * q;
+  const V terms = madd(u, rest, c1), q = madd(u, terms, c);
+  V product = u * q;
   // 1 - u (t + b), the error of u, counts 1 + u q'(u) / q(u) times in u q(u), about a line in u; d - b is
   // exact.
-  const V u_loss = madd(u, V(is_float<V> ? 4.4 : 7.5), V(1)) * madd(-u, t - (d - b), madd(-u, d, V(1)));
-  const V loss = madd(product, u_loss, madd(u, madd(u, terms, c - q), madd(u, q, -product)));
-  const Gaussian<V> g(t);
+  const V u_loss = madd(u, V(is_float<V> ? 4.4 : 7.5), V(1)) * madd(-u, t - (d - b), residual(-u, d, V(1)));
+  const V q_loss = madd(u, madd(u, rest, c1 - terms), madd(u, terms, c - q));
+  V loss = madd(product, u_loss, madd(u, q_loss, residual(u, q, -product)));
+  if constexpr (times_x) {
+    const V multiple = t * product;
+    loss = madd(t, loss, residual(t, product, -multiple));
+    product = multiple;
+  }
+  const Exponential<V> g(minus_half_square(t));
   const V m = g.r * g.r * expm1_terms(g.r);  // e^r = 1 + r + m
   const V tail = scale(product + madd(product, g.r, madd(product, m, madd(loss, g.r + m, loss))), g.n);
-  return select(t < V(1), madd(x, near, V(0.5)), select(x > V(0), V(1) - tail, tail));
+  const V center = madd(x, near, V(0.5));
+  if constexpr (times_x) return select(t < V(0.68), x * center, select(x > V(0), x - tail, -tail));
+  else return select(t < V(0.68), center, select(x > V(0), V(1) - tail, tail));
 }
+
+// Max ULP: float 1.87 (3.50), double 2.66 (3.23).
+template <class V> MLPEXT_INLINE V normal_cdf(V x) { return normal_cdf_or_multiple<false>(x); }
+// x Phi(x).
+template <class V> MLPEXT_INLINE V times_normal_cdf(V x) { return normal_cdf_or_multiple<true>(x); }
 
 }  // namespace mlpext::MLPEXT_ISA
