@@ -349,7 +349,8 @@ Tensor linear_activation(DispatchKeySet keys, const Tensor& input, const Tensor&
                          const OptionalTensor& bias, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
-  if (!plain_eager(keys, input, weight, bias) || !served(input, weight, bias) || !info.usual(params.data()))
+  if (!plain_eager(keys, input, weight, bias) || !linear_served(input, weight, bias) ||
+      !info.usual(params.data()))
     return composite::linear_activation(input, weight, bias, name, params);
 
   const bool requires_grad = compute_requires_grad(input, weight, bias);
@@ -425,7 +426,7 @@ struct LinearMaxoutRule {
 
 Tensor linear_maxout(DispatchKeySet keys, const Tensor& input, const Tensor& weight,
                      const OptionalTensor& bias) {
-  if (!plain_eager(keys, input, weight, bias) || !served(input, weight, bias))
+  if (!plain_eager(keys, input, weight, bias) || !linear_maxout_served(input, weight, bias))
     return composite::linear_maxout(input, weight, bias);
 
   const bool requires_grad = compute_requires_grad(input, weight, bias);

@@ -59,11 +59,14 @@ bool served(const Tensor& tensor) {
          !tensor.is_nested();
 }
 
-bool served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  if (!served(input) || !served(weight)) return false;
+bool linear_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  if (!linear_maxout_served(input, weight, bias)) return false;
   // torch's linear takes a vector as weight, and broadcasts the bias.
-  return weight.dim() >= 2 &&
-         (!bias || (served(*bias) && bias->dim() == 1 && (bias->size(0) != 1 || weight.size(-2) == 1)));
+  return weight.dim() >= 2 && (!bias || (bias->dim() == 1 && (bias->size(0) != 1 || weight.size(-2) == 1)));
+}
+
+bool linear_maxout_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  return served(input) && served(weight) && (!bias || served(*bias));
 }
 
 at::ScalarType maxout_index_dtype(int64_t pieces) { return pieces <= 256 ? at::kByte : at::kInt; }

@@ -67,7 +67,9 @@ std::size_t activation_index(std::string_view name, Params params);
 // Whether there is a kernel for this tensor: dense float64, float32, bfloat16 or float16 on the CPU. The rest
 // is native's.
 bool served(const Tensor& tensor);
-bool served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+// Those of a linear layer, in shapes that torch's linear does not broadcast; and those of linear_maxout.
+bool linear_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+bool linear_maxout_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 
 // Refuse shapes and dtypes that do not fit together, naming the argument, its value and what is accepted.
 void check_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
   const std::size_t index = activation_index(name, params);
-  if (!served(input, weight, bias) || !activation_infos[index].usual(params.data()))
+  if (!linear_served(input, weight, bias) || !activation_infos[index].usual(params.data()))
     return composite::linear_activation_forward(input, weight, bias, name, params, keep_preactivation);
   check_linear(input, weight, bias);
   const Tensor z = product(rows_of(input), weight, bias);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
 
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias) {
-  if (!served(input, weight, std::nullopt) || (bias && !served(*bias)))
+  if (!linear_maxout_served(input, weight, bias))
     return composite::linear_maxout_forward(input, weight, bias);
   check_linear_maxout(input, weight, bias);
   const Tensor z =
@@ -74,8 +74,7 @@ std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tens
 }
 
 Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  if (!served(input, weight, std::nullopt) || (bias && !served(*bias)))
-    return composite::linear_maxout(input, weight, bias);
+  if (!linear_maxout_served(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
   check_linear_maxout(input, weight, bias);
   const Tensor z =
       product(rows_of(input), weight.flatten(0, 1), bias ? std::optional(bias->flatten(0, 1)) : std::nullopt);
