@@ -1,0 +1,24 @@
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "mlpext", deadline=None, derandomize=True, database=None, max_examples=60
+)
+hypothesis.settings.load_profile("mlpext")
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """One thread and one seed for every test; what a test changes, the next does not see."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,120 @@
+"""The registered operators themselves: torch's own checks of schema, fake kernel, autograd and tracing."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from common import CASES, NAMES, every_case, values_of
+
+ops = torch.ops.mlpext
+pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+MASKS = [list(m) for m in itertools.product([True, False], repeat=3)][:-1]
+
+
+def from_output(name, parameters):
+    """Whether the derivative follows from the output, by asking the operator."""
+    x = -torch.ones(1)
+    try:
+        ops.activation_backward(x, x, name, values_of(name, parameters), True)
+    except (ValueError, RuntimeError):
+        return False
+    return True
+
+
+def randn(*shape, grad=True):
+    return torch.randn(shape, requires_grad=grad)
+
+
+def test_the_operators_are_these():
+    """A new operator needs a check here."""
+    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("mlpext::")}
+    assert registered == {
+        f"mlpext::{n}{suffix}"
+        for n, suffixes in {
+            "activation": ("", "_", "_backward"),
+            **dict.fromkeys(("maxout", "linear_activation", "linear_maxout"), ("", "_forward", "_backward")),
+        }.items()
+        for suffix in suffixes
+    }
+
+
+@every_case
+def test_activation(name, parameters):
+    opcheck(ops.activation.default, (randn(3, 6), name, values_of(name, parameters)))
+
+
+@every_case
+def test_activation_inplace(name, parameters):
+    opcheck(ops.activation_.default, (randn(3, 6, grad=False), name, values_of(name, parameters)))
+
+
+@every_case
+@pytest.mark.parametrize("grad", [False, True])
+def test_activation_backward(name, parameters, grad):
+    for output in (False, True) if from_output(name, parameters) else (False,):
+        saved = torch.rand(3, 6, requires_grad=grad)
+        arguments = (randn(3, 6, grad=grad), saved, name, values_of(name, parameters), output)
+        opcheck(ops.activation_backward.default, arguments)
+
+
+def test_from_output_where_it_does_not_suffice_is_refused():
+    refused = [case.id for case in CASES if not from_output(*case.values)]
+    assert {"gelu", "silu", "mish", "elu(alpha=-0.5)", "leaky_relu(negative_slope=-0.3)"} <= set(refused)
+    assert not {"relu", "elu", "sigmoid", "tanh", "selu", "celu", "leaky_relu"} & set(refused)
+
+
+@pytest.mark.parametrize("pieces, dim", [(2, -1), (3, -1), (3, 0), (6, 1)])
+def test_maxout(pieces, dim):
+    x = randn(3, 6)
+    opcheck(ops.maxout.default, (x, pieces, dim))
+    opcheck(ops.maxout_forward.default, (x, pieces, dim))
+    opcheck(ops.maxout_forward.default, (x.detach(), pieces, dim))
+    y, index = ops.maxout_forward(x.detach(), pieces, dim)
+    for grad in (False, True):
+        opcheck(ops.maxout_backward.default, (torch.randn_like(y).requires_grad_(grad), index, pieces, dim))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_linear_activation(name):
+    opcheck(ops.linear_activation.default, (randn(3, 6), randn(5, 6), randn(5), name, values_of(name, {})))
+
+
+@pytest.mark.parametrize("name", ["identity", "elu", "gelu"])
+def test_linear_activation_without_bias(name):
+    opcheck(ops.linear_activation.default, (randn(2, 3, 6), randn(5, 6), None, name, values_of(name, {})))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("name", ["identity", "elu", "gelu"])
+def test_linear_activation_forward(name, keep):
+    arguments = (randn(3, 6), randn(5, 6), randn(5), name, values_of(name, {}), keep)
+    opcheck(ops.linear_activation_forward.default, arguments)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(
+    "name, output", [("identity", False), ("elu", True), ("elu", False), ("gelu", False)]
+)
+def test_linear_activation_backward(name, output, mask):
+    for grad in (False, True):
+        saved = torch.rand(3, 5, requires_grad=grad)
+        tensors = (randn(3, 5, grad=grad), randn(3, 6, grad=grad), randn(5, 6, grad=grad), saved)
+        opcheck(ops.linear_activation_backward.default, (*tensors, name, values_of(name, {}), output, mask))
+
+
+def test_linear_maxout():
+    arguments = (randn(3, 6), randn(3, 5, 6), randn(3, 5))
+    opcheck(ops.linear_maxout.default, arguments)
+    opcheck(ops.linear_maxout.default, (*arguments[:2], None))
+    opcheck(ops.linear_maxout_forward.default, arguments)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_linear_maxout_backward(mask):
+    x, weight = randn(3, 6, grad=False), randn(3, 5, 6, grad=False)
+    _, index = ops.linear_maxout_forward(x, weight, None)
+    for grad in (False, True):
+        tensors = (randn(3, 5, grad=grad), x.requires_grad_(grad), weight.requires_grad_(grad), index)
+        opcheck(ops.linear_maxout_backward.default, (*tensors, 3, mask))
