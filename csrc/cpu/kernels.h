@@ -55,10 +55,15 @@ struct ProductKernels {
       dots;
   // c[i] = start[i] + sum over t of a[i a_row + t a_term] b[t], where c, start and b are rows; start may be
   // null, for 0, or c. For float and double.
-  PerDtype<void (*)(const void* a, int64_t a_row, int64_t a_term, const void* b, int64_t b_stride,
-                    const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
-                    int64_t columns, int64_t terms)>
-      combine;
+  using Combine = void (*)(const void* a, int64_t a_row, int64_t a_term, const void* b, int64_t b_stride,
+                           const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
+                           int64_t columns, int64_t terms);
+  PerDtype<Combine> combine;
+  // The same in float, where a and b are pairs of bfloat16, two terms at a time. For machines with
+  // AVX512_BF16 only, and null where no table serves such.
+  Combine combine_pairs;
+  // to[j] = the pair of a[j] and b[j], of 16 bits each; b may be null, for 0.
+  void (*zip)(const void* a, const void* b, void* to, int64_t n);
   // sums[j] += sum over the rows of x[i, j].
   PerDtype<void (*)(const void* x, int64_t x_stride, void* sums, int64_t rows, int64_t columns)> add_rows;
   PerDtype<CopyRows> widen, narrow;  // to and from the type that sums are

@@ -76,7 +76,9 @@ template <> struct Types<float16> {
   using T = float;
 };
 
-template <Dtype dtype> struct Product {
+// With `pairs`, of bfloat16: the T of an operand is a pair of M, neighbours along the sum; an odd end is
+// paired with 0.
+template <Dtype dtype, bool pairs = false> struct Product {
   using M = typename Types<dtype>::M;
   using T = typename Types<dtype>::T;
   static constexpr bool widens = sizeof(M) != sizeof(T);
@@ -98,36 +100,79 @@ template <Dtype dtype> struct Product {
   static constexpr std::size_t block_size = block_rows * block_terms;
   static constexpr std::size_t group_size = group_rows * panel_columns;
 
+  // T in the space of n M along a sum.
+  static int64_t terms_of(int64_t n) { return pairs ? (n + 1) / 2 : n; }
+
   static const M* at(const Matrix& m, int64_t i, int64_t j) {
     return static_cast<const M*>(m.data) + i * m.row_stride + j * m.column_stride;
   }
 
-  // to[i, j] = m[i0 + i, j0 + j], widened.
-  static void pack(const Matrix& m, int64_t i0, int64_t j0, int64_t rows, int64_t columns, T* to,
-                   int64_t stride) {
+  // A panel of b: terms t... along its rows, columns j....
+  static void pack_panel(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t columns, T* to) {
     const ProductKernels& kernel = kernels().product;
-    const M* from = at(m, i0, j0);
-    if (m.column_stride == 1) {
-      kernel.widen[dtype](from, m.row_stride, to, stride, rows, columns);
-    } else if (m.row_stride == 1 && !widens) {
-      kernel.transpose[dtype](from, m.column_stride, to, stride, columns, rows);
+    if constexpr (!pairs) {
+      widen({at(b, t, j), terms, columns, b.row_stride, b.column_stride}, to, panel_columns);
     } else {
-      // Through a row, for the dtypes that need widening and for strides of every kind.
-      std::array<M, panel_columns> row;
-      for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; j += panel_columns) {
-          const int64_t n = std::min(panel_columns, columns - j);
-          for (int64_t c = 0; c < n; ++c) row[c] = from[i * m.row_stride + (j + c) * m.column_stride];
-          kernel.widen[dtype](row.data(), 0, to + i * stride + j, 0, 1, n);
-        }
+      int64_t done = 0;
+      if (b.row_stride == 1 && b.column_stride % 2 == 0) {
+        done = std::min(terms, b.rows / 2 - t);
+        kernel.transpose[float32](at(b, 2 * t, j), b.column_stride / 2, to, panel_columns, columns, done);
+      }
+      for (; done < terms; ++done) {
+        const int64_t row = 2 * (t + done);
+        std::array<M, 2 * panel_columns> buffer;
+        const M* first = row_of(b, row, j, columns, buffer.data());
+        const M* second =
+            row + 1 < b.rows ? row_of(b, row + 1, j, columns, buffer.data() + panel_columns) : nullptr;
+        kernel.zip(first, second, to + done * panel_columns, columns);
+      }
     }
   }
 
-  // Rows i0... and columns t0... of an operand that the loops read at any strides.
-  static Operand block_of(const Matrix& a, int64_t i0, int64_t t0, int64_t rows, int64_t terms, T* space) {
-    if constexpr (!widens) return {at(a, i0, t0), a.row_stride, a.column_stride};
-    pack(a, i0, t0, rows, terms, space, terms);
-    return {space, terms, 1};
+  // Rows i... and terms t... of an operand that the loops read at any strides.
+  static Operand block_of(const Matrix& a, int64_t i, int64_t t, int64_t rows, int64_t terms, T* space) {
+    if constexpr (pairs) {
+      if (a.column_stride == 1 && a.row_stride % 2 == 0 && 2 * (t + terms) <= a.columns)
+        return {reinterpret_cast<const T*>(at(a, i, 2 * t)), a.row_stride / 2, 1};
+      const int64_t n = std::min(2 * terms, a.columns - 2 * t);
+      for (int64_t r = 0; r < rows; ++r) {
+        M* const to = reinterpret_cast<M*>(space + r * terms);
+        const M* from = row_of(a, i + r, 2 * t, n, to);
+        if (from != to) std::copy_n(from, n, to);
+        if (n % 2) to[n] = 0;
+      }
+      return {space, terms, 1};
+    } else if constexpr (widens) {
+      widen({at(a, i, t), rows, terms, a.row_stride, a.column_stride}, space, terms);
+      return {space, terms, 1};
+    } else {
+      return {at(a, i, t), a.row_stride, a.column_stride};
+    }
+  }
+
+  // n elements of a row that lie one after the other: where they are, or copied to the buffer.
+  static const M* row_of(const Matrix& m, int64_t i, int64_t j, int64_t n, M* buffer) {
+    const M* from = at(m, i, j);
+    if (m.column_stride == 1) return from;
+    for (int64_t c = 0; c < n; ++c) buffer[c] = from[c * m.column_stride];
+    return buffer;
+  }
+
+  // to[i, j] = m[i, j], in T.
+  static void widen(const Matrix& m, T* to, int64_t stride) {
+    const ProductKernels& kernel = kernels().product;
+    if (m.column_stride == 1) {
+      kernel.widen[dtype](m.data, m.row_stride, to, stride, m.rows, m.columns);
+    } else if (m.row_stride == 1 && !widens) {
+      kernel.transpose[dtype](m.data, m.column_stride, to, stride, m.columns, m.rows);
+    } else {
+      std::array<M, panel_columns> buffer;
+      for (int64_t i = 0; i < m.rows; ++i)
+        for (int64_t j = 0; j < m.columns; j += panel_columns) {
+          const int64_t n = std::min(panel_columns, m.columns - j);
+          kernel.widen[dtype](row_of(m, i, j, n, buffer.data()), 0, to + i * stride + j, 0, 1, n);
+        }
+    }
   }
 
   // Sums of the product of a (rows, terms) and b (terms, columns), block by block.
@@ -139,7 +184,7 @@ template <Dtype dtype> struct Product {
   template <class LoadA, class LoadB, class Start, class Sums, class Finish>
   static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, LoadA load_a,
                        LoadB load_b, Start start, Sums sums, Finish finish) {
-    const auto combine = kernels().product.combine[sum_dtype];
+    const auto combine = pairs ? kernels().product.combine_pairs : kernels().product.combine[sum_dtype];
     const int64_t step = pieces == 1   ? panel_columns
                          : pieces <= 4 ? panel_columns / pieces / 16 * 16
                                        : panel_columns / pieces;
@@ -200,10 +245,10 @@ template <Dtype dtype> struct Product {
       return;
     }
     multiply(
-        rows, columns, terms, 1,
+        rows, columns, terms_of(terms), 1,
         [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
         [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
-          pack(w.transposed(), t, j, n, width, space, panel_columns);
+          pack_panel(w.transposed(), t, j, n, width, space);
           return Operand{space, panel_columns, 1};
         },
         [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, 1, 0); },
@@ -221,11 +266,11 @@ template <Dtype dtype> struct Product {
     auto* const index = static_cast<uint8_t*>(index_);
     const M* const b = static_cast<const M*>(bias);
     multiply(
-        x.rows, columns, x.columns, pieces,
+        x.rows, columns, terms_of(x.columns), pieces,
         [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
         [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
           for (int64_t piece = 0; piece < pieces; ++piece)
-            pack(w.transposed(), t, piece * columns + j, n, width, space + piece * width, panel_columns);
+            pack_panel(w.transposed(), t, piece * columns + j, n, width, space + piece * width);
           return Operand{space, panel_columns, 1};
         },
         [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, pieces, columns); },
@@ -256,20 +301,24 @@ template <Dtype dtype> struct Product {
 
     T* dw_sums = widens ? nullptr : static_cast<T*>(dw_);
     if (dz.matrix && !widens) {
-      add_chunk(*dz.matrix, 0, x, w, dx, dw, dw_sums, db, dz.rows);
+      if (db) add_to_bias(*dz.matrix, db);
+      add_chunk(*dz.matrix, dz.matrix->transposed(), x, w, dx, dw, dw_sums, /*first=*/true, /*last=*/true);
     } else {
       // A stride of whole pages would put all rows in the same few lines of the cache.
       const int64_t stride = round_up(columns, 16) + 16;
       const int64_t most = std::max<int64_t>(block_terms / 4, gradient_bytes / (stride * sizeof(T)));
-      const int64_t rows = std::min(dz.rows, most > block_terms ? most / block_terms * block_terms : most);
-      T* const space = reinterpret_cast<T*>(scratch<1>(rows * stride * sizeof(T)));
+      const int64_t rows = std::min(
+          dz.rows, most / (most > block_terms ? block_terms : 2) * (most > block_terms ? block_terms : 2));
+      T* const space = reinterpret_cast<T*>(scratch<1>((rows + 1) * stride * sizeof(T)));
       std::unique_ptr<T[]> wide_dw;
       if (widens && dw && rows < dz.rows) wide_dw.reset(dw_sums = new T[columns * x.columns]);
       int64_t i = 0;
       do {  // once where there are no rows
         const int64_t n = std::min(rows, dz.rows - i);
-        form(dz, i, n, space, stride);
-        add_chunk({space, n, columns, stride, 1}, i, x, w, dx, dw, dw_sums, db, dz.rows);
+        const auto [by_rows, by_columns] = form(dz, i, n, space, stride, dw);
+        if (db) add_to_bias({space, n, columns, stride, 1}, db);
+        add_chunk(by_rows, by_columns, {at(x, i, 0), n, x.columns, x.row_stride, x.column_stride}, w,
+                  dx ? dx + i * w.columns : nullptr, dw, dw_sums, i == 0, i + n == dz.rows);
         i += n;
       } while (i < dz.rows);
     }
@@ -278,70 +327,89 @@ template <Dtype dtype> struct Product {
   }
 
  private:
-  static void form(const PreactivationGradient& dz, int64_t row, int64_t rows, T* to, int64_t stride) {
-    const int64_t share = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, dz.columns));
+  // Rows of dz, as dx takes them and as dw does. Pairs are of two columns for dx, of two rows for dw: a
+  // second copy.
+  static std::pair<Matrix, Matrix> form(const PreactivationGradient& dz, int64_t first, int64_t rows, T* to,
+                                        int64_t stride, bool for_dw) {
+    constexpr int64_t unit = pairs ? 2 : 1;
+    M* const narrow = reinterpret_cast<M*>(to);
+    T* const zipped = to + round_up(rows, 2) / 2 * stride;
     auto run = [&](int64_t begin, int64_t end) {
-      if constexpr (!widens) {
-        dz.form(row + begin, end - begin, to + begin * stride, stride);
-      } else {
-        // The 16-bit rows lie in the upper half of the wide ones' space, row by row.
+      begin *= unit, end = std::min(rows, end * unit);
+      if constexpr (pairs) {
+        dz.form(first + begin, end - begin, narrow + begin * stride, stride);
+        for (int64_t i = begin; i < end; ++i) narrow[i * stride + dz.columns] = 0;
+        for (int64_t i = begin; for_dw && i < end; i += 2)
+          kernels().product.zip(narrow + i * stride, i + 1 < end ? narrow + (i + 1) * stride : nullptr,
+                                zipped + i / 2 * stride, dz.columns);
+      } else if constexpr (widens) {
+        // The 16-bit values of a row lie in the upper half of its space until they are widened.
         for (int64_t i = begin; i < end; ++i) {
-          M* const narrow = reinterpret_cast<M*>(to + i * stride) + stride;
-          dz.form(row + i, 1, narrow, stride);
-          kernels().product.widen[dtype](narrow, 0, to + i * stride, 0, 1, dz.columns);
+          M* const upper = narrow + (2 * i + 1) * stride;
+          dz.form(first + i, 1, upper, stride);
+          kernels().product.widen[dtype](upper, 0, to + i * stride, 0, 1, dz.columns);
         }
+      } else {
+        dz.form(first + begin, end - begin, to + begin * stride, stride);
       }
     };
-    if (rows <= share) run(0, rows);
-    else at::parallel_for(0, rows, share, run);
+    const int64_t units = (rows + unit - 1) / unit,
+                  share = 1 + 32768 / (unit * std::max<int64_t>(1, dz.columns));
+    if (units <= share) run(0, units);
+    else at::parallel_for(0, units, share, run);
+    if (pairs)
+      return {{to, rows, terms_of(dz.columns), stride / 2, 1},
+              {zipped, dz.columns, terms_of(rows), 1, stride}};
+    const Matrix formed{to, rows, dz.columns, stride, 1};
+    return {formed, formed.transposed()};
   }
 
-  // What rows i0... of the gradient add; dz is of T.
-  static void add_chunk(const Matrix& dz, int64_t i0, const Matrix& x, const Matrix& w, M* dx, M* dw,
-                        T* dw_sums, T* db, int64_t all_rows) {
+  // What some rows of the gradient add, given with the sum along their columns and along their rows; x and dx
+  // are the same rows.
+  static void add_chunk(const Matrix& by_rows, const Matrix& by_columns, const Matrix& x, const Matrix& w,
+                        M* dx, M* dw, T* dw_sums, bool first, bool last) {
     const auto load = [](const Matrix& a) {
       return [a](int64_t i, int64_t t, int64_t, int64_t, T*) {
         return Operand{static_cast<const T*>(a.data) + i * a.row_stride + t * a.column_stride, a.row_stride,
                        a.column_stride};
       };
     };
-    if (db) add_to_bias(dz, db);
+    const auto panels = [](const Matrix& b, int64_t uses) {
+      return [&b, uses](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
+        return panel_of(b, t, j, n, width, uses, space);
+      };
+    };
     if (dx)
       multiply(
-          dz.rows, w.columns, dz.columns, 1, load(dz),
-          [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
-            return panel_of(w, t, j, n, width, dz.rows, space);
-          },
+          by_rows.rows, w.columns, by_rows.columns, 1, load(by_rows), panels(w, by_rows.rows),
           [](int64_t, int64_t, int64_t) { return Rows{}; },
-          [&](int64_t i, int64_t j) { return in_result(dx, i0 + i, j, w.columns); },
-          [&](const Tile& tile, Rows sums) {
-            keep({i0 + tile.row, tile.column, tile.rows, tile.columns}, sums, dx, w.columns);
-          });
+          [&](int64_t i, int64_t j) { return in_result(dx, i, j, w.columns); },
+          [&](const Tile& tile, Rows sums) { keep(tile, sums, dx, w.columns); });
     if (dw) {
       const auto sums = [&](int64_t i, int64_t j) {
         return dw_sums ? Rows{dw_sums + i * x.columns + j, x.columns} : Rows{};
       };
       multiply(
-          dz.columns, x.columns, dz.rows, 1, load(dz.transposed()),
-          [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
-            return panel_of(x, i0 + t, j, n, width, dz.columns, space);
-          },
-          [&](int64_t i, int64_t j, int64_t) { return i0 == 0 ? Rows{} : sums(i, j); }, sums,
+          by_columns.rows, x.columns, by_columns.columns, 1, load(by_columns), panels(x, by_columns.rows),
+          [&](int64_t i, int64_t j, int64_t) { return first ? Rows{} : sums(i, j); }, sums,
           [&](const Tile& tile, Rows sums) {
-            if (i0 + dz.rows == all_rows) keep(tile, sums, dw, x.columns);
+            if (last) keep(tile, sums, dw, x.columns);
           });
     }
   }
 
+  // Blocks of rows are added to the sum of those before: two levels, for the sake of its last digits.
   static void add_to_bias(const Matrix& dz, T* db) {
-    const auto add = kernels().product.add_rows[sum_dtype];
-    const T* const data = static_cast<const T*>(dz.data);
+    using Addend = std::conditional_t<pairs, M, T>;
     if (dz.column_stride == 1) {
       for (int64_t i = 0; i < dz.rows; i += block_rows)
-        add(data + i * dz.row_stride, dz.row_stride, db, std::min(block_rows, dz.rows - i), dz.columns);
+        kernels().product.add_rows[pairs ? dtype : sum_dtype](
+            static_cast<const Addend*>(dz.data) + i * dz.row_stride, dz.row_stride, db,
+            std::min(block_rows, dz.rows - i), dz.columns);
     } else {
       for (int64_t i = 0; i < dz.rows; ++i)
-        for (int64_t j = 0; j < dz.columns; ++j) db[j] += data[i * dz.row_stride + j * dz.column_stride];
+        for (int64_t j = 0; j < dz.columns; ++j)
+          db[j] += static_cast<const T*>(dz.data)[i * dz.row_stride + j * dz.column_stride];
     }
   }
 
@@ -350,7 +418,7 @@ template <Dtype dtype> struct Product {
                           T* space) {
     if constexpr (!widens)
       if (b.column_stride == 1 && uses < 48) return {at(b, t, j), b.row_stride, 1};
-    pack(b, t, j, terms, width, space, panel_columns);
+    pack_panel(b, t, j, terms, width, space);
     return {space, panel_columns, 1};
   }
 
@@ -382,12 +450,21 @@ template <class Run> void by_dtype(Dtype dtype, Run run) {
   switch (dtype) {
     case float64: return run(Product<float64>());
     case float32: return run(Product<float32>());
-    case bfloat16: return run(Product<bfloat16>());
+    case bfloat16: return has_pairs() ? run(Product<bfloat16, true>()) : run(Product<bfloat16>());
     default: return run(Product<float16>());
   }
 }
 
 }  // namespace
+
+bool has_pairs() {
+#if defined(__x86_64__)
+  static const bool machine = __builtin_cpu_supports("avx512bf16");
+  return machine && kernels().product.combine_pairs;
+#else
+  return false;
+#endif
+}
 
 void copy_rows(Dtype dtype, const Matrix& from, void* to, int64_t stride) {
   if (from.row_stride == 1) {

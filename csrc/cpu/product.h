@@ -16,6 +16,9 @@ struct Matrix {
   Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
 };
 
+// Whether bfloat16 is multiplied as it is, by AVX512_BF16; else it is widened to float.
+bool has_pairs();
+
 // Rows of any strides to dense rows `stride` apart.
 void copy_rows(Dtype dtype, const Matrix& from, void* to, int64_t stride);
 

@@ -140,9 +140,25 @@ template <class M> void dots(const void* x, int64_t x_stride, const void* w, int
   });
 }
 
+// How a term enters a sum: as it is, or (pairs) as two bfloat16 in 32 bits that are multiplied and added in
+// one instruction of AVX512_BF16, which the assembler knows whatever the target of this file.
+template <bool pairs, class V> MLPEXT_INLINE V factor_of(const typename V::Scalar* a) {
+  if constexpr (pairs) return from_bits<typename V::Scalar>(typename V::Bits{} + read<uint32_t>(a));
+  else return V(static_cast<double>(*a));
+}
+template <bool pairs, class V> MLPEXT_INLINE V add_product(V factor, V term, V sum) {
+#if MLPEXT_VECTOR_BYTES == 64
+  if constexpr (pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(factor.v), "v"(term.v));
+    return sum;
+  }
+#endif
+  return madd(factor, term, sum);
+}
+
 // c[i, :] = start[i, :] + the sum over t of a[i, t] b[t, :], for a block of c in registers. `start` may be
 // null, for 0, or c.
-template <int rows, int registers, class T, class Load, class Store>
+template <bool pairs, int rows, int registers, class T, class Load, class Store>
 MLPEXT_INLINE void combine_block(const T* a, int64_t a_row, int64_t a_term, const T* b, int64_t b_stride,
                                  const T* start, int64_t start_stride, T* c, int64_t c_stride, int64_t terms,
                                  Load load_some, Store store_some) {
@@ -158,9 +174,9 @@ MLPEXT_INLINE void combine_block(const T* a, int64_t a_row, int64_t a_term, cons
     for (int v = 0; v < registers; ++v) in[v] = load_some(b + v * V::size);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
-      const V factor(static_cast<double>(a[r * a_row]));
+      const V factor = factor_of<pairs, V>(a + r * a_row);
 #pragma GCC unroll 4
-      for (int v = 0; v < registers; ++v) sums[r][v] = madd(factor, in[v], sums[r][v]);
+      for (int v = 0; v < registers; ++v) sums[r][v] = add_product<pairs>(factor, in[v], sums[r][v]);
     }
   }
 #pragma GCC unroll 6
@@ -173,9 +189,10 @@ MLPEXT_INLINE void combine_block(const T* a, int64_t a_row, int64_t a_term, cons
 }
 
 // 6 x 4 sums, 4 of b and a factor fill the 32 registers of AVX-512, 6 x 2 the 16 of the others.
-template <class T> void combine(const void* a_, int64_t a_row, int64_t a_term, const void* b_,
-                                int64_t b_stride, const void* start_, int64_t start_stride, void* c_,
-                                int64_t c_stride, int64_t rows, int64_t columns, int64_t terms) {
+template <class T, bool pairs = false> void combine(const void* a_, int64_t a_row, int64_t a_term,
+                                                    const void* b_, int64_t b_stride, const void* start_,
+                                                    int64_t start_stride, void* c_, int64_t c_stride,
+                                                    int64_t rows, int64_t columns, int64_t terms) {
   using V = Lanes<T>;
   const T* a = static_cast<const T*>(a_);
   const T* b = static_cast<const T*>(b_);
@@ -184,9 +201,9 @@ template <class T> void combine(const void* a_, int64_t a_row, int64_t a_term, c
   auto block = [&](int64_t j, auto registers, auto load_some, auto store_some) MLPEXT_LAMBDA {
     in_steps<6, 5, 4, 3, 2, 1>(
         0, rows, [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
-          combine_block<count, registers>(a + i * a_row, a_row, a_term, b + j, b_stride,
-                                          start ? start + i * start_stride + j : nullptr, start_stride,
-                                          c + i * c_stride + j, c_stride, terms, load_some, store_some);
+          combine_block<pairs, count, registers>(
+              a + i * a_row, a_row, a_term, b + j, b_stride, start ? start + i * start_stride + j : nullptr,
+              start_stride, c + i * c_stride + j, c_stride, terms, load_some, store_some);
         });
   };
   auto whole = [&]<int registers>(int64_t j, std::integral_constant<int, registers>) MLPEXT_LAMBDA {
@@ -246,9 +263,38 @@ void narrow_rows(const void* x, int64_t x_stride, void* y, int64_t y_stride, int
         static_cast<const Scalar*>(x) + i * x_stride);
 }
 
+// Rows of 32 bits, of two rows of 16: to[j] = (a[j], b[j]). b may be null, for 0.
+inline void zip(const void* a_, const void* b_, void* to_, int64_t n) {
+  constexpr int size = Lanes<float>::size;
+  using Wide = Packed<uint32_t, size>;
+  using Narrow = Packed<uint16_t, size>;
+  const auto* a = static_cast<const uint16_t*>(a_);
+  const auto* b = static_cast<const uint16_t*>(b_);
+  auto* to = static_cast<uint32_t*>(to_);
+  auto both = [&](Narrow low, Narrow high) MLPEXT_LAMBDA {
+    return __builtin_convertvector(low, Wide) | __builtin_convertvector(high, Wide) << 16;
+  };
+  int64_t j = 0;
+  for (; j + size <= n; j += size)
+    write(to + j, both(read<Narrow>(a + j), b ? read<Narrow>(b + j) : Narrow{}));
+  const int left = static_cast<int>(n - j);
+  if (left > 0)
+    write(to + j, both(read<Narrow>(a + j, left), b ? read<Narrow>(b + j, left) : Narrow{}), left);
+}
+
 template <class... M> constexpr cpu::ProductKernels product_kernels() {
-  return {{transpose<M>...}, {dots<M>...},       {combine<double>, combine<float>, nullptr, nullptr},
-          {add_rows<M>...},  {widen_rows<M>...}, {narrow_rows<M>...}};
+  return {{transpose<M>...},
+          {dots<M>...},
+          {combine<double>, combine<float>, nullptr, nullptr},
+#if MLPEXT_VECTOR_BYTES == 64
+          combine<float, true>,
+#else
+          nullptr,
+#endif
+          zip,
+          {add_rows<M>...},
+          {widen_rows<M>...},
+          {narrow_rows<M>...}};
 }
 
 }  // namespace
