@@ -152,8 +152,8 @@ def sweep(count: int, dtype: torch.dtype) -> Iterator[Case]:
     rng = random.Random(0)
     found = 0
     while found < count:
-        shape = tuple(int(2 ** rng.uniform(0, 13)) for _ in range(3))
-        rows, n_in, n_out = shape
+        rows, n_in, n_out = (int(2 ** rng.uniform(0, 13)) for _ in range(3))
+        shape = (rows, n_in, n_out)
         if math.prod(shape) > 4e9 or max(rows * n_in, n_in * n_out, rows * n_out) > 2e7:
             continue
         found += 1

@@ -14,7 +14,7 @@ import mlpext.functional as F
 from common import FLOATS, assert_same_bits, every_float, native, native_linear_maxout
 
 # Relative to the largest value: rounding of inputs is not counted, that of sums and of the results is.
-TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TOLERANCE = {torch.float64: 3e-14, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 # (rows, in, out): one value, few rows (dot products), steps of 6 rows and 16 columns, panels of 64 columns,
 # blocks of 60 rows and 512 terms (1024 in pairs of bfloat16), groups of 1020 rows, nothing at all.
@@ -39,7 +39,9 @@ def assert_near(actual, expected, dtype, what):
     assert actual.shape == expected.shape and actual.dtype == dtype, what
     if not expected.numel():
         return
-    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-3)
+    # Near 1 a tanh of 16 bits has few digits left for 1 - y^2: an absolute error.
+    least = 1e-3 if dtype in (torch.float64, torch.float32) else 0.5
+    error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(least)
     assert error <= TOLERANCE[dtype], f"{what}: {float(error):.3g}"
 
 

@@ -50,17 +50,18 @@ using CopyRows = void (*)(const void* from, int64_t from_stride, void* to, int64
 struct ProductKernels {
   PerDtype<CopyRows> transpose;  // to[j, i] = from[i, j]
   // y[i, j] = bias[j] + dot product of x[i] and w[j]; bias may be null.
-  PerDtype<void (*)(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias,
-                    void* y, int64_t y_stride, int64_t rows, int64_t columns, int64_t depth)>
-      dots;
+  using Dots = void (*)(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias,
+                        void* y, int64_t y_stride, int64_t rows, int64_t columns, int64_t depth);
+  PerDtype<Dots> dots;
   // c[i] = start[i] + sum over t of a[i a_row + t a_term] b[t], where c, start and b are rows; start may be
   // null, for 0, or c. For float and double.
   using Combine = void (*)(const void* a, int64_t a_row, int64_t a_term, const void* b, int64_t b_stride,
                            const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
                            int64_t columns, int64_t terms);
   PerDtype<Combine> combine;
-  // The same in float, where a and b are pairs of bfloat16, two terms at a time. For machines with
+  // Both for bfloat16, two terms at a time: a and b of combine are pairs, its sums float. For machines with
   // AVX512_BF16 only, and null where no table serves such.
+  Dots dots_in_pairs;
   Combine combine_pairs;
   // to[j] = the pair of a[j] and b[j], of 16 bits each; b may be null, for 0.
   void (*zip)(const void* a, const void* b, void* to, int64_t n);

@@ -223,7 +223,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
 
   // Few rows of x: dot products with the rows of w as they lie, a panel of w at a time.
   static bool few_rows(const Matrix& x, const Matrix& w) {
-    return x.column_stride == 1 && w.column_stride == 1 && x.rows * 6 <= x.columns;
+    return x.column_stride == 1 && w.column_stride == 1 && x.rows * 12 <= x.columns;
   }
 
   static void forward(const Matrix& x, const Matrix& w, const void* bias, void* z_, OnTile finish) {
@@ -231,14 +231,14 @@ template <Dtype dtype, bool pairs = false> struct Product {
     M* const z = static_cast<M*>(z_);
     const M* const b = static_cast<const M*>(bias);
     if (few_rows(x, w)) {
+      const auto dots = pairs ? kernels().product.dots_in_pairs : kernels().product.dots[dtype];
       in_rectangles(
           rows, columns, rows * columns * terms,
           [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
             for (int64_t j = first_column; j < last_column; j += panel_columns) {
               const Tile tile{first_row, j, last_row - first_row, std::min(panel_columns, last_column - j)};
-              kernels().product.dots[dtype](at(x, first_row, 0), x.row_stride, at(w, j, 0), w.row_stride,
-                                            b ? b + j : nullptr, z + first_row * columns + j, columns,
-                                            tile.rows, tile.columns, terms);
+              dots(at(x, first_row, 0), x.row_stride, at(w, j, 0), w.row_stride, b ? b + j : nullptr,
+                   z + first_row * columns + j, columns, tile.rows, tile.columns, terms);
               finish(tile);
             }
           });

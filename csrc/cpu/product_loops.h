@@ -78,9 +78,25 @@ template <int first, int... rest, class F> MLPEXT_INLINE void in_steps(int64_t s
   if constexpr (sizeof...(rest) > 0) in_steps<rest...>(start, n, f);
 }
 
+// How a term enters a sum: as it is, or (pairs) as two bfloat16 in 32 bits that are multiplied and added in
+// one instruction of AVX512_BF16, which the assembler knows whatever the target of this file.
+template <bool pairs, class V> MLPEXT_INLINE V factor_of(const typename V::Scalar* a) {
+  if constexpr (pairs) return from_bits<typename V::Scalar>(typename V::Bits{} + read<uint32_t>(a));
+  else return V(static_cast<double>(*a));
+}
+template <bool pairs, class V> MLPEXT_INLINE V add_product(V factor, V term, V sum) {
+#if MLPEXT_VECTOR_BYTES == 64
+  if constexpr (pairs) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(factor.v), "v"(term.v));
+    return sum;
+  }
+#endif
+  return madd(factor, term, sum);
+}
+
 // y[i, j] = bias[j] + the dot product of row i of x and row j of w: a register of sums at a time, for `rows`
 // rows of x and as many columns as fill it.
-template <class M, int rows>
+template <class M, bool pairs, int rows>
 MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_t w_stride, const M* bias,
                                 M* y, int64_t y_stride, int64_t columns, int64_t depth) {
   using V = LanesOf<M>;
@@ -101,13 +117,23 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
       for (int c = 0; c < wide; ++c) {
         const V weight = load_some(row[c]);
 #pragma GCC unroll 4
-        for (int r = 0; r < rows; ++r) sums[r * wide + c] = madd(in[r], weight, sums[r * wide + c]);
+        for (int r = 0; r < rows; ++r)
+          sums[r * wide + c] = add_product<pairs>(in[r], weight, sums[r * wide + c]);
       }
     };
+    constexpr int terms = pairs ? 2 * V::size : V::size;  // in a register
     int64_t k = 0;
-    for (; k + V::size <= depth; k += V::size) add([&](const M* p) MLPEXT_LAMBDA { return load<V>(p + k); });
+    for (; k + terms <= depth; k += terms)
+      add([&](const M* p) MLPEXT_LAMBDA {
+        if constexpr (pairs) return V(read<typename V::Register>(p + k));
+        else return load<V>(p + k);
+      });
     const int left = static_cast<int>(depth - k);
-    if (left > 0) add([&](const M* p) MLPEXT_LAMBDA { return load_partial<V>(p + k, left); });
+    if (left > 0)
+      add([&](const M* p) MLPEXT_LAMBDA {
+        if constexpr (pairs) return V(read<typename V::Register>(p + k, left));
+        else return load_partial<V>(p + k, left);
+      });
 
     typename V::Scalar sum[V::size];
     store(sum, sum_each(sums));
@@ -130,30 +156,14 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
   }
 }
 
-template <class M> void dots(const void* x, int64_t x_stride, const void* w, int64_t w_stride,
-                             const void* bias, void* y, int64_t y_stride, int64_t rows, int64_t columns,
-                             int64_t depth) {
+template <class M, bool pairs = false>
+void dots(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y,
+          int64_t y_stride, int64_t rows, int64_t columns, int64_t depth) {
   in_steps<4, 2, 1>(0, rows, [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
-    dots_of_rows<M, count>(static_cast<const M*>(x) + i * x_stride, x_stride, static_cast<const M*>(w),
-                           w_stride, static_cast<const M*>(bias), static_cast<M*>(y) + i * y_stride, y_stride,
-                           columns, depth);
+    dots_of_rows<M, pairs, count>(static_cast<const M*>(x) + i * x_stride, x_stride, static_cast<const M*>(w),
+                                  w_stride, static_cast<const M*>(bias), static_cast<M*>(y) + i * y_stride,
+                                  y_stride, columns, depth);
   });
-}
-
-// How a term enters a sum: as it is, or (pairs) as two bfloat16 in 32 bits that are multiplied and added in
-// one instruction of AVX512_BF16, which the assembler knows whatever the target of this file.
-template <bool pairs, class V> MLPEXT_INLINE V factor_of(const typename V::Scalar* a) {
-  if constexpr (pairs) return from_bits<typename V::Scalar>(typename V::Bits{} + read<uint32_t>(a));
-  else return V(static_cast<double>(*a));
-}
-template <bool pairs, class V> MLPEXT_INLINE V add_product(V factor, V term, V sum) {
-#if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (pairs) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(factor.v), "v"(term.v));
-    return sum;
-  }
-#endif
-  return madd(factor, term, sum);
 }
 
 // c[i, :] = start[i, :] + the sum over t of a[i, t] b[t, :], for a block of c in registers. `start` may be
@@ -287,8 +297,10 @@ template <class... M> constexpr cpu::ProductKernels product_kernels() {
           {dots<M>...},
           {combine<double>, combine<float>, nullptr, nullptr},
 #if MLPEXT_VECTOR_BYTES == 64
+          dots<BFloat16, true>,
           combine<float, true>,
 #else
+          nullptr,
           nullptr,
 #endif
           zip,
