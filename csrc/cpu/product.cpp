@@ -221,16 +221,16 @@ template <Dtype dtype, bool pairs = false> struct Product {
                   });
   }
 
-  // Few rows of x: dot products with the rows of w as they lie, a panel of w at a time.
-  static bool few_rows(const Matrix& x, const Matrix& w) {
-    return x.column_stride == 1 && w.column_stride == 1 && x.rows * 12 <= x.columns;
+  // Few rows of x, or one column: dot products with the rows of w as they lie, a panel of w at a time.
+  static bool by_dots(const Matrix& x, const Matrix& w) {
+    return x.column_stride == 1 && w.column_stride == 1 && (x.rows * 16 <= x.columns || w.rows == 1);
   }
 
   static void forward(const Matrix& x, const Matrix& w, const void* bias, void* z_, OnTile finish) {
     const int64_t rows = x.rows, columns = w.rows, terms = x.columns;
     M* const z = static_cast<M*>(z_);
     const M* const b = static_cast<const M*>(bias);
-    if (few_rows(x, w)) {
+    if (by_dots(x, w)) {
       const auto dots = pairs ? kernels().product.dots_in_pairs : kernels().product.dots[dtype];
       in_rectangles(
           rows, columns, rows * columns * terms,

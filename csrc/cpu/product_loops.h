@@ -111,7 +111,7 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
     for (int s = 0; s < V::size; ++s) sums[s] = V(0);
     auto add = [&](auto load_some) MLPEXT_LAMBDA {
       V in[rows];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) in[r] = load_some(x + r * x_stride);
 #pragma GCC unroll 16
       for (int c = 0; c < wide; ++c) {
@@ -159,11 +159,16 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
 template <class M, bool pairs = false>
 void dots(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y,
           int64_t y_stride, int64_t rows, int64_t columns, int64_t depth) {
-  in_steps<4, 2, 1>(0, rows, [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
+  using V = LanesOf<M>;
+  auto run = [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
     dots_of_rows<M, pairs, count>(static_cast<const M*>(x) + i * x_stride, x_stride, static_cast<const M*>(w),
                                   w_stride, static_cast<const M*>(bias), static_cast<M*>(y) + i * y_stride,
                                   y_stride, columns, depth);
-  });
+  };
+  // One column would leave 3 of 4 sums unused.
+  if (columns == 1) in_steps<V::size, 1>(0, rows, run);
+  else if constexpr (V::size >= 4) in_steps<4, 2, 1>(0, rows, run);
+  else in_steps<2, 1>(0, rows, run);
 }
 
 // c[i, :] = start[i, :] + the sum over t of a[i, t] b[t, :], for a block of c in registers. `start` may be
