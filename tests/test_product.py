@@ -39,8 +39,8 @@ def assert_near(actual, expected, dtype, what):
     assert actual.shape == expected.shape and actual.dtype == dtype, what
     if not expected.numel():
         return
-    # Near 1 a tanh of 16 bits has few digits left for 1 - y^2: an absolute error.
-    least = 1e-3 if dtype in (torch.float64, torch.float32) else 0.5
+    # An absolute error for 16 bits: near 1 a tanh has few digits left for 1 - y^2, and sums of them cancel.
+    least = 1e-3 if dtype in (torch.float64, torch.float32) else 2
     error = (actual.double() - expected).abs().max() / expected.abs().max().clamp_min(least)
     assert error <= TOLERANCE[dtype], f"{what}: {float(error):.3g}"
 

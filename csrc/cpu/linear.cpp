@@ -83,7 +83,10 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                    : kernels().activations[index].forward_rows[dtype];
   product_forward(dtype, matrix(x), matrix(weight), data(dense_bias), from, [&](const Tile& tile) {
     const int64_t at = (tile.row * columns + tile.column) * size;
-    if (activate) activate(params.data(), from + at, columns, to + at, columns, tile.rows, tile.columns);
+    // Whole rows are one run of memory.
+    const int64_t n = tile.columns == columns ? tile.rows * columns : tile.columns;
+    if (activate)
+      activate(params.data(), from + at, columns, to + at, columns, n == tile.columns ? tile.rows : 1, n);
   });
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
@@ -125,8 +128,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
       copy_rows(dtype, {from, rows, g.columns, g.row_stride, g.column_stride}, to, stride);
       from = static_cast<const char*>(to), from_stride = stride;
     }
+    const bool one_run = from_stride == g.columns && s.row_stride == g.columns && stride == g.columns;
     derive(params.data(), from, from_stride, static_cast<const char*>(s.data) + row * s.row_stride * size,
-           s.row_stride, to, stride, rows, g.columns);
+           s.row_stride, to, stride, one_run ? 1 : rows, one_run ? rows * g.columns : g.columns);
   };
   auto [dx, dw, db] =
       blocked_backward(dtype, dy.scalar_type(), {g.rows, g.columns, identity ? &g : nullptr, form}, input,

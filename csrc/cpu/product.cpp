@@ -221,9 +221,11 @@ template <Dtype dtype, bool pairs = false> struct Product {
                   });
   }
 
-  // Few rows of x, or one column: dot products with the rows of w as they lie, a panel of w at a time.
+  // Few rows of x, or few columns of the result: dot products with the rows of w as they lie, a panel of w at
+  // a time. That saves packing w, and columns that do not fill a register of `combine`.
   static bool by_dots(const Matrix& x, const Matrix& w) {
-    return x.column_stride == 1 && w.column_stride == 1 && (x.rows * 16 <= x.columns || w.rows == 1);
+    return x.column_stride == 1 && w.column_stride == 1 &&
+           (x.rows * 16 <= x.columns || (w.rows <= 8 && x.columns >= 32));
   }
 
   static void forward(const Matrix& x, const Matrix& w, const void* bias, void* z_, OnTile finish) {
@@ -304,9 +306,11 @@ template <Dtype dtype, bool pairs = false> struct Product {
       if (db) add_to_bias(*dz.matrix, db);
       add_chunk(*dz.matrix, dz.matrix->transposed(), x, w, dx, dw, dw_sums, /*first=*/true, /*last=*/true);
     } else {
-      // A stride of whole pages would put all rows in the same few lines of the cache.
-      const int64_t stride = round_up(columns, 16) + 16;
-      const int64_t most = std::max<int64_t>(block_terms / 4, gradient_bytes / (stride * sizeof(T)));
+      // A stride of whole pages would put all rows in the same few lines of the cache. Short rows stay dense,
+      // to be formed as one.
+      const int64_t stride = columns < panel_columns && !widens ? columns : round_up(columns, 16) + 16;
+      const int64_t most =
+          std::max<int64_t>(block_terms / 4, gradient_bytes / std::max<std::size_t>(1, stride * sizeof(T)));
       const int64_t rows = std::min(
           dz.rows, most / (most > block_terms ? block_terms : 2) * (most > block_terms ? block_terms : 2));
       T* const space = reinterpret_cast<T*>(scratch<1>((rows + 1) * stride * sizeof(T)));
