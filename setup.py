@@ -47,6 +47,10 @@ cuda = choice != "0" and toolkit and bool(kernels)
 # No -march: the files in csrc/cpu choose their instruction set by pragma, so one build runs everywhere.
 # -ffp-contract=off: the same bits from every instruction set. -g0: Python's own flags ask for debug data.
 flags = ["-std=c++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+# at::parallel_for is a plain loop without it. Not for the linker: so it finds the OpenMP that torch brings and
+# torch.set_num_threads sets, not the system's.
+if sys.platform == "linux":
+    flags.append("-fopenmp")
 if os.environ.get("MLPEXT_WERROR") == "1":
     # g++ 12 sees uninitialised values, wrongly, where torch's templates and AVX-512 intrinsics are inlined.
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]

@@ -19,10 +19,20 @@ using Forward = void (*)(const double* params, const void* x, void* y, int64_t n
 using Backward = void (*)(const double* params, const void* grad_output, const void* saved, void* grad_input,
                           int64_t n);
 
+// As Forward and Backward, over rows that lie `stride` elements apart.
+using ForwardRows = void (*)(const double* params, const void* x, int64_t x_stride, void* y, int64_t y_stride,
+                             int64_t rows, int64_t n);
+using BackwardRows = void (*)(const double* params, const void* grad_output, int64_t grad_output_stride,
+                              const void* saved, int64_t saved_stride, void* grad_input,
+                              int64_t grad_input_stride, int64_t rows, int64_t n);
+
 struct ActivationKernels {
   PerDtype<Forward> forward;
   PerDtype<Backward> backward;
   PerDtype<Backward> backward_from_output;  // null where y does not determine f'
+  PerDtype<ForwardRows> forward_rows;
+  PerDtype<BackwardRows> backward_rows;
+  PerDtype<BackwardRows> backward_rows_from_output;
 };
 
 // y[i] = max over k of x[k stride + i], and index[i] the first k that reaches it (index may be null). A NaN
@@ -33,12 +43,40 @@ using MaxoutForward = void (*)(const void* x, void* y, void* index, int64_t piec
 using MaxoutBackward = void (*)(const void* grad_output, const void* index, void* grad_input, int64_t pieces,
                                 int64_t stride, int64_t n);
 
+// What a product needs besides (product_loops.h). Strides count elements. Sums are float for the 16-bit
+// types.
+using CopyRows = void (*)(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows,
+                          int64_t columns);
+struct ProductKernels {
+  PerDtype<CopyRows> transpose;  // to[j, i] = from[i, j]
+  // y[i, j] = bias[j] + dot product of x[i] and w[j]; bias may be null.
+  using Dots = void (*)(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias,
+                        void* y, int64_t y_stride, int64_t rows, int64_t columns, int64_t depth);
+  PerDtype<Dots> dots;
+  // c[i] = start[i] + sum over t of a[i a_row + t a_term] b[t], where c, start and b are rows; start may be
+  // null, for 0, or c. For float and double.
+  using Combine = void (*)(const void* a, int64_t a_row, int64_t a_term, const void* b, int64_t b_stride,
+                           const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
+                           int64_t columns, int64_t terms);
+  PerDtype<Combine> combine;
+  // Both for bfloat16, two terms at a time: a and b of combine are pairs, its sums float. For machines with
+  // AVX512_BF16 only, and null where no table serves such.
+  Dots dots_in_pairs;
+  Combine combine_pairs;
+  // to[j] = the pair of a[j] and b[j], of 16 bits each; b may be null, for 0.
+  void (*zip)(const void* a, const void* b, void* to, int64_t n);
+  // sums[j] += sum over the rows of x[i, j].
+  PerDtype<void (*)(const void* x, int64_t x_stride, void* sums, int64_t rows, int64_t columns)> add_rows;
+  PerDtype<CopyRows> widen, narrow;  // to and from the type that sums are
+};
+
 struct Kernels {
   std::string_view isa;
   std::array<ActivationKernels, activation_count> activations;
   // By width of the index: [0] one byte, [1] int32.
   std::array<PerDtype<MaxoutForward>, 2> maxout_forward;
   std::array<PerDtype<MaxoutBackward>, 2> maxout_backward;
+  ProductKernels product;
 };
 
 // The table in use: the best that this machine runs, or the one that the environment variable MLPEXT_CPU_ISA

@@ -1,14 +1,26 @@
-// Linear + activation and linear + maxout on CPU: native's product, then bias and activation on it in place.
+// Linear + activation and linear + maxout on CPU: one blocked product that bias, activation or maxout meet
+// tile by tile (product.cpp); or native's product, then the same in place.
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include "../composites.h"
+#include "product.h"
 #include "tensors.h"
 
 namespace mlpext::cpu {
 namespace {
+
+// Whether the blocked product is the faster one (docs/benchmarks.md). The baseline's loops are made to run
+// everywhere, native's product to be fast there too; and bfloat16 widened to float is slower than native's.
+bool blocked(Dtype dtype) { return kernels().isa != "baseline" && (dtype != bfloat16 || has_pairs()); }
+
+Matrix matrix(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+}
+const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+void* data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
 // x W' + b for rows of x: (rows, out_features).
 Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
@@ -21,6 +33,21 @@ std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& dz, const Opti
   return {mask[0] ? at::cpu::mm(dz, *weight) : Tensor(),
           mask[1] ? at::cpu::mm(dz.t(), rows_of(*x)) : Tensor(),
           mask[2] ? at::cpu::sum(dz, at::OptionalIntArrayRef(0)) : Tensor()};
+}
+
+// The same, where dz is formed as it is used. `features` are the columns of dz.
+std::tuple<Tensor, Tensor, Tensor> blocked_backward(Dtype dtype, at::ScalarType type,
+                                                    const PreactivationGradient& dz, const OptionalTensor& x,
+                                                    const OptionalTensor& weight, Mask mask) {
+  std::tuple<Tensor, Tensor, Tensor> gradients;
+  auto& [dx, dw, db] = gradients;
+  Matrix input{}, w{};
+  Tensor rows;
+  if (mask[0]) dx = fresh({dz.rows, weight->size(1)}, type), w = matrix(*weight);
+  if (mask[1]) rows = rows_of(*x), input = matrix(rows), dw = fresh({dz.columns, rows.size(1)}, type);
+  if (mask[2]) db = fresh({dz.columns}, type);
+  product_backward(dtype, dz, input, w, data(dx), data(dw), data(db));
+  return gradients;
 }
 
 // (rows, features) in the leading dimensions of `like`.
@@ -36,10 +63,31 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   if (!linear_served(input, weight, bias) || !activation_infos[index].usual(params.data()))
     return composite::linear_activation_forward(input, weight, bias, name, params, keep_preactivation);
   check_linear(input, weight, bias);
-  const Tensor z = product(rows_of(input), weight, bias);
-  if (name == Identity::name && !keep_preactivation) return {shaped(z, input), Tensor()};
-  const Tensor y = keep_preactivation ? fresh_like(z) : z;
-  run_forward(z, y, index, params);
+  const Tensor x = rows_of(input);
+  const Dtype dtype = dtype_of(input);
+  if (!blocked(dtype)) {
+    const Tensor z = product(x, weight, bias);
+    if (name == Identity::name && !keep_preactivation) return {shaped(z, input), Tensor()};
+    const Tensor y = keep_preactivation ? fresh_like(z) : z;
+    run_forward(z, y, index, params);
+    return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
+  }
+  const int64_t columns = weight.size(0), size = input.element_size();
+  const Tensor z = fresh({x.size(0), columns}, input.scalar_type());
+  const Tensor y = keep_preactivation ? fresh(z.sizes(), input.scalar_type()) : z;
+  const OptionalTensor dense_bias = bias ? OptionalTensor(bias->contiguous()) : bias;
+  auto* const from = static_cast<char*>(z.mutable_data_ptr());
+  auto* const to = static_cast<char*>(y.mutable_data_ptr());
+  const ForwardRows activate = name == Identity::name && !keep_preactivation
+                                   ? nullptr
+                                   : kernels().activations[index].forward_rows[dtype];
+  product_forward(dtype, matrix(x), matrix(weight), data(dense_bias), from, [&](const Tile& tile) {
+    const int64_t at = (tile.row * columns + tile.column) * size;
+    // Whole rows are one run of memory.
+    const int64_t n = tile.columns == columns ? tile.rows * columns : tile.columns;
+    if (activate)
+      activate(params.data(), from + at, columns, to + at, columns, n == tile.columns ? tile.rows : 1, n);
+  });
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
 
@@ -55,30 +103,72 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
   if (!served(grad_output))
     return composite::linear_activation_backward(grad_output, input, weight, saved, name, params, from_output,
                                                  output_mask);
-  const Tensor dz = name == Identity::name
-                        ? grad_output
-                        : activation_backward(grad_output, *saved, name, params, from_output);
-  auto [dx, dw, db] = product_backward(rows_of(dz), input, weight, output_mask);
+  const Dtype dtype = dtype_of(grad_output);
+  const std::size_t index = activation_index(name, params);
+  const ActivationKernels& table = kernels().activations[index];
+  const bool identity = name == Identity::name;
+  if (!blocked(dtype) ||
+      (!identity &&
+       (!served(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
+        !activation_infos[index].usual(params.data()) || (from_output && !table.backward_from_output[0])))) {
+    const Tensor dz =
+        identity ? grad_output : activation_backward(grad_output, *saved, name, params, from_output);
+    auto [dx, dw, db] = product_backward(rows_of(dz), input, weight, output_mask);
+    return {shaped(dx, grad_output), dw, db};
+  }
+  const Tensor dy = rows_of(grad_output);
+  const Tensor kept = identity ? dy : rows_of(*saved).contiguous();
+  const Matrix g = matrix(dy), s = matrix(kept);
+  const int64_t size = dy.element_size();
+  const BackwardRows derive = (from_output ? table.backward_rows_from_output : table.backward_rows)[dtype];
+  const auto form = [&](int64_t row, int64_t rows, void* to, int64_t stride) {
+    const auto* from = static_cast<const char*>(g.data) + row * g.row_stride * size;
+    int64_t from_stride = g.row_stride;
+    if (g.column_stride != 1) {
+      copy_rows(dtype, {from, rows, g.columns, g.row_stride, g.column_stride}, to, stride);
+      from = static_cast<const char*>(to), from_stride = stride;
+    }
+    const bool one_run = from_stride == g.columns && s.row_stride == g.columns && stride == g.columns;
+    derive(params.data(), from, from_stride, static_cast<const char*>(s.data) + row * s.row_stride * size,
+           s.row_stride, to, stride, one_run ? 1 : rows, one_run ? rows * g.columns : g.columns);
+  };
+  auto [dx, dw, db] =
+      blocked_backward(dtype, dy.scalar_type(), {g.rows, g.columns, identity ? &g : nullptr, form}, input,
+                       weight, output_mask);
   return {shaped(dx, grad_output), dw, db};
+}
+
+// y, and the index of the winner if it is asked for.
+std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& weight,
+                                             const OptionalTensor& bias, bool with_index) {
+  check_linear_maxout(input, weight, bias);
+  const int64_t pieces = weight.size(0);
+  const Tensor x = rows_of(input), w = weight.flatten(0, 1);
+  const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1).contiguous()) : bias;
+  const Dtype dtype = dtype_of(input);
+  Tensor output, index;
+  if (blocked(dtype) && pieces <= max_fused_pieces) {
+    output = fresh({x.size(0), weight.size(1)}, input.scalar_type());
+    if (with_index) index = fresh(output.sizes(), maxout_index_dtype(pieces));
+    product_maxout(dtype, matrix(x), matrix(w), data(b), pieces, data(output), data(index));
+  } else if (with_index) {
+    std::tie(output, index) = maxout_forward(product(x, w, b), pieces, 1);
+  } else {
+    output = maxout(product(x, w, b), pieces, 1);
+  }
+  return {shaped(output, input), shaped(index, input)};
 }
 
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias) {
   if (!linear_maxout_served(input, weight, bias))
     return composite::linear_maxout_forward(input, weight, bias);
-  check_linear_maxout(input, weight, bias);
-  const Tensor z =
-      product(rows_of(input), weight.flatten(0, 1), bias ? std::optional(bias->flatten(0, 1)) : std::nullopt);
-  auto [output, index] = maxout_forward(z, weight.size(0), 1);
-  return {shaped(output, input), shaped(index, input)};
+  return run_linear_maxout(input, weight, bias, /*with_index=*/true);
 }
 
 Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   if (!linear_maxout_served(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
-  check_linear_maxout(input, weight, bias);
-  const Tensor z =
-      product(rows_of(input), weight.flatten(0, 1), bias ? std::optional(bias->flatten(0, 1)) : std::nullopt);
-  return shaped(maxout(z, weight.size(0), 1), input);
+  return std::get<0>(run_linear_maxout(input, weight, bias, /*with_index=*/false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_output,
@@ -87,9 +177,28 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
                                                           int64_t pieces, Mask output_mask) {
   if (!served(grad_output))
     return composite::linear_maxout_backward(grad_output, input, weight, index, pieces, output_mask);
-  const Tensor dz = maxout_backward(rows_of(grad_output), rows_of(index), pieces, 1);
-  auto [dx, dw, db] =
-      product_backward(dz, input, weight ? std::optional(weight->flatten(0, 1)) : std::nullopt, output_mask);
+  const OptionalTensor w = weight ? OptionalTensor(weight->flatten(0, 1)) : weight;
+  const Tensor dy = rows_of(grad_output);
+  const Dtype dtype = dtype_of(dy);
+  Tensor dx, dw, db;
+  if (blocked(dtype) && pieces <= max_fused_pieces && dy.stride(1) == 1) {
+    const Tensor winners = rows_of(index).contiguous();
+    const Matrix g = matrix(dy);
+    const auto* winner = static_cast<const uint8_t*>(winners.const_data_ptr());
+    const MaxoutBackward scatter = kernels().maxout_backward[0][dtype];
+    const int64_t size = dy.element_size();
+    const auto form = [&](int64_t row, int64_t rows, void* to, int64_t stride) {
+      for (int64_t i = 0; i < rows; ++i)
+        scatter(static_cast<const char*>(g.data) + (row + i) * g.row_stride * size,
+                winner + (row + i) * g.columns, static_cast<char*>(to) + i * stride * size, pieces, g.columns,
+                g.columns);
+    };
+    std::tie(dx, dw, db) = blocked_backward(
+        dtype, dy.scalar_type(), {g.rows, pieces * g.columns, nullptr, form}, input, w, output_mask);
+  } else {
+    std::tie(dx, dw, db) =
+        product_backward(maxout_backward(dy, rows_of(index), pieces, 1), input, w, output_mask);
+  }
   if (dw.defined()) dw = dw.unflatten(0, {pieces, -1});
   if (db.defined()) db = db.unflatten(0, {pieces, -1});
   return {shaped(dx, grad_output), dw, db};

@@ -22,10 +22,18 @@ template <class M, class F, class... In> MLPEXT_INLINE void map(int64_t n, M* ou
   if (left > 0) store_partial(out + i, f(load_partial<V>(in + i, left)...), left);
 }
 
-template <class A, class M> void forward(const double* params, const void* x, void* y, int64_t n) {
+template <class A, class M> void forward_rows(const double* params, const void* x_, int64_t x_stride,
+                                              void* y_, int64_t y_stride, int64_t rows, int64_t n) {
   using V = LanesOf<M>;
   const A f = with_params<A>(params);
-  map(n, static_cast<M*>(y), [&](V v) MLPEXT_LAMBDA { return f.forward(v); }, static_cast<const M*>(x));
+  const M* x = static_cast<const M*>(x_);
+  M* y = static_cast<M*>(y_);
+  for (; rows > 0; --rows, x += x_stride, y += y_stride)
+    map(n, y, [&](V v) MLPEXT_LAMBDA { return f.forward(v); }, x);
+}
+
+template <class A, class M> void forward(const double* params, const void* x, void* y, int64_t n) {
+  forward_rows<A, M>(params, x, 0, y, 0, 1, n);
 }
 
 template <class A, class V> MLPEXT_INLINE V chain(V grad_output, V derivative) {
@@ -34,32 +42,42 @@ template <class A, class V> MLPEXT_INLINE V chain(V grad_output, V derivative) {
 }
 
 template <class A, class M, bool from_output>
-void backward(const double* params, const void* grad_output, const void* saved, void* grad_input, int64_t n) {
+void backward_rows(const double* params, const void* grad_output_, int64_t grad_output_stride,
+                   const void* saved_, int64_t saved_stride, void* grad_input_, int64_t grad_input_stride,
+                   int64_t rows, int64_t n) {
   using V = LanesOf<M>;
   const A f = with_params<A>(params);
   auto gradient = [&](V g, V s) MLPEXT_LAMBDA {
     if constexpr (from_output) return chain<A>(g, f.derivative_from_output(s));
     else return chain<A>(g, f.derivative(s));
   };
-  map(n, static_cast<M*>(grad_input), gradient, static_cast<const M*>(grad_output),
-      static_cast<const M*>(saved));
+  const M* grad_output = static_cast<const M*>(grad_output_);
+  const M* saved = static_cast<const M*>(saved_);
+  M* grad_input = static_cast<M*>(grad_input_);
+  for (; rows > 0; --rows) {
+    map(n, grad_input, gradient, grad_output, saved);
+    grad_output += grad_output_stride, saved += saved_stride, grad_input += grad_input_stride;
+  }
 }
 
-template <class A> constexpr cpu::ActivationKernels activation_kernels() {
-  cpu::ActivationKernels kernels{
-      {forward<A, double>, forward<A, float>, forward<A, BFloat16>, forward<A, Half>},
-      {backward<A, double, false>, backward<A, float, false>, backward<A, BFloat16, false>,
-       backward<A, Half, false>},
-      {}};
-  if constexpr (HasDerivativeFromOutput<A>)
-    kernels.backward_from_output = {backward<A, double, true>, backward<A, float, true>,
-                                    backward<A, BFloat16, true>, backward<A, Half, true>};
+template <class A, class M, bool from_output>
+void backward(const double* params, const void* grad_output, const void* saved, void* grad_input, int64_t n) {
+  backward_rows<A, M, from_output>(params, grad_output, 0, saved, 0, grad_input, 0, 1, n);
+}
+
+template <class A, class... M> constexpr cpu::ActivationKernels activation_kernels() {
+  cpu::ActivationKernels kernels{{forward<A, M>...},      {backward<A, M, false>...},      {},
+                                 {forward_rows<A, M>...}, {backward_rows<A, M, false>...}, {}};
+  if constexpr (HasDerivativeFromOutput<A>) {
+    kernels.backward_from_output = {backward<A, M, true>...};
+    kernels.backward_rows_from_output = {backward_rows<A, M, true>...};
+  }
   return kernels;
 }
 
 template <class... A>
 constexpr std::array<cpu::ActivationKernels, sizeof...(A)> all_activation_kernels(std::tuple<A...>*) {
-  return {activation_kernels<A>()...};
+  return {activation_kernels<A, double, float, BFloat16, Half>()...};
 }
 
 template <class M, class Index>
@@ -125,6 +143,11 @@ template <class Index> constexpr cpu::PerDtype<cpu::MaxoutBackward> maxout_backw
 }
 
 }  // namespace
+}  // namespace mlpext::MLPEXT_ISA
+
+#include "product_loops.h"
+
+namespace mlpext::MLPEXT_ISA {
 
 extern const cpu::Kernels kernels;
 constinit const cpu::Kernels kernels{
@@ -132,6 +155,7 @@ constinit const cpu::Kernels kernels{
     all_activation_kernels(static_cast<Activations*>(nullptr)),
     {maxout_forward_kernels<uint8_t>(), maxout_forward_kernels<int32_t>()},
     {maxout_backward_kernels<uint8_t>(), maxout_backward_kernels<int32_t>()},
+    product_kernels<double, float, BFloat16, Half>(),
 };
 
 }  // namespace mlpext::MLPEXT_ISA
