@@ -1,6 +1,11 @@
+import signal
+
 import hypothesis
 import pytest
 import torch
+
+# A job that a script starts in the background ignores Ctrl-C, and so would what the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile(
     "mlpext", deadline=None, derandomize=True, database=None, max_examples=60
