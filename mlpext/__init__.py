@@ -3,5 +3,6 @@
 from mlpext._import_check import __version__  # isort: skip  (before the extension is loaded)
 from mlpext import functional, nn, training
 from mlpext.functional import activations
+from mlpext.fusing import fuse, unfuse
 
-__all__ = ["__version__", "activations", "functional", "nn", "training"]
+__all__ = ["__version__", "activations", "functional", "fuse", "nn", "training", "unfuse"]

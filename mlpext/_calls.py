@@ -1,0 +1,352 @@
+"""Which module calls feed which: what `fuse` has to know of a model before it may change it.
+
+A module's own `forward` is run on torch.fx proxies, with its children as leaves, in train and in eval mode,
+with and without the arguments whose default is None: what holds in all of them does not hang on the mode.
+What torch.fx cannot see (methods beside `forward`, a forward that does not trace) is read as source.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import io
+import textwrap
+import types
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from typing import Any
+from warnings import catch_warnings, simplefilter
+
+import torch
+from torch import fx
+from torch.nn import Identity, Module, Sequential
+
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    *("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"),
+    "_load_state_dict_post_hooks",
+)
+
+
+def has_hooks(module: Module) -> bool:
+    """Whether anything watches the calls, the gradients or the state of `module`."""
+    return any(vars(module).get(name) for name in _HOOKS)
+
+
+def is_chain(module: Module) -> bool:
+    """Whether a call of `module` is a call of its children in a row, and nothing else."""
+    return (
+        isinstance(module, Sequential)
+        and type(module).forward is Sequential.forward
+        and type(module).__call__ is Module.__call__
+        and "forward" not in vars(module)
+    )
+
+
+def is_list(module: Module) -> bool:
+    """Whether `module` only holds others: ModuleList, ModuleDict."""
+    cls = type(module)
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return is_torchs(cls) and not scripted and cls.forward is Module.forward
+
+
+def is_torchs(cls: type) -> bool:
+    """Whether `cls` is torch's own."""
+    return cls.__module__.partition(".")[0] == "torch"
+
+
+class Untraceable(Exception):
+    """Why torch.fx cannot follow a forward."""
+
+
+def modes() -> tuple[bool, ...]:
+    """Whether autograd, inference mode and autocast are on: torch.fx records none of them."""
+    autocast = (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+class Tracer(fx.Tracer):
+    """Notes in each node's `meta` the module it calls, and whether autograd and autocast are on there."""
+
+    def __init__(self, inline: Callable[[Module], bool] = lambda module: False) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = True  # else `self.count += 1` would count the tracing too
+        self.inline = inline
+        self.inlined: set[Module] = set()
+
+    def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
+        if has_hooks(m) or not (is_chain(m) or self.inline(m)):
+            return True
+        self.inlined.add(m)
+        return False
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["modes"] = modes()
+        if node.op == "call_module":
+            node.meta["module"] = self.root.get_submodule(str(node.target))
+        return node
+
+
+def trace(
+    module: Module, inline: Callable[[Module], bool] = lambda module: False
+) -> tuple[list[fx.Graph], set[Module]]:
+    """The graphs of `module` in every mode, and the modules whose forward is part of them. The module, and
+    the random numbers to come, stay untouched."""
+    if "forward" in vars(module):
+        raise Untraceable("its forward was replaced on the instance")
+    if type(module).__call__ is not Module.__call__ and not isinstance(module, fx.GraphModule):
+        raise Untraceable("its class has a __call__ of its own")
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    absent = {p.name: None for p in parameters if p.default is None}
+    graphs, inlined = [], set()
+    for training in (True, False):
+        for concrete in [{}, absent] if absent else [{}]:
+            # What a forward assigns to `self`, or appends to a list there, goes to a copy.
+            twin = object.__new__(type(module))
+            for name, value in vars(module).items():
+                vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+            twin.training = training
+            try:
+                with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), catch_warnings():
+                    simplefilter("ignore")
+                    tracer = Tracer(inline)
+                    graphs.append(tracer.trace(twin, concrete))
+            except Exception as error:  # whatever a forward does with a proxy
+                raise Untraceable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+            inlined |= tracer.inlined
+    return graphs, inlined
+
+
+def follower(node: fx.Node) -> fx.Node | str:
+    """The one call that takes the output of `node` and nothing else; Identity is looked through."""
+    if len(node.users) != 1:
+        return "its output is used more than once" if node.users else "its output is not used"
+    (user,) = node.users
+    if user.op == "output":
+        return "no activation follows it: its output is a result"
+    if user.meta["modes"] != node.meta["modes"]:
+        return f"{describe(user)} runs in another autograd or autocast mode"
+    if user.op == "call_module":
+        if user.args != (node,) or user.kwargs:
+            return f"its output goes to {describe(user)} among other arguments"
+        module = user.meta["module"]
+        if type(module) is Identity and not has_hooks(module):
+            return follower(user)
+    return user
+
+
+def source(node: fx.Node) -> Any:
+    """What a call's first argument comes from; Identity is looked through."""
+    came = node.args[0] if node.args else None
+    if isinstance(came, fx.Node) and came.op == "call_module" and type(came.meta["module"]) is Identity:
+        return source(came)
+    return came
+
+
+def describe(node: fx.Node) -> str:
+    """A call, for the report."""
+    if node.op == "call_module":
+        return f"{node.target} ({type(node.meta['module']).__name__})"
+    return str(getattr(node.target, "__name__", node.target))
+
+
+# ---------------------------------------------------------------- what source says
+
+
+@dataclass
+class Uses:
+    """Names of the attributes that a function calls, those that it takes apart or hands on, and those of
+    either kind that are not `self`'s."""
+
+    called: set[str] = field(default_factory=set)
+    opened: set[str] = field(default_factory=set)
+    foreign: set[str] = field(default_factory=set)
+
+    @property
+    def touched(self) -> set[str]:
+        return self.called | self.opened
+
+
+_TAKE_APART = {"enumerate", "filter", "getattr", "iter", "len", "list", "map", "reversed", "tuple", "zip"}
+_PARTS = {"_modules", "children", "forward", "get_submodule", "modules", "named_children", "named_modules"}
+
+
+def _uses(function: types.FunctionType) -> Uses:
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # no source: every name may be used in every way
+        return Uses(*(set(function.__code__.co_names) for _ in range(3)))
+    uses = Uses()
+    for parent in ast.walk(tree):
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.Name) and node.id == "self" and _kind_of_use(node, parent) == "opened":
+                uses.opened.add("self")  # `for layer in self`
+            if not isinstance(node, ast.Attribute) or not isinstance(node.ctx, ast.Load):
+                continue
+            kind = _kind_of_use(node, parent)
+            if kind is None:
+                continue
+            getattr(uses, kind).add(node.attr)
+            if not (isinstance(node.value, ast.Name) and node.value.id == "self"):
+                uses.foreign.add(node.attr)
+    return uses
+
+
+def _kind_of_use(node: ast.expr, parent: ast.AST) -> str | None:
+    match parent:
+        case ast.Attribute(attr=attr):  # `self.fc.weight` does not call fc; `self.net.children()` opens net
+            return "opened" if attr in _PARTS else None
+        case ast.Call(func=func) if func is node:
+            return "called"
+        case ast.Call(func=ast.Name(id=name)) if name in _TAKE_APART:
+            return "opened"
+        case ast.Call() | ast.keyword():  # `checkpoint(self.net, x)` calls it
+            return "called"
+        case ast.Compare() | ast.If() | ast.UnaryOp() | ast.Return(value=ast.Name()):
+            return None
+        case _:
+            return "opened"
+
+
+def methods(cls: type) -> dict[str, Uses]:
+    """What the methods of `cls` do with attributes, down to torch's own classes; `__init__` runs before."""
+    found: dict[str, Uses] = {}
+    for base in cls.__mro__:
+        if base is object or is_torchs(base):
+            continue
+        for name, member in vars(base).items():
+            function = _function(member)
+            if function is None or name == "__init__":
+                continue
+            uses, known = _uses(function), found.setdefault(name, Uses())
+            for kind in ("called", "opened", "foreign"):
+                getattr(known, kind).update(getattr(uses, kind))
+    return found
+
+
+def _function(member: Any) -> types.FunctionType | None:
+    if isinstance(member, property):
+        member = member.fget
+    member = (
+        inspect.unwrap(getattr(member, "__func__", member))
+        if callable(member) or hasattr(member, "__func__")
+        else member
+    )
+    return member if isinstance(member, types.FunctionType) else None
+
+
+def reachable(uses: dict[str, Uses], start: str = "forward") -> set[str]:
+    """Methods that `start` may call."""
+    found: set[str] = set()
+    todo = [start]
+    while todo:
+        name = todo.pop()
+        if name in uses and name not in found:
+            found.add(name)
+            todo += uses[name].touched
+    return found
+
+
+# ---------------------------------------------------------------- a whole model
+
+
+class Calls:
+    """The calls that a model's forwards make of its modules.
+
+    `nodes[module]` are all calls of it, in every graph; `untraced[module]` says why its forward could not be
+    followed.
+    """
+
+    def __init__(self, model: Module) -> None:
+        self.paths: dict[Module, str] = {module: path for path, module in model.named_modules()}
+        self.parents: dict[Module, list[tuple[Module, str]]] = {module: [] for module in self.paths}
+        self.nodes: dict[Module, list[fx.Node]] = {module: [] for module in self.paths}
+        self.owner: dict[fx.Graph, Module] = {}
+        self.untraced: dict[Module, str] = {}
+        self.methods: dict[type, dict[str, Uses]] = {}
+        graphs: dict[Module, list[fx.Graph]] = {}
+        inlined: set[Module] = set()
+        for module in self.paths:
+            for name, child in module.named_children():
+                self.parents[child].append((module, name))
+            if (reason := self._closed(module)) is None:
+                try:
+                    graphs[module], parts = trace(module)
+                    inlined |= parts
+                except Untraceable as error:
+                    reason = f"{type(module).__name__}.forward cannot be traced ({error})"
+            if reason:
+                self.untraced[module] = reason
+        for module in graphs:
+            # A chain is in the graphs of its parents, between what comes before it and after.
+            if module in inlined and all(parent in graphs for parent, _ in self.parents[module]):
+                continue
+            for graph in graphs[module]:
+                self.owner[graph] = module
+                for node in graph.nodes:
+                    if node.op == "call_module":
+                        self.nodes[node.meta["module"]].append(node)
+
+    def _closed(self, module: Module) -> str | None:
+        """Why there is no use in tracing `module`; empty if there is nothing to know of it."""
+        cls = type(module)
+        if not any(module.children()) or is_list(module):
+            return ""
+        if isinstance(module, torch.jit.ScriptModule):
+            return "it is scripted"
+        if is_torchs(cls) and not is_chain(module) and not isinstance(module, fx.GraphModule):
+            return f"torch.nn.{cls.__name__} may read its parts directly"
+        if cls not in self.methods:
+            self.methods[cls] = methods(cls)
+        return f"{cls.__name__} has no forward" if cls.forward is Module.forward else None
+
+    def unseen(self, module: Module) -> str | None:
+        """Why there may be calls of `module` that are not in `nodes`: someone who holds it was not traced."""
+        for parent, _ in self.parents[module]:
+            if is_list(parent):
+                if reason := self.unseen(parent):
+                    return reason
+            elif parent in self.untraced:
+                return f"in {self.paths[parent] or 'the model'}: {self.untraced[parent]}"
+        return None
+
+    def used_by_a_method(self, first: fx.Node, second: fx.Node) -> str | None:
+        """Why the calls `first` and `second`, one after the other, may not be all there is: a method that
+        calls one alone. None if there is no such method."""
+        owner = self.owner[first.graph]
+        names = {str(node.target).partition(".")[0] for node in (first, second)}
+        return self._alone(owner, names) or self._from_elsewhere(owner, first, second)
+
+    def _alone(self, owner: Module, names: set[str]) -> str | None:
+        uses = self.methods[type(owner)]
+        if is_chain(owner):  # its own methods and whoever holds it may take it apart
+            names = {"self"}
+            for parent, name in self.parents[owner]:
+                if type(parent) in self.methods and (reason := self._alone(parent, {name})):
+                    return reason
+        seen = set() if owner in self.untraced else reachable(uses)
+        for method, use in uses.items():
+            if len(names) == 1:
+                bad = method not in seen and names <= use.opened
+            else:
+                touched = names & use.touched
+                bad = len(touched) == 1 if method in seen else bool(touched)
+            if bad:
+                what = " and ".join(sorted(names & use.touched))
+                return f"{type(owner).__name__}.{method} uses {what} in a way that cannot be followed"
+        return None
+
+    def _from_elsewhere(self, owner: Module, first: fx.Node, second: fx.Node) -> str | None:
+        names = {str(node.target).rpartition(".")[2] for node in (first, second)}
+        for cls, uses in self.methods.items():
+            if cls is type(owner):
+                continue
+            followed = not any(type(module) is cls for module in self.untraced)
+            seen = reachable(uses) if followed else set()
+            for method, use in uses.items():
+                if method not in seen and names & use.foreign:
+                    return f"{cls.__name__}.{method} reaches into {type(owner).__name__}"
+        return None
