@@ -9,17 +9,19 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all gradcheck bench check clean
+.PHONY: help train test test-all test-clients gradcheck bench check clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 train: .venv/.built        ## train the reference network on digits, in all three modes
 	$(V)/python -m mlpext train
 test: .venv/.built         ## the tests (slow ones and those that need a GPU left out)
 	$(TEST)
 test-all: .venv/.built     ## every test
 	$(TEST) -m ""
+test-clients: .venv/.built .venv-clients/.installed  ## with the packages that people use, in an environment of their own
+	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
 gradcheck: .venv/.built    ## derivatives against finite differences, alone
 	$(TEST) -m gradcheck
 bench: .venv/.built        ## every benchmark; results in benchmarks/results
@@ -36,6 +38,15 @@ clean:                     ## remove what was built; .venv's packages stay
 
 # One thread: on a machine with few cores, busy OpenMP threads make small tensors ten times slower.
 TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxprocesses 4
+
+# The same torch as in .venv, so that the extension built there loads here; nothing may bring another one.
+.venv-clients/.installed: tests/clients/requirements.txt tests/clients/no-deps.txt | .venv/.deps
+	$(PYTHON) -m venv --clear .venv-clients
+	.venv-clients/bin/python -m pip install -q "$(TORCH)"
+	echo "$(TORCH)" > .venv-clients/constraints.txt
+	.venv-clients/bin/python -m pip install -q -c .venv-clients/constraints.txt -r tests/clients/requirements.txt
+	.venv-clients/bin/python -m pip install -q --no-deps -r tests/clients/no-deps.txt
+	@touch $@
 
 # Another TORCH than the one noted in the stamp makes the stamp out of date.
 ifneq ($(TORCH),$(STAMPED))

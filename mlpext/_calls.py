@@ -1,8 +1,9 @@
 """Which module calls feed which: what `fuse` has to know of a model before it may change it.
 
 A module's own `forward` is run on torch.fx proxies, with its children as leaves, in train and in eval mode,
-with and without the arguments whose default is None: what holds in all of them does not hang on the mode.
-What torch.fx cannot see (methods beside `forward`, a forward that does not trace) is read as source.
+with and without the arguments whose default is None, with one and two for `*args`: what holds in all of them
+does not hang on the mode. What torch.fx cannot see (methods beside `forward`, a forward that does not trace)
+is read as source.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import types
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
@@ -70,10 +72,11 @@ def modes() -> tuple[bool, ...]:
 class Tracer(fx.Tracer):
     """Notes in each node's `meta` the module it calls, and whether autograd and autocast are on there."""
 
-    def __init__(self, inline: Callable[[Module], bool] = lambda module: False) -> None:
+    def __init__(self, inline: Callable[[Module], bool], several: int) -> None:
         super().__init__()
         self.proxy_buffer_attributes = True  # else `self.count += 1` would count the tracing too
         self.inline = inline
+        self.several = several
         self.inlined: set[Module] = set()
 
     def is_leaf_module(self, m: Module, module_qualified_name: str) -> bool:
@@ -81,6 +84,17 @@ class Tracer(fx.Tracer):
             return True
         self.inlined.add(m)
         return False
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        """`*args` as that many arguments, where torch.fx has one proxy for all of them."""
+        function, proxies = super().create_args_for_root(*args, **kwargs)
+        for index, proxy in enumerate(proxies):
+            name = str(proxy.node.target) if isinstance(proxy, fx.Proxy) else ""
+            if name.startswith("*") and not name.startswith("**"):
+                each = (self.create_proxy("placeholder", f"{name}_{i}", (), {}) for i in range(self.several))
+                proxies[index] = tuple(each)
+                self.graph.erase_node(proxy.node)
+        return function, proxies
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
@@ -101,22 +115,25 @@ def trace(
         raise Untraceable("its class has a __call__ of its own")
     parameters = inspect.signature(type(module).forward).parameters.values()
     absent = {p.name: None for p in parameters if p.default is None}
+    several = any(p.kind is p.VAR_POSITIONAL for p in parameters)
     graphs, inlined = [], set()
-    for training in (True, False):
-        for concrete in [{}, absent] if absent else [{}]:
-            # What a forward assigns to `self`, or appends to a list there, goes to a copy.
-            twin = object.__new__(type(module))
-            for name, value in vars(module).items():
-                vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
-            twin.training = training
-            try:
-                with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), catch_warnings():
-                    simplefilter("ignore")
-                    tracer = Tracer(inline)
-                    graphs.append(tracer.trace(twin, concrete))
-            except Exception as error:  # whatever a forward does with a proxy
-                raise Untraceable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
-            inlined |= tracer.inlined
+    for training, concrete, many in product(
+        (True, False), [{}, absent] if absent else [{}], (1, 2) if several else (1,)
+    ):
+        # What a forward assigns to `self`, or appends to a list there, goes to a copy.
+        twin = object.__new__(type(module))
+        for name, value in vars(module).items():
+            vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+        twin.training = training
+        tracer = Tracer(inline, many)
+        try:
+            with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), catch_warnings():
+                simplefilter("ignore")
+                graphs.append(tracer.trace(twin, concrete))
+        except Exception as error:  # whatever a forward does with a proxy
+            first = str(error).partition("\n")[0].partition(". ")[0]
+            raise Untraceable(f"{type(error).__name__}: {first}") from error
+        inlined |= tracer.inlined
     return graphs, inlined
 
 
@@ -322,13 +339,14 @@ class Calls:
 
     def _alone(self, owner: Module, names: set[str]) -> str | None:
         uses = self.methods[type(owner)]
-        if is_chain(owner):  # its own methods and whoever holds it may take it apart
-            names = {"self"}
+        if isinstance(owner, Sequential):  # whoever holds it may take it apart
             for parent, name in self.parents[owner]:
                 if type(parent) in self.methods and (reason := self._alone(parent, {name})):
                     return reason
         seen = set() if owner in self.untraced else reachable(uses)
         for method, use in uses.items():
+            if method not in seen and "self" in use.opened:
+                return f"{type(owner).__name__}.{method} takes it apart"
             if len(names) == 1:
                 bad = method not in seen and names <= use.opened
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import Linear, Module, Parameter
 
 from mlpext import _C, nn
 from mlpext import functional as F
-from mlpext._calls import has_hooks
+from mlpext._calls import Untraceable, follower, has_hooks, is_torchs, modes, trace
 
 
 class Row(NamedTuple):
@@ -50,15 +51,58 @@ del _FUNCTIONS[None]
 
 def activation_of(module: Module) -> tuple[str, dict[str, float]] | None:
     """Name and parameters of an activation module, None for any other."""
-    name = _ACTIVATIONS.get(type(module))
-    if name is None or "forward" in vars(module):
+    if "forward" in vars(module):
         return None
+    name = _ACTIVATIONS.get(type(module))
+    if name is None:
+        return _activation_by_trace(module)
     if name == "gelu" and getattr(module, "approximate", "none") != "none":
         name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
     params = {param: getattr(module, param) for param in _C.activations()[name]}
     if any(type(value) not in (int, float) for value in params.values()):
         return None
     return name, params
+
+
+def _activation_by_trace(module: Module) -> tuple[str, dict[str, float]] | None:
+    """The activation that a module of someone else's class is, if its forward calls that and nothing else."""
+    if is_torchs(type(module)) or any(module.children()) or any(module.parameters()) or any(module.buffers()):
+        return None
+    try:
+        graphs, _ = trace(module)
+    except Untraceable:
+        return None
+    found = [_only_activation(graph) for graph in graphs]
+    return found[0] if all(each == found[0] for each in found) else None
+
+
+def _only_activation(graph: fx.Graph) -> tuple[str, dict[str, float]] | None:
+    x, *calls, output = graph.nodes
+    if x.op != "placeholder" or not calls or output.args != (calls[-1],):
+        return None
+    last, activation = activation_after(x)
+    return activation if last is calls[-1] and last.meta["modes"] == modes() else None
+
+
+def activation_after(node: fx.Node) -> tuple[fx.Node | None, tuple[str, dict[str, float]] | None]:
+    """The activation that takes the output of `node`, and the last of its calls: sin(omega x) is two."""
+    last = follower(node)
+    if isinstance(last, str):
+        return None, None
+    activation = activation_called(last)
+    if activation is None and (omega := _factor(last)) is not None:
+        last = follower(last)
+        if not isinstance(last, str) and activation_called(last) == ("sine", {"omega": 1.0}):
+            return last, ("sine", {"omega": omega})
+        return None, None
+    return last, activation
+
+
+def _factor(node: fx.Node) -> float | None:
+    """The number by which `node` multiplies what it is given."""
+    if node.target not in (operator.mul, torch.mul, "mul") or len(node.args) != 2 or node.kwargs:
+        return None
+    return next((float(value) for value in node.args if isinstance(value, (int, float))), None)
 
 
 def why_not_linear(linear: Module) -> str | None:

@@ -16,7 +16,7 @@ from torch.nn import Linear, Module
 
 from mlpext import functional as F
 from mlpext._calls import Untraceable, describe, follower, has_hooks, is_chain, is_torchs, modes, trace
-from mlpext._fusable import Row, activation_called, why_not_linear
+from mlpext._fusable import Row, activation_after, activation_called, why_not_linear
 
 
 class FusedGraph(fx.GraphModule):
@@ -90,6 +90,8 @@ def _operations(graph: fx.Graph) -> Iterator[str]:
     for node in graph.nodes:
         if node.op == "placeholder":
             names[node] = str(node.target)
+            if names[node].startswith("*"):  # how many there are is part of what it does
+                yield names[node]
         elif node.target is not _assert_is_none:
             names[node] = str(len(names))
             args = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
@@ -110,27 +112,13 @@ def _is_linear(node: fx.Node) -> bool:
 
 def _fuse_activation(linear: fx.Node) -> str | None:
     """linear, then an activation: one call. What was fused, for the report."""
-    last = follower(linear)
-    if isinstance(last, str):
-        return None
-    activation = activation_called(last)
-    if activation is None and (omega := _factor(last)) is not None:  # sin(omega z)
-        last = follower(last)
-        if not isinstance(last, str) and activation_called(last) == ("sine", {"omega": 1.0}):
-            activation = "sine", {"omega": omega}
-    if activation is None or isinstance(last, str):
+    last, activation = activation_after(linear)
+    if last is None or activation is None:
         return None
     what = describe(last)
     name, params = activation
     _replace(linear, last, lambda *operands: _call(linear, F.linear_activation, *operands, name, **params))
     return what
-
-
-def _factor(node: fx.Node) -> float | None:
-    """The number by which `node` multiplies what it is given."""
-    if node.target not in (operator.mul, torch.mul, "mul") or len(node.args) != 2 or node.kwargs:
-        return None
-    return next((float(value) for value in node.args if isinstance(value, (int, float))), None)
 
 
 def _fuse_maxout(linear: fx.Node) -> str | None:

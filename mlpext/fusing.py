@@ -17,7 +17,7 @@ from torch.nn import Identity, Linear, Module
 
 from mlpext import nn
 from mlpext._calls import Calls, describe, follower, has_hooks, is_torchs, source
-from mlpext._fusable import OURS, Row, activation_of, why_not_linear
+from mlpext._fusable import OURS, Row, activation_called, activation_of, why_not_linear
 from mlpext._fused_graph import FusedGraph, fuse_graph
 
 M = TypeVar("M", bound=Module)
@@ -177,7 +177,8 @@ def _find_followers(calls: Calls, linear: Module, followers: dict[Module, dict[M
         if isinstance(user, str):
             return user
         if user.op != "call_module":
-            return f"its output goes to {describe(user)}, a function: see graph=True"
+            hint = ", a function: see graph=True" if activation_called(user) else ""
+            return f"its output goes to {describe(user)}{hint}"
         activation = user.meta["module"]
         if activation_of(activation) is None:
             return f"its output goes to {describe(user)}"

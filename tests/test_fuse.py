@@ -230,7 +230,7 @@ ARCHITECTURES = {
     ),
     "SIREN": Architecture(
         lambda: nn.Sequential(SirenLayer(6, 8), SirenLayer(8, 8), nn.Linear(8, 2)),
-        left={"0.linear": "goes to mul, a function", "1.linear": "goes to mul, a function", "2": LAST},
+        left={"0.linear": "goes to mul", "1.linear": "goes to mul", "2": LAST},
         graph_fused=("0.linear", "1.linear"),
     ),
     "autoencoder": Architecture(
@@ -510,6 +510,40 @@ def test_every_activation(name):
 @pytest.mark.parametrize("activation", [mlpext.nn.Sine(3.0), mlpext.nn.Squareplus(1.0)], ids=repr)
 def test_activations_that_torch_lacks(activation):
     assert type(fuse(nn.Sequential(nn.Linear(6, 8), activation))[0][0]) is LinearActivation
+
+
+class OwnSine(nn.Module):
+    def forward(self, x):
+        return torch.sin(3.0 * x)
+
+
+class OwnSiLU(nn.Module):  # as in transformers
+    def __init__(self):
+        super().__init__()
+        self.act = TF.silu
+
+    def forward(self, input):
+        return self.act(input)
+
+
+class Scaled(nn.Module):
+    def forward(self, x):
+        return TF.silu(x) * 2
+
+
+class TrainOnly(nn.Module):
+    def forward(self, x):
+        return TF.silu(x) if self.training else x.relu()
+
+
+def test_modules_that_only_call_an_activation():
+    for cls, name in ((OwnSine, "sine"), (OwnSiLU, "silu")):
+        fused, _ = fuse(nn.Sequential(nn.Linear(6, 8), cls()))
+        assert fused[0].activation == name and type(fused[1]) is nn.Identity
+        assert type(mlpext.unfuse(fused)[1]) is cls
+        assert type(fuse(nn.Sequential(cls()))[0][0]) is cls
+    for cls in (Scaled, TrainOnly):
+        assert reason(nn.Sequential(nn.Linear(6, 8), cls()), "0") == f"its output goes to 1 ({cls.__name__})"
 
 
 class Call(nn.Module):
@@ -938,7 +972,7 @@ def test_chains_that_are_taken_apart():
     assert "used more than once" in reason(Iterates(), "net.0")
     assert "IteratesUnseen.forward uses net" in reason(IteratesUnseen(), "net.0")
     assert "Slices.forward uses net" in reason(Slices(), "net.0")
-    assert "OwnChain.first uses self" in reason(OwnChain(nn.Linear(6, 6), nn.ReLU()), "0")
+    assert "OwnChain.first takes it apart" in reason(OwnChain(nn.Linear(6, 6), nn.ReLU()), "0")
     assert type(fuse(CallsUnseen())[0].net[0]) is LinearActivation
 
 
