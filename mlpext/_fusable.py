@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,8 @@ def activation_of(module: Module) -> tuple[str, dict[str, float]] | None:
 
 def _activation_by_trace(module: Module) -> tuple[str, dict[str, float]] | None:
     """The activation that a module of someone else's class is, if its forward calls that and nothing else."""
-    if is_torchs(type(module)) or any(module.children()) or any(module.parameters()) or any(module.buffers()):
+    parts = chain(module.children(), module.parameters(), module.buffers())
+    if is_torchs(type(module)) or any(True for _ in parts):
         return None
     try:
         graphs, _ = trace(module)
