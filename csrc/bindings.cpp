@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "ops.h"
+#include "training/epoch.h"
 
 namespace {
 
@@ -142,4 +143,5 @@ PYBIND11_MODULE(_C, m) {
     return names;
   });
   m.def("has_cuda", [] { return false; });
+  training::bind(m);
 }

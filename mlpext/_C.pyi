@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace: bool = False) -> Tensor: ...
@@ -10,3 +13,20 @@ def activations() -> dict[str, dict[str, float]]: ...
 def cpu_isa() -> str: ...
 def cpu_isas() -> list[str]: ...
 def has_cuda() -> bool: ...
+def usual(name: str, params: tuple[float, ...]) -> bool: ...
+def run_epoch(
+    layers: list[tuple[Any, ...]],
+    rule: dict[str, Any],
+    loss: str,
+    mean: bool,
+    samples: int,
+    step_size: int,
+    x: Tensor | None,
+    d: Tensor | None,
+    order: Tensor,
+    fetch: Callable[[int, int], tuple[Tensor, Tensor]] | None,
+    block_size: int,
+    losses: Tensor,
+    outputs: Tensor | None,
+    poll: Callable[[int, float], bool],
+) -> tuple[int, bool]: ...

@@ -27,19 +27,26 @@ class GradientDescent:
 
         g = dE/dW + weight_decay W;    v = momentum v + g, first v = g;    W <- W - eta v
 
-    lr is eta. Parameters without a gradient stay as they are.
+    and with nesterov W <- W - eta (g + momentum v). lr is eta. Parameters without a gradient stay as they
+    are.
 
         descent = GradientDescent(model.parameters(), lr=0.1)
         E.backward(); descent.step(); descent.zero_grad()
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.0, weight_decay: float = 0.0
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
     ) -> None:
         self.parameters = list(parameters)
         self.lr = lr
         self.momentum = momentum
         self.weight_decay = weight_decay
+        self.nesterov = nesterov
         self.velocity: list[Tensor | None] = [None] * len(self.parameters)
 
     @torch.no_grad()
@@ -52,7 +59,8 @@ class GradientDescent:
                 g = g.add(W, alpha=self.weight_decay)
             if self.momentum:
                 v = self.velocity[k]
-                g = self.velocity[k] = g.clone() if v is None else v.mul_(self.momentum).add_(g)
+                v = self.velocity[k] = g.clone() if v is None else v.mul_(self.momentum).add_(g)
+                g = g.add(v, alpha=self.momentum) if self.nesterov else v
             W.add_(g, alpha=-self.lr)
 
     def zero_grad(self) -> None:

@@ -260,7 +260,9 @@ class LinearActivation(_Affine):
         self.activation = activation
         self.params = dict(zip(_C.activations()[activation], values, strict=True))
         self.weight = Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter(
+            "bias", Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -309,7 +311,9 @@ class Maxout(_Affine):
         self.out_features = out_features
         self.pieces = pieces
         self.weight = Parameter(torch.empty(pieces, out_features, in_features, device=device, dtype=dtype))
-        self.bias = Parameter(torch.empty(pieces, out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter(
+            "bias", Parameter(torch.empty(pieces, out_features, device=device, dtype=dtype)) if bias else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -88,6 +88,15 @@ class Samples:
             target = torch.nn.functional.one_hot(target, self.one_hot).to(self._dtype)
         return x, target
 
+    def resident(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """All inputs and targets (class numbers as they are) and which of their rows count (None: all), or
+        None where they are not dense tensors of `dtype` in memory."""
+        for part, types in ((self._x, (dtype,)), (self._target, (dtype, torch.int64))):
+            if not isinstance(part, Tensor) or not part.is_contiguous() or part.dtype not in types:
+                return None
+        assert isinstance(self._x, Tensor) and isinstance(self._target, Tensor)
+        return self._x, self._target, self._rows
+
     def subset(self, rows: Tensor) -> Samples:
         """Samples of these rows alone, which share the memory of all of them."""
         part = copy.copy(self)

@@ -32,9 +32,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import descent as autograd
+from . import engine as native
 from . import objective
 from .checkpoint import Checkpoint
-from .descent import Descent, GradientDescent, Plan, run_epoch
+from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
 from .samples import Array, Samples
@@ -53,7 +55,7 @@ __all__ = [
 
 MODES = ("stochastic", "mini-batch", "batch")
 REDUCTIONS = ("mean", "sum")
-ENGINES = ("auto", "autograd")
+ENGINES = ("auto", "native", "autograd")
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -71,6 +73,7 @@ def fit(
     reduction: str = "mean",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
+    nesterov: bool = False,
     optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
     validation: tuple[Array, Array] | float | None = None,
     shuffle: bool = True,
@@ -108,7 +111,7 @@ def fit(
             scalar.
         reduction: what a step minimises, the "mean" over its samples or the "sum", which is the lecture's
             literal batch update. The losses reported are means either way.
-        momentum, weight_decay: as in torch.optim.SGD, see `GradientDescent`.
+        momentum, weight_decay, nesterov: as in torch.optim.SGD, see `GradientDescent`.
         optimizer: a torch.optim.Optimizer over the model's parameters, or a function that makes one from
             them, to use instead of lr, momentum and weight_decay.
         validation: held-out data (x, d) to measure after each epoch, or a fraction of the data to hold out at
@@ -128,7 +131,10 @@ def fit(
         log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
         progress: show a bar on stderr where that is a terminal.
         device: move the model there first; None trains it where it is.
-        engine: "autograd", the PyTorch loop, or "auto", the fastest that serves (today the same).
+        engine: "native", whole epochs in C++: for rows of LinearActivation and Maxout layers (an
+            `mlpext.nn.MLP`) in float32 or float64 on the CPU, a loss by name, and no optimizer or torch's
+            SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the PyTorch loop: any
+            model. "auto": native where it serves. Both give the same numbers, to rounding.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run.
@@ -174,7 +180,7 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
-    descent, descent_config = _descent(optimizer, parameters, lr, momentum, weight_decay)
+    descent, descent_config = _descent(optimizer, parameters, lr, momentum, weight_decay, nesterov)
     plan = Plan(
         mode=mode,
         step_size={"stochastic": 1, "mini-batch": batch_size, "batch": len(samples)}[mode],
@@ -182,6 +188,10 @@ def fit(
         total=total,
         metric=objective.metric_for(samples, loss),
     )
+    unserved = native.refusal(model, samples, plan, descent) if engine != "autograd" else "not asked for"
+    if engine == "native" and unserved is not None:
+        raise ValueError(f"engine='native' cannot train this: {unserved}; engine='auto' falls back")
+    run_epoch = native.run_epoch if unserved is None else autograd.run_epoch
     config = {
         "mode": mode,
         "samples_per_update": plan.step_size,
@@ -383,12 +393,16 @@ def _descent(
     lr: float,
     momentum: float,
     weight_decay: float,
+    nesterov: bool,
 ) -> tuple[Descent, dict[str, Any]]:
     """What updates the parameters, and its part of the run's configuration."""
     rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     rates = {name: _at_least_zero(name, value) for name, value in rates.items()}
+    if nesterov and not momentum:
+        raise ValueError("nesterov needs a momentum above 0")
     if optimizer is None:
-        return GradientDescent(parameters, **rates), {"optimizer": None, **rates}
+        config = {"optimizer": None, **rates, **({"nesterov": True} if nesterov else {})}
+        return GradientDescent(parameters, **rates, nesterov=bool(nesterov)), config
     if momentum or weight_decay:
         raise ValueError(
             "momentum and weight_decay belong to the optimizer when one is given: set them there"

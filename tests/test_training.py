@@ -94,7 +94,7 @@ def test_the_update_has_the_bits_of_torch_sgd(momentum, weight_decay):
             (0.5 * F.mse_loss(expected(x[rows]), d[rows], reduction="sum") / len(rows)).backward()
             sgd.step()
     ours, theirs = network(), network()
-    options = {"batch_size": 8, "shuffle": False}
+    options = {"batch_size": 8, "shuffle": False, "engine": "autograd"}
     train(ours, x, d, lr=0.1, momentum=momentum, weight_decay=weight_decay, **options)
     train(
         theirs,
@@ -919,7 +919,7 @@ def nan_at(row, column):
             "classes",
         ),
         ({"reduction": "none"}, ValueError, "reduction must be one of mean, sum, got 'none'"),
-        ({"engine": "native"}, ValueError, "engine must be one of auto, autograd, got 'native'"),
+        ({"engine": "jax"}, ValueError, "engine must be one of auto, native, autograd, got 'jax'"),
         ({"optimizer": "adam"}, TypeError, "optimizer must be a torch.optim.Optimizer or a function"),
         ({"optimizer": lambda p: None}, TypeError, "optimizer must return a torch.optim.Optimizer"),
         (

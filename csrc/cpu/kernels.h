@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../activations.h"
+#include "../training/job.h"
 
 namespace mlpext::cpu {
 
@@ -77,6 +78,8 @@ struct Kernels {
   std::array<PerDtype<MaxoutForward>, 2> maxout_forward;
   std::array<PerDtype<MaxoutBackward>, 2> maxout_backward;
   ProductKernels product;
+  // float64 and float32.
+  std::array<training::Train, 2> train;
 };
 
 // The table in use: the best that this machine runs, or the one that the environment variable MLPEXT_CPU_ISA

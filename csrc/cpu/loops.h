@@ -2,6 +2,7 @@
 // through the same code, so a value's result depends neither on its position nor on the length of the tensor.
 #pragma once
 #include "../activation_info.h"
+#include "../training/engine.h"
 #include "kernels.h"
 #include "vec_math.h"
 
@@ -156,6 +157,7 @@ constinit const cpu::Kernels kernels{
     {maxout_forward_kernels<uint8_t>(), maxout_forward_kernels<int32_t>()},
     {maxout_backward_kernels<uint8_t>(), maxout_backward_kernels<int32_t>()},
     product_kernels<double, float, BFloat16, Half>(),
+    {train<double>, train<float>},
 };
 
 }  // namespace mlpext::MLPEXT_ISA

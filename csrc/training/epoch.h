@@ -1,0 +1,12 @@
+// The engine's place in the Python module.
+#pragma once
+
+namespace pybind11 {
+class module_;
+}
+
+namespace mlpext::training {
+
+void bind(pybind11::module_& m);
+
+}  // namespace mlpext::training

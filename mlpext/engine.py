@@ -1,0 +1,262 @@
+"""One epoch in C++: what it serves, and the way there. descent.run_epoch is the same epoch in PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from . import _C, objective
+from .descent import Descent, GradientDescent, Plan
+from .nn import MLP, LinearActivation, Maxout
+from .samples import BLOCK, Samples
+
+Layer: TypeAlias = "LinearActivation | Maxout"
+LOSSES: dict[Any, str] = {objective.squared_error: "squared_error", objective.cross_entropy: "cross_entropy"}
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+OPTIMIZERS: dict[type, str] = {
+    torch.optim.SGD: "descent",
+    torch.optim.Adam: "adam",
+    torch.optim.AdamW: "adamw",
+}
+
+
+class Refused(Exception):
+    """Why the native engine does not serve."""
+
+
+def refusal(model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> str | None:
+    """Why the native engine cannot run this training, or None if it can."""
+    try:
+        layers = _layers(model)
+        _check_rows(samples, plan, layers[0])
+        _states(descent, layers)
+    except Refused as reason:
+        return str(reason)
+    return None
+
+
+def run_epoch(
+    model: nn.Module,
+    samples: Samples,
+    order: Tensor,
+    plan: Plan,
+    descent: Descent,
+    interrupted: Sequence[object],
+    advance: Callable[[int, float], object],
+) -> tuple[Tensor, Tensor]:
+    """As descent.run_epoch, to rounding, but a loss that is NaN or infinite stops it at once."""
+    layers = _layers(model)
+    rule, states = _states(descent, layers)
+    resident = samples.resident(layers[0].weight.dtype)
+    count = len(order)
+    losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64)
+    weight = layers[0].weight
+    whole_steps = max(BLOCK // plan.step_size, 1) * plan.step_size
+    block = count if resident else BLOCK if plan.mode == "batch" else whole_steps
+    outputs = None
+    if plan.metric is not None:
+        outputs = torch.empty(block, *samples.outputs, dtype=weight.dtype)
+    score = torch.zeros((), dtype=torch.float64)
+    seen: list[Tensor] = []  # the targets of the block under way
+
+    def add_score() -> None:
+        nonlocal score
+        if plan.metric is not None and outputs is not None:
+            for d in seen:
+                score = score + plan.metric.score(outputs[: len(d)], d)
+        seen.clear()
+
+    def fetch(first: int, rows: int) -> tuple[Tensor, Tensor]:
+        add_score()
+        x, d = samples[order[first : first + rows]]
+        seen.append(d)
+        return x, d
+
+    reported, total = 0, 0.0
+
+    def poll(done: int, error: float) -> bool:
+        nonlocal reported, total
+        advance(done - reported, (error - total) / (done - reported))
+        reported, total = done, error
+        return not interrupted
+
+    x = d = None
+    if resident is not None:
+        x, d, rows = resident
+        order = order if rows is None else rows[order]
+    steps, stopped = _C.run_epoch(
+        layers=[_describe(layer, states) for layer in layers],
+        rule=rule,
+        loss=LOSSES[plan.total],
+        mean=plan.mean,
+        samples=count,
+        step_size=plan.step_size,
+        x=x,
+        d=d,
+        order=order.contiguous(),
+        fetch=None if resident else fetch,
+        block_size=block,
+        losses=losses,
+        outputs=outputs,
+        poll=poll,
+    )
+    _count_steps(descent, layers, steps)
+    if stopped:
+        raise KeyboardInterrupt
+    losses = losses[:steps]
+    if d is not None and plan.metric is not None and bool(losses[-1].isfinite()):
+        seen.append(d[order])
+    add_score()
+    if reported < count:
+        done = min(steps * plan.step_size, count)
+        error = float(losses.sum()) * plan.step_size  # of the bar only: the last step may be shorter
+        advance(done - reported, max(error - total, 0.0) / (done - reported))
+    return losses, score
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    """The layers of a network that the engine can run as it stands."""
+    if _has_any_global_hook():  # type: ignore[no-untyped-call]
+        raise Refused("torch has global module hooks")
+    _check_module(model)
+    modules = list(model.children()) if type(model) in (MLP, nn.Sequential) else [model]
+    layers: list[Layer] = []
+    for module in modules:
+        if type(module) not in (LinearActivation, Maxout):
+            raise Refused(
+                f"model has a {type(module).__name__}; it takes LinearActivation and Maxout layers in a row"
+            )
+        _check_module(module)
+        layers.append(module)  # type: ignore[arg-type]
+    if not layers:
+        raise Refused("model has no layer")
+    seen: set[int] = set()
+    first = layers[0].weight
+    for layer in layers:
+        for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
+            if parameter is None and name == "bias" and "bias" in layer._parameters:
+                continue
+            if type(parameter) is not nn.Parameter:
+                raise Refused(f"a layer's {name} is a {type(parameter).__name__}, not a Parameter")
+            if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.float64):
+                raise Refused(f"a {name} is {parameter.dtype} on {parameter.device}, not float32/64 on cpu")
+            if parameter.dtype != first.dtype:
+                raise Refused(f"weights of {first.dtype} and {parameter.dtype} are mixed")
+            if not parameter.is_contiguous() or parameter.numel() == 0:
+                raise Refused(f"a {name} is empty or not contiguous")
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise Refused(f"a {name} has gradient hooks")
+            if parameter.data_ptr() in seen:
+                raise Refused(f"a {name} is shared by two layers")
+            seen.add(parameter.data_ptr())
+        if isinstance(layer, LinearActivation) and not _C.usual(
+            layer.activation, tuple(layer.params.values())
+        ):
+            raise Refused(f"{layer.activation} with {layer.params} runs on torch's operators")
+    for before, after in pairwise(layers):
+        if before.weight.shape[-2] != after.weight.shape[-1]:
+            raise Refused("the layers do not fit one another")
+    return layers
+
+
+def _check_module(module: nn.Module) -> None:
+    if any(getattr(module, hooks) for hooks in HOOKS) or "forward" in vars(module):
+        raise Refused(f"{type(module).__name__} has hooks or a forward of its own")
+
+
+def _check_rows(samples: Samples, plan: Plan, first: Layer) -> None:
+    if plan.total not in LOSSES:
+        raise Refused("loss is a function; it takes the names " + ", ".join(LOSSES.values()))
+    x, d = samples.shapes
+    if len(x) != 2 or len(samples.outputs) != 1 or len(d) > 2:
+        raise Refused(f"x has shape {tuple(x)} and target {tuple(d)}; it takes (N, n0) and (N,) or (N, n)")
+    if x[1] != first.weight.shape[-1]:
+        raise Refused(f"x has {x[1]} columns, the first layer takes {first.weight.shape[-1]}")
+
+
+def _describe(layer: Layer, states: dict[int, tuple[Tensor, ...]]) -> tuple[Any, ...]:
+    weight, bias = layer.weight, layer.bias
+    name, params = ("maxout", ()) if isinstance(layer, Maxout) else (layer.activation, layer.params.values())
+    return (
+        weight,
+        bias,
+        name,
+        tuple(params),
+        states.get(id(weight), ()),
+        states.get(id(bias), ()),
+    )
+
+
+def _states(descent: Descent, layers: list[Layer]) -> tuple[dict[str, Any], dict[int, tuple[Tensor, ...]]]:
+    """The update rule, and the optimizer's buffers of each parameter that it moves (made where missing)."""
+    trained = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    if isinstance(descent, GradientDescent):
+        if {id(p) for p in trained} != {id(p) for p in descent.parameters}:
+            raise Refused("the optimizer does not hold exactly the parameters that require a gradient")
+        rule = {"kind": "descent", "nesterov": descent.nesterov}
+        rule |= {name: getattr(descent, name) for name in ("lr", "momentum", "weight_decay")}
+        states: dict[int, tuple[Tensor, ...]] = {}
+        if descent.momentum:
+            for k, parameter in enumerate(descent.parameters):
+                velocity = descent.velocity[k]
+                if velocity is None:  # v = momentum 0 + g is the first step's v = g
+                    velocity = descent.velocity[k] = torch.zeros_like(parameter, requires_grad=False)
+                states[id(parameter)] = (velocity,)
+        return rule, states
+    return _torch_states(descent, trained)
+
+
+def _torch_states(
+    optimizer: Descent, trained: list[nn.Parameter]
+) -> tuple[dict[str, Any], dict[int, tuple[Tensor, ...]]]:
+    kind = OPTIMIZERS.get(type(optimizer))
+    if kind is None or not isinstance(optimizer, torch.optim.Optimizer):
+        raise Refused(f"the optimizer is a {type(optimizer).__name__}; it takes torch's SGD, Adam and AdamW")
+    if len(optimizer.param_groups) != 1:
+        raise Refused("the optimizer has more than one group of parameters")
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise Refused("the optimizer has hooks")
+    group = optimizer.param_groups[0]
+    if {id(p) for p in trained} != {id(p) for p in group["params"] if p.requires_grad}:
+        raise Refused("the optimizer does not hold exactly the parameters that require a gradient")
+    for option in ("maximize", "differentiable", "amsgrad", "capturable", "dampening"):
+        if group.get(option):
+            raise Refused(f"the optimizer has {option}={group[option]}")
+    if isinstance(group["lr"], Tensor):
+        raise Refused("the optimizer's lr is a tensor")
+    rule = {"kind": kind, "lr": group["lr"], "weight_decay": group["weight_decay"]}
+    names: tuple[str, ...]
+    if kind == "descent":
+        rule |= {"momentum": group["momentum"], "nesterov": group["nesterov"]}
+        names = ("momentum_buffer",) if group["momentum"] else ()
+    else:
+        if group.get("decoupled_weight_decay"):
+            rule["kind"] = "adamw"
+        steps = {int(optimizer.state[p]["step"]) if optimizer.state[p] else 0 for p in trained}
+        if len(steps) != 1:
+            raise Refused("the optimizer's parameters have made different numbers of steps")
+        rule |= {"betas": group["betas"], "eps": group["eps"], "steps": steps.pop()}
+        names = ("exp_avg", "exp_avg_sq")
+    states = {}
+    for parameter in trained:
+        own = optimizer.state[parameter]
+        if kind != "descent" and not own:
+            own["step"] = torch.tensor(0.0)
+        for name in names:
+            if own.get(name) is None:
+                own[name] = torch.zeros_like(parameter, requires_grad=False)
+        states[id(parameter)] = tuple(own[name] for name in names)
+    return rule, states
+
+
+def _count_steps(descent: Descent, layers: list[Layer], steps: int) -> None:
+    if isinstance(descent, torch.optim.Optimizer):
+        descent._opt_called = True  # type: ignore[attr-defined]  # schedulers warn unless step was called
+        for parameter in descent.param_groups[0]["params"]:
+            if "step" in descent.state[parameter]:
+                descent.state[parameter]["step"] += steps
