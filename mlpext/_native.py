@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import is_tensor_like
 
 from mlpext import _C
 
@@ -28,7 +29,11 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
 
 def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
     """The function `name` of torch.nn.functional, or what torch makes it of."""
-    function: Callable[..., Tensor] = _FUNCTIONS.get(name) or getattr(F, name)
+    function: Callable[..., Tensor] | None = _FUNCTIONS.get(name) or getattr(F, name, None)
+    if function is None:  # torch lacks it: the operator, which decomposes when it is traced
+        if not is_tensor_like(input):  # type: ignore[no-untyped-call]
+            raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
+        return torch.ops.mlpext.activation(input, name, params)  # type: ignore[no-any-return]
     return function(input, *params, inplace=True) if inplace else function(input, *params)
 
 
