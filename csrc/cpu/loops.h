@@ -92,7 +92,7 @@ void maxout_forward(const void* x_, void* y_, void* index_, int64_t pieces, int6
     winner = V(0);
     for (int64_t k = 1; k < pieces; ++k) {
       const V piece = load_piece(k);
-      const auto wins = (piece > best) | ((piece != piece) & (best == best));
+      const auto wins = !(piece <= best) & (best == best);  // a NaN is not <=
       best = select(wins, piece, best);
       winner = select(wins, V(static_cast<double>(k)), winner);
     }
