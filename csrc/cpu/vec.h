@@ -355,8 +355,7 @@ template <int N> MLPEXT_INLINE Packed<int32_t, N> to_32_bits(Packed<uint8_t, N> 
   if constexpr (N == 16) return (Packed<int32_t, N>)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)x);
 #endif
 #if MLPEXT_VECTOR_BYTES >= 32
-  if constexpr (N == 8)
-    return (Packed<int32_t, N>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)x));
+  if constexpr (N == 8) return (Packed<int32_t, N>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)x));
 #endif
   return __builtin_convertvector(x, Packed<int32_t, N>);
 }
