@@ -2,7 +2,6 @@
 // through the same code, so a value's result depends neither on its position nor on the length of the tensor.
 #pragma once
 #include "../activation_info.h"
-#include "../training/engine.h"
 #include "kernels.h"
 #include "vec_math.h"
 
@@ -146,7 +145,10 @@ template <class Index> constexpr cpu::PerDtype<cpu::MaxoutBackward> maxout_backw
 }  // namespace
 }  // namespace mlpext::MLPEXT_ISA
 
+// clang-format off: the engine is built on the products
 #include "product_loops.h"
+#include "../training/engine.h"
+// clang-format on
 
 namespace mlpext::MLPEXT_ISA {
 
