@@ -49,8 +49,9 @@ RESULTS = Path(__file__).parent / "results"
 class Case:
     """One question: a name, the contenders (ours is called "mlpext"), and the ratio that is wanted of ours.
 
-    `flops` and `bytes`, those of one call, add what ours reaches of the machine's limits. Cases may come from
-    a generator, so that only one case's tensors are alive at a time.
+    `flops` and `bytes`, those of one call, add what ours reaches of the machine's limits; `kept`, bytes by
+    contender, adds a column. Cases may come from a generator, so that only one case's tensors are alive at a
+    time.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Case:
     target: float | None = None
     flops: float | None = None
     bytes: float | None = None
+    kept: Mapping[str, int] | None = None
 
 
 def run(cases: Iterable[Case], title: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -132,6 +134,7 @@ def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float
         "target": case.target,
         "ratios": ratios,
         "reached": reached,
+        "kept": case.kept,
         "contenders": {
             name: {"cpu_us": _summary(cpu[name]), "wall_us": _summary(wall[name]), "repeats": repeats[name]}
             for name in names
@@ -288,6 +291,8 @@ def _print_progress(case: Mapping[str, Any]) -> None:
 
 
 def _table(record: Mapping[str, Any]) -> str:
+    kept = any(case["kept"] for case in record["cases"])
+    columns = "| case | mlpext | peer | peer's time | ratio | target | |" + " bytes kept, peer's |" * kept
     lines = [
         f"# {record['title']}",
         "",
@@ -296,8 +301,8 @@ def _table(record: Mapping[str, Any]) -> str:
         "CPU time of one call in us: median (minimum; middle half of the samples). Ratio: peer / mlpext,",
         f"median and middle half over {record['rounds']} rounds; above 1, mlpext is faster.",
         "",
-        "| case | mlpext | peer | peer's time | ratio | target | |",
-        "|---|---|---|---|---|---|---|",
+        columns,
+        "|---" * (columns.count("|") - 1) + "|",
     ]
     for case in record["cases"]:
         contenders = case["contenders"]
@@ -314,6 +319,8 @@ def _table(record: Mapping[str, Any]) -> str:
                 target = "-" if case["target"] is None else f"{case['target']:g}"
                 verdict = _verdict(ratio, case["target"])
             cells = [case["name"], ours, name, _figure(contenders[name]["cpu_us"]), figure, target, verdict]
+            if case["kept"]:
+                cells.append(f"{case['kept'][OURS]:,}, {case['kept'][name]:,}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
