@@ -50,9 +50,10 @@ class Case:
     """One question: a name, the contenders (ours is called "mlpext"), and the ratio that is wanted of ours,
     or one for each peer.
 
-    `flops` and `bytes`, those of one call, add what ours reaches of the machine's limits. Where contenders
-    do different amounts of work a call, `units` has them (samples, steps), and times are those of a unit.
-    Cases may come from a generator, so that only one case's tensors are alive at a time.
+    `flops` and `bytes`, those of one call, add what ours reaches of the machine's limits; `kept`, bytes by
+    contender, adds a column. Where contenders do different amounts of work a call, `units` has them (samples,
+    steps), and times are those of a unit. Cases may come from a generator, so that only one case's tensors
+    are alive at a time.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Case:
     units: Mapping[str, int] | None = None
     flops: float | None = None
     bytes: float | None = None
+    kept: Mapping[str, int] | None = None
 
 
 class Elsewhere:
@@ -151,6 +153,7 @@ def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float
         "target": case.target if isinstance(case.target, Mapping) else dict.fromkeys(ratios, case.target),
         "ratios": ratios,
         "reached": reached,
+        "kept": case.kept,
         "contenders": {
             name: {"cpu_us": _summary(cpu[name]), "wall_us": _summary(wall[name]), "repeats": repeats[name]}
             for name in names
@@ -309,6 +312,8 @@ def _print_progress(case: Mapping[str, Any]) -> None:
 
 
 def _table(record: Mapping[str, Any]) -> str:
+    kept = any(case["kept"] for case in record["cases"])
+    columns = "| case | mlpext | peer | peer's time | ratio | target | |" + " bytes kept, peer's |" * kept
     lines = [
         f"# {record['title']}",
         "",
@@ -317,8 +322,8 @@ def _table(record: Mapping[str, Any]) -> str:
         "CPU time of one call, sample or step in us: median (minimum; middle half). Ratio: peer / mlpext,",
         f"median and middle half over {record['rounds']} rounds; above 1, mlpext is faster.",
         "",
-        "| case | mlpext | peer | peer's time | ratio | target | |",
-        "|---|---|---|---|---|---|---|",
+        columns,
+        "|---" * (columns.count("|") - 1) + "|",
     ]
     for case in record["cases"]:
         contenders = case["contenders"]
@@ -334,6 +339,8 @@ def _table(record: Mapping[str, Any]) -> str:
                 verdict = _verdict(ratio, wanted)
             theirs = _figure(contenders[name]["cpu_us"]) if name in contenders else "-"
             cells = [case["name"], ours, name, theirs, figure, target, verdict]
+            if case["kept"]:
+                cells.append(f"{case['kept'][OURS]:,}, {case['kept'][name]:,}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

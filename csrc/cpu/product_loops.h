@@ -110,15 +110,22 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
 #pragma GCC unroll 16
     for (int s = 0; s < V::size; ++s) sums[s] = V(0);
     auto add = [&](auto load_some) MLPEXT_LAMBDA {
-      V in[rows];
+      if constexpr (wide > 1) {
+        V in[rows];
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) in[r] = load_some(x + r * x_stride);
+        for (int r = 0; r < rows; ++r) in[r] = load_some(x + r * x_stride);
 #pragma GCC unroll 16
-      for (int c = 0; c < wide; ++c) {
-        const V weight = load_some(row[c]);
+        for (int c = 0; c < wide; ++c) {
+          const V weight = load_some(row[c]);
 #pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r)
+            sums[r * wide + c] = add_product<pairs>(in[r], weight, sums[r * wide + c]);
+        }
+      } else {  // rows come from memory: with all of them in registers the sums would not fit
+        const V weight = load_some(row[0]);
+#pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
-          sums[r * wide + c] = add_product<pairs>(in[r], weight, sums[r * wide + c]);
+          sums[r] = add_product<pairs>(load_some(x + r * x_stride), weight, sums[r]);
       }
     };
     constexpr int terms = pairs ? 2 * V::size : V::size;  // in a register
