@@ -34,7 +34,7 @@ struct Arena {
   }
 };
 
-template <class T> constexpr cpu::Dtype dtype = sizeof(T) == 4 ? cpu::float32 : cpu::float64;
+template <class T> constexpr Dtype dtype = sizeof(T) == 4 ? float32 : float64;
 
 // A layer's weights as panels with the bias as last row, and what a chunk leaves in it. Lanes of padding hold
 // 0 in weights and gradients.
