@@ -355,6 +355,17 @@ using Activations = std::tuple<Identity, Sigmoid, Tanh, ReLU, LeakyReLU, ELU, GE
                                Softsign, Tanhshrink, Softshrink, Hardshrink, Sine, Squareplus>;
 inline constexpr std::size_t activation_count = std::tuple_size_v<Activations>;
 
+// The gradient of x from that of f(x).
+template <class A, class V> MLPEXT_FORMULA V chain(V grad_output, V derivative) {
+  if constexpr (A::zero_blocks_gradient) return select(derivative == V(0), V(0), grad_output * derivative);
+  else return grad_output * derivative;
+}
+
+// Maxout: whether a further piece takes the place of the best so far. The first of equals stays, a NaN wins.
+template <class V> MLPEXT_FORMULA auto wins(V piece, V best) {
+  return !(piece <= best) & (best == best);  // a NaN is not <=
+}
+
 template <class A>
 concept HasDerivativeFromOutput = requires { &A::template derivative_from_output<double>; };
 

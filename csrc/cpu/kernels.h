@@ -7,12 +7,10 @@
 #include <vector>
 
 #include "../activations.h"
+#include "../dtype.h"
 #include "../training/job.h"
 
 namespace mlpext::cpu {
-
-enum Dtype : std::size_t { float64, float32, bfloat16, float16, dtype_count };
-template <class Function> using PerDtype = std::array<Function, dtype_count>;
 
 // y[i] = f(x[i]); y may be x.
 using Forward = void (*)(const double* params, const void* x, void* y, int64_t n);

@@ -50,12 +50,6 @@ std::tuple<Tensor, Tensor, Tensor> blocked_backward(Dtype dtype, at::ScalarType 
   return gradients;
 }
 
-// (rows, features) in the leading dimensions of `like`.
-Tensor shaped(const Tensor& rows, const Tensor& like) {
-  if (like.dim() == 2 || !rows.defined()) return rows;
-  return rows.view(with_last(like.sizes(), rows.size(1)));
-}
-
 std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const Tensor& weight,
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {

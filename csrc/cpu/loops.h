@@ -36,11 +36,6 @@ template <class A, class M> void forward(const double* params, const void* x, vo
   forward_rows<A, M>(params, x, 0, y, 0, 1, n);
 }
 
-template <class A, class V> MLPEXT_INLINE V chain(V grad_output, V derivative) {
-  if constexpr (A::zero_blocks_gradient) return select(derivative == V(0), V(0), grad_output * derivative);
-  return grad_output * derivative;
-}
-
 template <class A, class M, bool from_output>
 void backward_rows(const double* params, const void* grad_output_, int64_t grad_output_stride,
                    const void* saved_, int64_t saved_stride, void* grad_input_, int64_t grad_input_stride,
@@ -91,9 +86,9 @@ void maxout_forward(const void* x_, void* y_, void* index_, int64_t pieces, int6
     winner = V(0);
     for (int64_t k = 1; k < pieces; ++k) {
       const V piece = load_piece(k);
-      const auto wins = !(piece <= best) & (best == best);  // a NaN is not <=
-      best = select(wins, piece, best);
-      winner = select(wins, V(static_cast<double>(k)), winner);
+      const auto better = wins(piece, best);
+      best = select(better, piece, best);
+      winner = select(better, V(static_cast<double>(k)), winner);
     }
   };
   V best(0), winner(0);
@@ -132,12 +127,12 @@ template <class M, class Index> void maxout_backward(const void* grad_output_, c
   }
 }
 
-template <class Index> constexpr cpu::PerDtype<cpu::MaxoutForward> maxout_forward_kernels() {
+template <class Index> constexpr PerDtype<cpu::MaxoutForward> maxout_forward_kernels() {
   return {maxout_forward<double, Index>, maxout_forward<float, Index>, maxout_forward<BFloat16, Index>,
           maxout_forward<Half, Index>};
 }
 
-template <class Index> constexpr cpu::PerDtype<cpu::MaxoutBackward> maxout_backward_kernels() {
+template <class Index> constexpr PerDtype<cpu::MaxoutBackward> maxout_backward_kernels() {
   return {maxout_backward<double, Index>, maxout_backward<float, Index>, maxout_backward<BFloat16, Index>,
           maxout_backward<Half, Index>};
 }

@@ -1,21 +1,12 @@
-// What the tensor side of the kernels shares: dtypes, fresh outputs, how work is cut for threads.
+// What the tensor side of the CPU kernels shares: fresh outputs, how work is cut for threads.
 #pragma once
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
-#include "../ops.h"
+#include "../tensors.h"
 #include "kernels.h"
 
 namespace mlpext::cpu {
-
-inline Dtype dtype_of(const Tensor& served) {
-  switch (served.scalar_type()) {
-    case at::kDouble: return float64;
-    case at::kFloat: return float32;
-    case at::kBFloat16: return bfloat16;
-    default: return float16;
-  }
-}
 
 // Elements a thread must have to be worth waking: 32768, as native.
 inline constexpr int64_t grain_size = 32768;
@@ -28,20 +19,6 @@ inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
 inline Tensor fresh_like(const Tensor& dense) {
   if (dense.is_contiguous()) return fresh(dense.sizes(), dense.scalar_type());
   return at::detail::empty_strided_cpu(dense.sizes(), dense.strides(), dense.scalar_type());
-}
-
-// (*, features) as (rows, features).
-inline Tensor rows_of(const Tensor& tensor) {
-  if (tensor.dim() == 2) return tensor;
-  const int64_t features = tensor.size(-1);  // may be 0, where reshape could not infer the rows
-  return tensor.reshape({c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), features});
-}
-
-// The sizes of `like` with another last dimension.
-inline at::DimVector with_last(at::IntArrayRef like, int64_t last) {
-  at::DimVector sizes(like);
-  sizes.back() = last;
-  return sizes;
 }
 
 Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,

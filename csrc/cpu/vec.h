@@ -11,19 +11,9 @@
 #include <immintrin.h>
 #endif
 
-#define MLPEXT_INLINE inline __attribute__((always_inline))
+#include "../dtype.h"
 
-#ifndef MLPEXT_HALF_TYPES
-#define MLPEXT_HALF_TYPES
-namespace mlpext {
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-}  // namespace mlpext
-#endif
+#define MLPEXT_INLINE inline __attribute__((always_inline))
 
 namespace mlpext::MLPEXT_ISA {
 
@@ -136,6 +126,18 @@ template <class T> MLPEXT_INLINE bool any(Mask<T> mask) {
   auto words = (Packed<uint64_t, 2>)mask.bits;
   return (words[0] | words[1]) != 0;
 #endif
+}
+
+MLPEXT_INLINE double library_sin(double x) { return __builtin_sin(x); }
+MLPEXT_INLINE double library_cos(double x) { return __builtin_cos(x); }
+
+// y, but f(x) in the lanes where x > limit or -x > limit: for what is rare, a lane at a time.
+template <class T, class F> MLPEXT_INLINE Lanes<T> beyond(T limit, Lanes<T> x, Lanes<T> y, F f) {
+  if (any((x > Lanes<T>(limit)) | (-x > Lanes<T>(limit)))) {
+    for (int i = 0; i < Lanes<T>::size; ++i)
+      if (x.v[i] > limit || -x.v[i] > limit) y.v[i] = f(x.v[i]);
+  }
+  return y;
 }
 
 template <class T> MLPEXT_INLINE Lanes<T> abs(Lanes<T> x) { return from_bits<T>(bits_of(x) & ~sign_bit<T>); }

@@ -6,7 +6,11 @@
 // 10^4 random ones.
 #pragma once
 
+#ifdef MLPEXT_VECTOR_BYTES
 #include "vec.h"
+#else
+#include "../scalar_math.h"
+#endif
 
 namespace mlpext::MLPEXT_ISA {
 
@@ -277,12 +281,8 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   auto sign = (quadrant & 2) << (F::mantissa + F::exponent - 1);
   if constexpr (shift == 0) sign ^= bits_of(x) & sign_bit<T>;
   V y = from_bits<T>(bits_of(select(odd == V(0), s, c)) ^ sign);
-  const T limit = is_float<V> ? 1e5 : 1e9;
-  if (any(t > V(limit))) {
-    for (int i = 0; i < V::size; ++i)
-      if (t.v[i] > limit) y.v[i] = T(shift == 0 ? __builtin_sin(x.v[i]) : __builtin_cos(x.v[i]));
-  }
-  return y;
+  return beyond(T(is_float<V> ? 1e5 : 1e9), x, y,
+                [](T far) { return T(shift == 0 ? library_sin(far) : library_cos(far)); });
 }
 // Max ULP, both: float 1.21 (2.48), double 1.13 (1.50).
 template <class V> MLPEXT_INLINE V sin(V x) { return sine<0>(x); }

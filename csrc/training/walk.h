@@ -17,7 +17,7 @@ using training::Report;
 using training::Rows;
 using training::Rule;
 
-template <class T> constexpr cpu::Dtype dtype = sizeof(T) == 4 ? cpu::float32 : cpu::float64;
+template <class T> constexpr Dtype dtype = sizeof(T) == 4 ? float32 : float64;
 
 // Hands out aligned pieces of the caller's scratch memory; without memory it only counts them.
 struct Arena {
