@@ -8,6 +8,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "ops.h"
 #include "training/epoch.h"
 
@@ -142,6 +143,9 @@ PYBIND11_MODULE(_C, m) {
     for (std::string_view name : cpu::available_isas()) names.append(std::string(name));
     return names;
   });
+  m.def("pool_limit", cpu::pool_limit);
+  m.def("set_pool_limit", cpu::set_pool_limit, py::arg("bytes"));
+  m.def("pool_bytes", cpu::pool_bytes);
   m.def("has_cuda", [] { return false; });
   training::bind(m);
 }
