@@ -27,7 +27,7 @@ gradcheck: .venv/.built    ## derivatives against finite differences, alone
 accuracy: .venv/.built     ## errors over float32 on each instruction set, to docs/accuracy.md
 	$(V)/python tests/accuracy.py $(if $(STRIDE),--stride $(STRIDE))
 bench: .venv/.built        ## every benchmark; results in benchmarks/results
-	set -e; for file in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
+	set -e; for file in $(filter-out %/harness.py %/calls.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
 check: .venv/.built        ## ruff, mypy, clang-format, and the C++ with warnings as errors
 	$(V)/ruff check .
 	$(V)/ruff format --check .

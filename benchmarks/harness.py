@@ -132,7 +132,7 @@ def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float
         for round_ in range(options.rounds):
             start = round_ % len(names)
             for name in names[start:] + names[:start]:
-                cpu_ns, wall_ns = _sample(case.contenders[name], repeats[name])
+                cpu_ns, wall_ns = sample(case.contenders[name], repeats[name])
                 done = repeats[name] * (case.units[name] if case.units else 1)
                 cpu[name].append(cpu_ns / done / 1e3)
                 wall[name].append(wall_ns / done / 1e3)
@@ -161,7 +161,7 @@ def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float
     }
 
 
-def _sample(call: Callable[[], Any], repeats: int) -> tuple[int, int]:
+def sample(call: Callable[[], Any], repeats: int) -> tuple[int, int]:
     if isinstance(call, Elsewhere):
         return call.measure(repeats)
     turns = itertools.repeat(None, repeats)
@@ -175,7 +175,7 @@ def _repeats(call: Callable[[], Any], sample_ns: float) -> int:
     """How many calls make a sample long enough; finding out also warms the call up."""
     call()
     repeats = 1
-    while (took := min(_sample(call, repeats)[0] for _ in range(2))) < sample_ns:
+    while (took := min(sample(call, repeats)[0] for _ in range(2))) < sample_ns:
         repeats = max(repeats + 1, min(4 * repeats, round(1.1 * repeats * sample_ns / max(took, 1))))
     return repeats
 
@@ -272,14 +272,14 @@ def _fma_peak() -> float | None:
     code.fma_loop.restype, code.fma_loop.argtypes = ctypes.c_float, [ctypes.c_long]
     code.fma_flops.restype = ctypes.c_long
     turns = 1_000_000
-    fastest = min(_sample(lambda: code.fma_loop(turns), 1)[0] for _ in range(20))
+    fastest = min(sample(lambda: code.fma_loop(turns), 1)[0] for _ in range(20))
     return float(turns * code.fma_flops() / fastest)
 
 
 def _copy_speed() -> float:
     """Bytes read and written by Tensor.copy_ of 128 MiB, in 1e9 a second."""
     source, target = torch.ones(32 << 20), torch.zeros(32 << 20)
-    fastest = min(_sample(lambda: target.copy_(source), 1)[0] for _ in range(10))
+    fastest = min(sample(lambda: target.copy_(source), 1)[0] for _ in range(10))
     return 2 * source.nbytes / fastest
 
 
