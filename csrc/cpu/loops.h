@@ -11,7 +11,8 @@ namespace mlpext::MLPEXT_ISA {
 namespace {
 
 // 16-bit types are float in registers.
-template <class M> using LanesOf = Lanes<std::conditional_t<std::is_same_v<M, double>, double, float>>;
+template <class M> using LanesOf =
+    Lanes<std::conditional_t<std::is_same_v<M, double>, double, float>, sizeof(M) == 2>;
 
 // out[i] = f(in[i]...), a register at a time.
 template <class M, class F, class... In> MLPEXT_INLINE void map(int64_t n, M* out, F f, const In*... in) {

@@ -81,7 +81,7 @@ template <int first, int... rest, class F> MLPEXT_INLINE void in_steps(int64_t s
 // How a term enters a sum: as it is, or (pairs) as two bfloat16 in 32 bits that are multiplied and added in
 // one instruction of AVX512_BF16, which the assembler knows whatever the target of this file.
 template <bool pairs, class V> MLPEXT_INLINE V factor_of(const typename V::Scalar* a) {
-  if constexpr (pairs) return from_bits<typename V::Scalar>(typename V::Bits{} + read<uint32_t>(a));
+  if constexpr (pairs) return from_bits<V>(typename V::Bits{} + read<uint32_t>(a));
   else return V(static_cast<double>(*a));
 }
 template <bool pairs, class V> MLPEXT_INLINE V add_product(V factor, V term, V sum) {

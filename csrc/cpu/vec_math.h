@@ -27,7 +27,7 @@ template <class V> MLPEXT_INLINE V residual(V a, V b, V c) {
   if constexpr (fused_madd) return madd(a, b, c);
   using T = typename V::Scalar;
   constexpr auto head = ~typename Format<T>::Bits(0) << (Format<T>::mantissa / 2 + 1);
-  const V a1 = from_bits<T>(bits_of(a) & head), a2 = a - a1, b1 = from_bits<T>(bits_of(b) & head),
+  const V a1 = from_bits<V>(bits_of(a) & head), a2 = a - a1, b1 = from_bits<V>(bits_of(b) & head),
           b2 = b - b1;
   return (((a1 * b1 + c) + a1 * b2) + a2 * b1) + a2 * b2;
 }
@@ -47,8 +47,7 @@ template <class V> MLPEXT_INLINE Whole<V> round_product(V x, double c) {
 // 2^(n + offset) for exponents of normal numbers.
 template <class V> MLPEXT_INLINE V power_of_two(typename V::Bits n, int offset) {
   using F = Format<typename V::Scalar>;
-  return from_bits<typename V::Scalar>((n << F::mantissa) +
-                                       (typename F::Bits(F::bias + offset) << F::mantissa));
+  return from_bits<V>((n << F::mantissa) + (typename F::Bits(F::bias + offset) << F::mantissa));
 }
 
 // x * 2^n, 0.5 <= x < 2, rounded once also when subnormal; |n| up to twice the largest exponent.
@@ -122,6 +121,7 @@ template <class V> MLPEXT_INLINE V exp(Pair<V> x, V c) { return Exponential<V>(e
 // n / (1 + e), e >= 0 and n finite, nearly rounded once: what rounding 1 + e and the quotient lost is made
 // good.
 template <class V> MLPEXT_INLINE V over_one_plus(V n, V e) {
+  if constexpr (V::brief) return n / (V(1) + e);
   const V d = V(1) + e, lost = e - (d - V(1)), r = V(1) / d, y = n * r;
   return madd(madd(-y, lost, residual(-y, d, n)), r, y);
 }
@@ -133,6 +133,7 @@ template <class V, class Constant> MLPEXT_INLINE Pair<V> odd_cubic(V x, Constant
   const double a_grid = (a.hi + magic) - magic, b_hi = typename V::Scalar(b.hi);
   const V a1(a_grid), a2((a.hi - a_grid) + a.lo), b1(b_hi), b2((b.hi - b_hi) + b.lo);
   const V z = x * x, slope = madd(b1, z, a1), y = x * slope;
+  if constexpr (V::brief) return {y, V(0)};
   const V rest = residual(b1, z, a1 - slope) + madd(b1, residual(x, x, -z), madd(b2, z, a2));
   return {y, madd(x, rest, residual(x, slope, -y))};
 }
@@ -215,12 +216,12 @@ template <class V> MLPEXT_INLINE V log1p(V x) {
   // 1 + x = 2^k (1 + f) with 1 + f in [0.75, 1.5); f is exact up to x = 5.
   const auto b = bits_of(V(1) + x) - bits_of(V(0.75));
   const auto e = b & (~typename F::Bits(0) << F::mantissa);  // k in the exponent's place
-  const V s = from_bits<T>(bits_of(V(4)) - e);  // 4 * 2^-k: a normal number even for the largest x
-  const V f = from_bits<T>(bits_of(x) - e) - madd(s, V(-0.25), V(1));  // in this order -0 stays -0
+  const V s = from_bits<V>(bits_of(V(4)) - e);  // 4 * 2^-k: a normal number even for the largest x
+  const V f = from_bits<V>(bits_of(x) - e) - madd(s, V(-0.25), V(1));  // in this order -0 stays -0
   // k + bias + 1 > 0 as the low bits of a large number, then -k: its zero times -ln 2 keeps the -0, too.
   constexpr double large = is_float<V> ? 0x1p23 : 0x1p52;
   const V minus_k =
-      V(large + F::bias + 1) - from_bits<T>(((b + bits_of(V(2))) >> F::mantissa) | bits_of(V(large)));
+      V(large + F::bias + 1) - from_bits<V>(((b + bits_of(V(2))) >> F::mantissa) | bits_of(V(large)));
   // log(1 + f) = 2 atanh(r), around f - f^2 / 2; q has degree 2 in float, 7 in double.
   const V r = f / (V(2) + f), z = r * r, h = V(0.5) * f * f;
   V q;
@@ -277,10 +278,10 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   s = q.r + madd(q.r * z, s, q.tail);
   c = madd(z, c, V(1));
   const auto quadrant = n.bits() + shift;
-  const V odd = from_bits<T>((quadrant & 1) << F::mantissa);
+  const V odd = from_bits<V>((quadrant & 1) << F::mantissa);
   auto sign = (quadrant & 2) << (F::mantissa + F::exponent - 1);
   if constexpr (shift == 0) sign ^= bits_of(x) & sign_bit<T>;
-  V y = from_bits<T>(bits_of(select(odd == V(0), s, c)) ^ sign);
+  V y = from_bits<V>(bits_of(select(odd == V(0), s, c)) ^ sign);
   return beyond(T(is_float<V> ? 1e5 : 1e9), x, y,
                 [](T far) { return T(shift == 0 ? library_sin(far) : library_cos(far)); });
 }
@@ -320,6 +321,13 @@ template <bool times_t, class V> MLPEXT_INLINE V normal_tail(V t) {
                 299992403084.4471, -885527675755.48293, 1515408242536.4596, -1462728284932.1377,
                 622324146153.51355);
   const V q1 = madd(u, q2, c1), q = madd(u, q1, c0);
+  if constexpr (V::brief) {
+    const Exponential<V> g(V(-0.5) * t * t);
+    // Near 0 rounded once: half of a subnormal number of 16 bits is often nearly a tie.
+    const V y = select(t < V(1e-4), madd(t, V(-0.3989422804014327), V(0.5)), u * q);
+    const V product = times_t ? t * y : y;
+    return scale(madd(product, expm1_reduced(g.r), product), g.n);
+  }
   // u's relative error counts 1 + u q'(u) / q(u) times, about a line in u.
   const V u_lost = madd(u, (d - b) - t, residual(-u, d, V(1)));
   const V product = u * q, q_lost = madd(u, madd(u, q2, c1 - q1), madd(u, q1, c0 - q));
