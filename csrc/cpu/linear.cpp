@@ -56,6 +56,8 @@ Tensor shaped(const Tensor& rows, const Tensor& like) {
   return rows.view(with_last(like.sizes(), rows.size(1)));
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const Tensor& weight,
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
@@ -90,6 +92,8 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   });
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
+
+namespace {
 
 Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          std::string_view name, Params params) {
@@ -159,6 +163,8 @@ std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& 
   return {shaped(output, input), shaped(index, input)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias) {
   if (!linear_maxout_served(input, weight, bias))
@@ -170,6 +176,8 @@ Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTe
   if (!linear_maxout_served(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
   return std::get<0>(run_linear_maxout(input, weight, bias, /*with_index=*/false));
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_output,
                                                           const OptionalTensor& input,
