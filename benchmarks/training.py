@@ -206,12 +206,13 @@ def modules() -> Iterator[Case]:
         target = 6.0 if batch == 1 else None
         yield Case(f"{title}, inference", {p: partial(call, x) for p, call in frozen.items()}, target)
         target = 4.0 if batch == 32 else None
-        steps = {peer: partial(gradients, call, x) for peer, call in calls.items()}
+        steps = {peer: gradients(call, x) for peer, call in calls.items()}
         yield Case(f"{title}, forward + backward", steps, target)
 
 
-def gradients(model: nn.Module, x: Tensor) -> None:
-    torch.autograd.grad(model(x).sum(), list(model.parameters()))
+def gradients(model: nn.Module, x: Tensor) -> Callable[[], object]:
+    parameters, cotangent = list(model.parameters()), torch.randn_like(model(x))
+    return lambda: torch.autograd.grad(model(x), parameters, cotangent)
 
 
 def fixed_cost() -> Iterator[Case]:
