@@ -5,8 +5,8 @@ with tanh and relu, and 1 (never slower) elsewhere. Bytes kept are those that au
 and backward: every storage once, parameters and the input aside.
 
     python benchmarks/fuse.py               a minute
-    python benchmarks/fuse.py --compiled    both through torch.compile, target 1; then the fused model as it is
-                                            beside the compiled one (four minutes)
+    python benchmarks/fuse.py --compiled    both through torch.compile, target 1; then the fused model alone
+                                            beside the compiled one, no target (four minutes)
     python benchmarks/fuse.py --sweep       widths 16 to 1024, batches 1 to 4096, target 1 (three minutes)
 """
 
