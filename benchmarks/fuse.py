@@ -4,9 +4,10 @@ Batch 256 unless a case says otherwise, float32. The target is 1.5 for multilaye
 with tanh and relu, and 1 (never slower) elsewhere. Bytes kept are those that autograd holds between forward
 and backward: every storage once, parameters and the input aside.
 
-    python benchmarks/fuse.py               half a minute
-    python benchmarks/fuse.py --compiled    both through torch.compile, target 1 (three minutes)
-    python benchmarks/fuse.py --sweep       widths 16 to 1024, batches 1 to 4096, target 1 (two minutes)
+    python benchmarks/fuse.py               a minute
+    python benchmarks/fuse.py --compiled    both through torch.compile, target 1; then the fused model alone
+                                            beside the compiled one, no target (four minutes)
+    python benchmarks/fuse.py --sweep       widths 16 to 1024, batches 1 to 4096, target 1 (three minutes)
 """
 
 import argparse
@@ -161,15 +162,21 @@ def sweep() -> Iterator[Model]:
         yield Model(f"3 x Linear {width}, {act.__name__}, batch {batch}", model, (batch, width))
 
 
-def case(each: Model, compiled: bool) -> Case:
+def case(each: Model, compiled: bool) -> Iterator[Case]:
     model, x = each.module, torch.randn(*each.shape)
     fused = mlpext.fuse(model, graph=each.graph)
-    memory = {"native": kept(model, x), OURS: kept(fused, x)}
-    if compiled:
-        torch.compiler.reset()  # else the ninth model would run uncompiled
-        model, fused = (torch.compile(net, dynamic=False) for net in (model, fused))
     steps = {"native": training_step(model, x), OURS: training_step(fused, x)}
-    return Case(each.name, steps, 1 if compiled else each.target, kept=memory)
+    if not compiled:
+        memory = {"native": kept(model, x), OURS: kept(fused, x)}
+        yield Case(each.name, steps, each.target, kept=memory)
+        return
+    torch.compiler.reset()  # else the ninth model would run uncompiled
+    by_inductor = {
+        name: training_step(torch.compile(net, dynamic=False), x)
+        for name, net in (("native", model), (OURS, fused))
+    }
+    yield Case(each.name, by_inductor, target=1)
+    yield Case(f"{each.name}, not compiled", {"compiled": by_inductor["native"], OURS: steps[OURS]})
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -201,7 +208,8 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     title = "Fuse sweep" if options.sweep else "Fuse compiled" if options.compiled else "Fuse"
     torch.manual_seed(0)
-    run((case(each, options.compiled) for each in (sweep() if options.sweep else models())), title, rest)
+    chosen = sweep() if options.sweep else models()
+    run((each for model in chosen for each in case(model, options.compiled)), title, rest)
 
 
 if __name__ == "__main__":
