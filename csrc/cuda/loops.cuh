@@ -30,14 +30,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
 }
 #endif
 
-// n neighbours in accesses of 16 bytes, or one of fewer; to or from an address that is a multiple of it.
-template <int bytes> struct alignas(bytes) Word {
-  unsigned char part[bytes];
-};
-template <> struct alignas(16) Word<16> {
-  uint32_t part[4];
-};
-template <class T, int n> using WordOf = Word<(n * sizeof(T) < 16 ? n * sizeof(T) : 16)>;
+// n neighbours go in accesses of 16 bytes, or in one of 8 or 4, at an address that is a multiple of it; fewer
+// bytes one by one.
+template <int bytes> using Word =
+    std::conditional_t<bytes >= 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
+template <class T, int n> using WordOf = std::conditional_t<n * sizeof(T) < 4, T, Word<n* int(sizeof(T))>>;
 
 template <int n, class T> __device__ __forceinline__ void read(const T* from, T* to) {
   using W = WordOf<T, n>;
@@ -47,13 +44,21 @@ template <int n, class T> __device__ __forceinline__ void read(const T* from, T*
     memcpy(reinterpret_cast<char*>(to) + k * sizeof(W), &word, sizeof(W));
   }
 }
+
+// __stwb, the plain store as an intrinsic: the compiler would merge an assignment with the single elements
+// that another branch stores.
 template <int n, class T> __device__ __forceinline__ void write(const T* from, T* to) {
   using W = WordOf<T, n>;
+  if constexpr (n * sizeof(T) < 4) {
 #pragma unroll
-  for (int k = 0; k < int(n * sizeof(T) / sizeof(W)); ++k) {
-    W word;
-    memcpy(&word, reinterpret_cast<const char*>(from) + k * sizeof(W), sizeof(W));
-    reinterpret_cast<W*>(to)[k] = word;
+    for (int k = 0; k < n; ++k) to[k] = from[k];
+  } else {
+#pragma unroll
+    for (int k = 0; k < int(n * sizeof(T) / sizeof(W)); ++k) {
+      W word;
+      memcpy(&word, reinterpret_cast<const char*>(from) + k * sizeof(W), sizeof(W));
+      __stwb(reinterpret_cast<W*>(to) + k, word);
+    }
   }
 }
 template <class T, int n = values> bool aligned(const void* pointer) {
