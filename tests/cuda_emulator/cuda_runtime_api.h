@@ -139,6 +139,11 @@ template <class Run> void run_blocks(uint64_t first, uint64_t last, unsigned thr
 
 }  // namespace emulator
 
+template <class T> void __stwb(T* to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0) emulator::fail("misaligned address");
+  *to = value;
+}
+
 template <class... Parameters, class... Arguments> cudaError_t launch(void (*kernel)(Parameters...),
                                                                       dim3 grid, dim3 block, cudaStream_t,
                                                                       const Arguments&... arguments) {
