@@ -142,6 +142,6 @@ PYBIND11_MODULE(_C, m) {
     for (std::string_view name : cpu::available_isas()) names.append(std::string(name));
     return names;
   });
-  m.def("has_cuda", [] { return false; });
+  m.def("has_cuda", [] { return has_cuda; });
   training::bind(m);
 }

@@ -225,15 +225,15 @@ template <class F> __global__ void __launch_bounds__(threads)
   const int64_t tile = quotient(blockIdx.x, job.pieces), piece = blockIdx.x - tile * job.pieces;
   const int across = blockDim.x, deep = blockDim.y;
   const int64_t first = tile * across * values, width = job.pieces * job.columns;
-  const bool whole = wide && first + across * values <= job.columns;
-  const int64_t last = min(job.rows, (blockIdx.y + 1) * chunk_rows);
   const M* g = static_cast<const M*>(job.g.data);
   const Saved* saved = static_cast<const Saved*>(job.saved.data);
   M* dz = static_cast<M*>(job.dz) + piece * job.columns;
   const auto column = [&](int j) {
-    return first + (whole ? threadIdx.x * values + j : j * across + threadIdx.x);
+    return first + (wide ? threadIdx.x * values + j : j * across + threadIdx.x);
   };
 
+  // A thread whose columns all lie beyond the matrix has no rows.
+  const int64_t last = column(0) < job.columns ? min(job.rows, (blockIdx.y + 1) * chunk_rows) : 0;
   V sums[values];
 #pragma unroll
   for (int j = 0; j < values; ++j) sums[j] = V(0);
@@ -244,7 +244,7 @@ template <class F> __global__ void __launch_bounds__(threads)
     for (int u = 0; u < unroll; ++u) {
       const int64_t row = top + u * deep;
       if (row >= last) continue;
-      if (whole) {
+      if (wide) {
         read<values>(g + row * job.g.row_stride + column(0), gs[u]);
         read<values>(saved + row * job.saved.row_stride + column(0), ss[u]);
       } else {
@@ -269,7 +269,7 @@ template <class F> __global__ void __launch_bounds__(threads)
       }
 #pragma unroll
       for (int j = 0; j < values; j += 2) narrow_pair(out[j], out[j + 1], packed + j);
-      if (whole) {
+      if (wide) {
         write<values>(packed, dz + row * width + column(0));
       } else {
 #pragma unroll
