@@ -4,12 +4,13 @@
 PYTHON ?= python3
 STAMPED := $(shell cat .venv/.deps 2>/dev/null)
 TORCH ?= $(or $(STAMPED),torch==2.13.0)
+CUDA_TORCH ?= torch==2.14.1
 V := .venv/bin
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients gradcheck accuracy bench check clean
+.PHONY: help train test test-all test-clients gradcheck accuracy bench check cuda-link clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -28,12 +29,19 @@ accuracy: .venv/.built     ## errors over float32 on each instruction set, to do
 	$(V)/python tests/accuracy.py $(if $(STRIDE),--stride $(STRIDE))
 bench: .venv/.built        ## every benchmark; results in benchmarks/results
 	set -e; for file in $(filter-out %/harness.py %/calls.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
-check: .venv/.built        ## ruff, mypy, clang-format, and the C++ with warnings as errors
+check: .venv/.built        ## ruff, mypy, clang-format, the C++ with warnings as errors, CUDA by nvcc if it is there
 	$(V)/ruff check .
 	$(V)/ruff format --check .
 	$(V)/mypy
 	$(V)/clang-format --dry-run -Werror $(CXX_FILES)
 	MLPEXT_WERROR=1 $(V)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
+	$(V)/python tools/cuda_check.py
+cuda-link:                 ## build, link and import with a CUDA torch, no GPU needed (5.5 GB; CUDA_TORCH chooses)
+	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors
+	MLPEXT_CUDA=1 MLPEXT_WERROR=1 .venv-cuda/bin/python setup.py -q build_ext --build-lib build/cuda-link --build-temp build/cuda-link/objects
+	cp -n mlpext/*.py* build/cuda-link/mlpext
+	PYTHONPATH=build/cuda-link LD_BIND_NOW=1 .venv-cuda/bin/python -c "import mlpext; assert mlpext._C.has_cuda()"
 clean:                     ## remove what was built; .venv's packages stay
 	rm -rf build dist *.egg-info .venv/.built mlpext/_C*.so mlpext/_build.py .*_cache
 	find mlpext tests benchmarks -name __pycache__ -exec rm -rf {} +

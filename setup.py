@@ -58,10 +58,13 @@ if os.environ.get("MLPEXT_WERROR") == "1":
 sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + glob("csrc/training/*.cpp"))
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
+extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
 # torch's headers become system headers: a warning in them is not ours to mend.
 system = [f"-isystem{path}" for path in extension.include_dirs]
 extension.include_dirs = [os.path.abspath("csrc")]
-extension.extra_compile_args = {"cxx": flags + system, "nvcc": ["-std=c++20", "-O3", *system]}
+# -fmad=false: as -ffp-contract=off. The kernels ask for multiply-adds where they want them.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false"]
+extension.extra_compile_args = {"cxx": flags + system, "nvcc": NVCC_FLAGS}
 
 
 class Build(cpp_extension.BuildExtension):

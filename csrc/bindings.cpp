@@ -253,6 +253,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("pool_limit", cpu::pool_limit);
   m.def("set_pool_limit", cpu::set_pool_limit, py::arg("bytes"));
   m.def("pool_bytes", cpu::pool_bytes);
-  m.def("has_cuda", [] { return false; });
+  m.def("has_cuda", [] { return has_cuda; });
   training::bind(m);
 }

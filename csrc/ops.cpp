@@ -1,5 +1,5 @@
 // The operator surface on one page: schemas, argument checks, and what happens under autocast and vmap and on
-// backends that have no kernel here (Meta among them). Gradients: autograd.cpp. Kernels: cpu/.
+// backends that have no kernel here (Meta among them). Gradients: autograd.cpp. Kernels: cpu/ and cuda/.
 #include "ops.h"
 
 #include <ATen/WrapDimUtils.h>
@@ -67,7 +67,8 @@ std::size_t activation_index(std::string_view name, Params params) {
 
 bool served(const Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
-  return tensor.device().is_cpu() && tensor.layout() == at::kStrided &&
+  return (tensor.device().is_cpu() || (has_cuda && tensor.device().is_cuda())) &&
+         tensor.layout() == at::kStrided &&
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf) &&
          !tensor.is_nested();
 }
@@ -79,7 +80,8 @@ bool linear_served(const Tensor& input, const Tensor& weight, const OptionalTens
 }
 
 bool linear_maxout_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  return served(input) && served(weight) && (!bias || served(*bias));
+  return served(input) && served(weight) && weight.device() == input.device() &&
+         (!bias || (served(*bias) && bias->device() == input.device()));
 }
 
 Network::Network(at::TensorList weights, at::TensorList biases, std::string_view names, Params params)

@@ -126,10 +126,17 @@ struct Network {
   }
 };
 
-// Whether there is a kernel for this tensor: dense float64, float32, bfloat16 or float16 on the CPU. The rest
-// is native's.
+#ifdef MLPEXT_WITH_CUDA
+inline constexpr bool has_cuda = true;
+#else
+inline constexpr bool has_cuda = false;
+#endif
+
+// Whether there is a kernel for this tensor: dense float64, float32, bfloat16 or float16, on the CPU or,
+// where it is built in, on CUDA. The rest is native's.
 bool served(const Tensor& tensor);
-// Those of a linear layer, in shapes that torch's linear does not broadcast; and those of linear_maxout.
+// Those of a linear layer, on one device and in shapes that torch's linear does not broadcast; and those of
+// linear_maxout.
 bool linear_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 bool linear_maxout_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 

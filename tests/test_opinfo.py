@@ -94,7 +94,7 @@ def call(f, sample, *, requires_grad=False, inplace=False):
             observed = [y.detach()]
         if y.requires_grad:
             seed = torch.Generator().manual_seed(1)
-            g = torch.randn(y.shape, generator=seed, dtype=torch.float64).to(y.dtype)
+            g = torch.randn(y.shape, generator=seed, dtype=torch.float64).to(y)
             observed += torch.autograd.grad(y, leaves, g, allow_unused=True)
         return observed
     except Exception as error:

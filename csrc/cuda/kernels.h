@@ -70,6 +70,9 @@ struct RowTiles {
   }
 };
 
+// Bytes of a sum: float, of float64 double.
+constexpr int sum_size(int value_size) { return value_size == 8 ? 8 : 4; }
+
 struct ActivationKernels {
   LaunchElementwise forward, backward,
       backward_from_output;  // the last is null where y does not determine f'

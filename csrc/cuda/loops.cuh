@@ -30,14 +30,11 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
 }
 #endif
 
-// n neighbours in accesses of 16 bytes, or one of fewer; to or from an address that is a multiple of it.
-template <int bytes> struct alignas(bytes) Word {
-  unsigned char part[bytes];
-};
-template <> struct alignas(16) Word<16> {
-  uint32_t part[4];
-};
-template <class T, int n> using WordOf = Word<(n * sizeof(T) < 16 ? n * sizeof(T) : 16)>;
+// n neighbours go in accesses of 16 bytes, or in one of 8 or 4, at an address that is a multiple of it; fewer
+// bytes one by one.
+template <int bytes> using Word =
+    std::conditional_t<bytes >= 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
+template <class T, int n> using WordOf = std::conditional_t<n * sizeof(T) < 4, T, Word<n* int(sizeof(T))>>;
 
 template <int n, class T> __device__ __forceinline__ void read(const T* from, T* to) {
   using W = WordOf<T, n>;
@@ -47,13 +44,21 @@ template <int n, class T> __device__ __forceinline__ void read(const T* from, T*
     memcpy(reinterpret_cast<char*>(to) + k * sizeof(W), &word, sizeof(W));
   }
 }
+
+// __stwb, the plain store as an intrinsic: the compiler would merge an assignment with the single elements
+// that another branch stores.
 template <int n, class T> __device__ __forceinline__ void write(const T* from, T* to) {
   using W = WordOf<T, n>;
+  if constexpr (n * sizeof(T) < 4) {
 #pragma unroll
-  for (int k = 0; k < int(n * sizeof(T) / sizeof(W)); ++k) {
-    W word;
-    memcpy(&word, reinterpret_cast<const char*>(from) + k * sizeof(W), sizeof(W));
-    reinterpret_cast<W*>(to)[k] = word;
+    for (int k = 0; k < n; ++k) to[k] = from[k];
+  } else {
+#pragma unroll
+    for (int k = 0; k < int(n * sizeof(T) / sizeof(W)); ++k) {
+      W word;
+      memcpy(&word, reinterpret_cast<const char*>(from) + k * sizeof(W), sizeof(W));
+      __stwb(reinterpret_cast<W*>(to) + k, word);
+    }
   }
 }
 template <class T, int n = values> bool aligned(const void* pointer) {
@@ -220,15 +225,15 @@ template <class F> __global__ void __launch_bounds__(threads)
   const int64_t tile = quotient(blockIdx.x, job.pieces), piece = blockIdx.x - tile * job.pieces;
   const int across = blockDim.x, deep = blockDim.y;
   const int64_t first = tile * across * values, width = job.pieces * job.columns;
-  const bool whole = wide && first + across * values <= job.columns;
-  const int64_t last = min(job.rows, (blockIdx.y + 1) * chunk_rows);
   const M* g = static_cast<const M*>(job.g.data);
   const Saved* saved = static_cast<const Saved*>(job.saved.data);
   M* dz = static_cast<M*>(job.dz) + piece * job.columns;
   const auto column = [&](int j) {
-    return first + (whole ? threadIdx.x * values + j : j * across + threadIdx.x);
+    return first + (wide ? threadIdx.x * values + j : j * across + threadIdx.x);
   };
 
+  // A thread whose columns all lie beyond the matrix has no rows.
+  const int64_t last = column(0) < job.columns ? min(job.rows, (blockIdx.y + 1) * chunk_rows) : 0;
   V sums[values];
 #pragma unroll
   for (int j = 0; j < values; ++j) sums[j] = V(0);
@@ -239,7 +244,7 @@ template <class F> __global__ void __launch_bounds__(threads)
     for (int u = 0; u < unroll; ++u) {
       const int64_t row = top + u * deep;
       if (row >= last) continue;
-      if (whole) {
+      if (wide) {
         read<values>(g + row * job.g.row_stride + column(0), gs[u]);
         read<values>(saved + row * job.saved.row_stride + column(0), ss[u]);
       } else {
@@ -264,7 +269,7 @@ template <class F> __global__ void __launch_bounds__(threads)
       }
 #pragma unroll
       for (int j = 0; j < values; j += 2) narrow_pair(out[j], out[j + 1], packed + j);
-      if (whole) {
+      if (wide) {
         write<values>(packed, dz + row * width + column(0));
       } else {
 #pragma unroll

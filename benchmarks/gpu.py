@@ -1,0 +1,301 @@
+"""On a GPU: what memory and the tensor cores reach, then ours beside eager and torch.compile.
+
+Times are CUDA events around enough calls for 2 ms, medians over rounds in which every contender takes its
+turn; inputs are random. Where tensors fit the L2 cache, the time is that of a loop that finds them there.
+Without a GPU, or without CUDA in this build, it says so and ends.
+
+    python benchmarks/gpu.py [--rounds 21] [--only TEXT] [--autotune]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from statistics import median
+
+import torch
+import torch.nn.functional as TF
+
+import mlpext
+import mlpext.functional as F
+from harness import OURS, RESULTS
+
+BF16 = torch.bfloat16
+
+
+@dataclass
+class Case:
+    name: str
+    contenders: dict[str, Callable[[], object]]
+    bytes: float = 0.0  # the least that has to move
+    flops: float = 0.0
+    target: float | None = None  # ratio eager / ours
+    target_tbps: float | None = None
+
+
+def random(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=dtype).requires_grad_(grad)
+
+
+def calling(f: Callable, *arguments: torch.Tensor) -> Callable[[], object]:
+    return lambda: f(*arguments)
+
+
+def backward_of(y: torch.Tensor, x: torch.Tensor, g: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(y, x, g, retain_graph=True)
+
+
+def training(f: Callable, leaves: list[torch.Tensor], g: torch.Tensor) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(f(*leaves), leaves, g)
+
+
+def compiled(f: Callable, autotune: bool) -> dict[str, Callable]:
+    """The peers that torch.compile makes of native operators."""
+    peers = {"compile": torch.compile(f, dynamic=False)}
+    if autotune:
+        peers["compile max-autotune"] = torch.compile(f, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return peers
+
+
+NATIVE = {
+    "relu": TF.relu,
+    "sigmoid": torch.sigmoid,
+    "elu": TF.elu,
+    "gelu": TF.gelu,
+    "silu": TF.silu,
+    "mish": TF.mish,
+}
+
+
+def elementwise(n: int) -> Iterator[Case]:
+    for dtype in (BF16, torch.float32):
+        x, g = random(n, dtype=dtype), random(n, dtype=dtype)
+        leaf = x.detach().requires_grad_()
+        for name, native in NATIVE.items():
+            ours = getattr(F, name)
+            what = f"{name}, {str(dtype)[6:]}, 2^{n.bit_length() - 1}"
+            forward = {OURS: calling(ours, x), "eager": calling(native, x)}
+            large = dtype == BF16
+            yield Case(f"{what}, forward", forward, 2 * x.nbytes, target_tbps=2.85 if large else None)
+            backward = {
+                OURS: backward_of(ours(leaf), leaf, g),
+                "eager": backward_of(native(leaf), leaf, g),
+            }
+            yield Case(f"{what}, backward", backward, 3 * x.nbytes, target_tbps=2.85 if large else None)
+
+
+def maxout(n: int) -> Iterator[Case]:
+    x, g = random(n // 4096, 8192, grad=True), random(n // 4096, 4096)
+    native = lambda t: t.unflatten(-1, (2, -1)).max(-2).values  # noqa: E731
+    contenders = {OURS: training(lambda t: F.maxout(t, 2), [x], g), "eager": training(native, [x], g)}
+    yield Case("maxout of 2, bfloat16, 2^28 outputs, training", contenders, 14 * g.numel(), target=2.0)
+
+
+def small() -> Iterator[Case]:
+    x, g = random(10_000, dtype=torch.float32, grad=True), random(10_000, dtype=torch.float32)
+    for name, native in NATIVE.items():
+        contenders = {OURS: calling(getattr(F, name), x.detach()), "eager": calling(native, x.detach())}
+        yield Case(f"{name}, float32, 10^4, forward", contenders, target=1.0)
+        contenders = {OURS: training(getattr(F, name), [x], g), "eager": training(native, [x], g)}
+        yield Case(f"{name}, float32, 10^4, training", contenders, target=1.0)
+
+
+# rows, out_features, in_features; the ratio that the route by passes was computed to reach
+SHAPES = {
+    (8192, 4096, 4096): 1.02,
+    (8192, 4096, 1024): 1.06,
+    (65536, 256, 256): 1.09,
+    (8192, 1024, 1024): 1.06,
+    (32, 256, 256): 1.0,
+}
+
+
+def linear(autotune: bool) -> Iterator[Case]:
+    for (rows, n_out, n_in), target in SHAPES.items():
+        leaves = [random(rows, n_in, grad=True), random(n_out, n_in, grad=True), random(n_out, grad=True)]
+        g = random(rows, n_out)
+        for name in ("elu", "relu", "gelu"):
+            native = lambda x, w, b, f=NATIVE[name]: f(TF.linear(x, w, b))  # noqa: E731
+            peers = compiled(native, autotune and name == "elu") if rows > 32 else {}
+            ours = lambda x, w, b, name=name: F.linear_activation(x, w, b, activation=name)  # noqa: E731
+            functions = {OURS: ours, "eager": native, **peers}
+            flops = 2.0 * rows * n_out * n_in
+            what = f"linear + {name}, bfloat16, {rows} x {n_out} x {n_in}"
+            plain = [t.detach() for t in leaves]
+            forward = {k: calling(f, *plain) for k, f in functions.items()}
+            yield Case(f"{what}, forward", forward, flops=flops, target=1.0)
+            steps = {k: training(f, leaves, g) for k, f in functions.items()}
+            yield Case(f"{what}, training", steps, flops=3 * flops, target=target)
+
+
+def linear_maxout() -> Iterator[Case]:
+    rows, n = 8192, 1024
+    leaves = [random(rows, n, grad=True), random(2, n, n, grad=True), random(2, n, grad=True)]
+    g = random(rows, n)
+
+    def native(x, w, b):
+        return TF.linear(x, w.flatten(0, 1), b.flatten()).unflatten(-1, (2, -1)).max(-2).values
+
+    contenders = {OURS: training(F.linear_maxout, leaves, g), "eager": training(native, leaves, g)}
+    flops = 12.0 * rows * n * n
+    yield Case(
+        "linear + maxout of 2, bfloat16, 8192 x 1024 x 1024, training", contenders, flops=flops, target=1.0
+    )
+
+
+def kept() -> dict[str, dict[str, float]]:
+    """Bytes an output kept for backward, beside the inputs."""
+    rows = {}
+    for name in ("relu", "elu", "sigmoid", "gelu", "silu"):
+        leaves = [random(256, 128, grad=True), random(512, 128, grad=True), random(512, grad=True)]
+        layers = {
+            OURS: lambda x, w, b, name=name: F.linear_activation(x, w, b, activation=name),
+            "eager": lambda x, w, b, name=name: NATIVE[name](TF.linear(x, w, b)),
+        }
+        rows[name] = {who: kept_by(f, leaves) / (256 * 512) for who, f in layers.items()}
+    return rows
+
+
+def kept_by(f: Callable, leaves: list[torch.Tensor]) -> int:
+    known = {t.untyped_storage().data_ptr() for t in leaves}
+    sizes = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        f(*leaves)
+    return sum(sizes.values())
+
+
+def microseconds(call: Callable[[], object], repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in itertools.repeat(None, repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end) / repeats
+
+
+def measure(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    names, repeats = list(contenders), {}
+    for name, call in contenders.items():
+        microseconds(call, 3)
+        repeats[name] = max(1, min(2000, round(2e3 / max(microseconds(call, 3), 1.0))))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        start = round_ % len(names)
+        for name in names[start:] + names[:start]:
+            times[name].append(microseconds(contenders[name], repeats[name]))
+    return times
+
+
+def ceilings(rounds: int) -> dict[str, float]:
+    """Bytes a second of a copy, read and written; operations a second of a large bfloat16 product."""
+    source, target = random(2**30), random(2**30)
+    a, b = random(8192, 8192), random(8192, 8192)
+    contenders = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    fastest = {name: median(times) for name, times in measure(contenders, rounds).items()}
+    return {
+        "tbps": 2 * source.nbytes / fastest["copy"] / 1e6,
+        "tflops": 2 * 8192**3 / fastest["product"] / 1e6,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their name")
+    parser.add_argument("--autotune", action="store_true", help="torch.compile's max-autotune too (minutes)")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() or not mlpext._C.has_cuda():
+        print("cuda benchmark: skipped, there is no GPU or no CUDA in this build")
+        return
+    torch.manual_seed(0)
+    gpu = torch.cuda.get_device_name()
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "gpu": gpu,
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "mlpext": mlpext.__version__,
+        },
+        "rounds": options.rounds,
+        "ceilings": ceilings(options.rounds),
+        "kept_bytes_per_output": kept(),
+        "cases": [],
+    }
+    limits = record["ceilings"]
+    print(f"{gpu}: copy {limits['tbps']:.2f} TB/s, product {limits['tflops']:.0f} TFLOP/s", flush=True)
+    n = 2**28
+    groups = (small(), linear(options.autotune), linear_maxout(), maxout(n), elementwise(n))
+    for case in itertools.chain(*groups):
+        if options.only not in case.name:
+            continue
+        times = measure(case.contenders, options.rounds)
+        ours = median(times[OURS])
+        row = {"name": case.name, "us": {name: sorted(values) for name, values in times.items()}}
+        row["median_us"] = {name: median(values) for name, values in times.items()}
+        row["ratio"] = {
+            name: median(t / o for t, o in zip(values, times[OURS], strict=True))
+            for name, values in times.items()
+            if name != OURS
+        }
+        row["tbps"], row["tflops"] = case.bytes / ours / 1e6, case.flops / ours / 1e6
+        row["target"], row["target_tbps"] = case.target, case.target_tbps
+        record["cases"].append(row)
+        print(line(row), flush=True)
+    stem = RESULTS / f"cuda-{gpu.lower().replace(' ', '-')}"
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table(record))
+    print(f"written: {stem}.json, .md")
+
+
+def line(row: dict) -> str:
+    peers = ", ".join(f"{ratio:.2f} against {name}" for name, ratio in row["ratio"].items())
+    return f"  {row['name']}: {row['median_us'][OURS]:.1f} us, {peers}"
+
+
+def table(record: dict) -> str:
+    limits, versions = record["ceilings"], ", ".join(f"{k} {v}" for k, v in record["versions"].items())
+    lines = [
+        "# CUDA",
+        "",
+        f"{record['date']}, {record['gpu']}; copy {limits['tbps']:.2f} TB/s read and written,",
+        f"bfloat16 product {limits['tflops']:.0f} TFLOP/s; {versions}.",
+        f"Medians of {record['rounds']} rounds; ratio: peer / mlpext.",
+        "",
+        "| case | mlpext us | TB/s | TFLOP/s | ratio | target |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["cases"]:
+        ratios = ", ".join(f"{name} **{ratio:.2f}**" for name, ratio in row["ratio"].items())
+        target = (
+            f"{row['target']:g}"
+            if row["target"]
+            else f"{row['target_tbps']} TB/s"
+            if row["target_tbps"]
+            else "-"
+        )
+        rates = [f"{row[unit]:.2f}" if row[unit] else "-" for unit in ("tbps", "tflops")]
+        lines.append(
+            f"| {row['name']} | {row['median_us'][OURS]:.1f} | {' | '.join(rates)} | {ratios} | {target} |"
+        )
+    lines += ["", "| kept for backward, bytes an output | mlpext | eager |", "|---|---|---|"]
+    for name, bytes_ in record["kept_bytes_per_output"].items():
+        lines.append(f"| linear + {name} | {bytes_[OURS]:g} | {bytes_['eager']:g} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+// What the tensor side of the CUDA kernels shares.
+#pragma once
+#include <ATen/cuda/EmptyTensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include "../tensors.h"
+#include "kernels.h"
+
+namespace mlpext::cuda {
+
+// The device of a tensor made current, and the stream that is current there.
+struct On {
+  c10::cuda::CUDAGuard guard;
+  cudaStream_t stream;
+
+  explicit On(const Tensor& tensor)
+      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream(tensor.device().index())) {}
+};
+
+// Fresh memory on the current device, without a trip through the dispatcher.
+inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cuda(sizes, dtype, /*device=*/std::nullopt, /*memory_format=*/std::nullopt);
+}
+inline Tensor fresh_like(const Tensor& dense) {
+  return at::detail::empty_strided_cuda(dense.sizes(), dense.strides(), dense.scalar_type(),
+                                        /*device=*/std::nullopt);
+}
+
+Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,
+                           Params params, bool from_output);
+std::tuple<Tensor, Tensor> maxout_forward(const Tensor& input, int64_t pieces, int64_t dim);
+Tensor maxout(const Tensor& input, int64_t pieces, int64_t dim);
+Tensor maxout_backward(const Tensor& grad_output, const Tensor& index, int64_t pieces, int64_t dim);
+
+// y = f(x + bias) on a dense pair; y may be x. A bias wants x contiguous, with as many columns.
+void run_forward(const Tensor& x, const OptionalTensor& bias, const Tensor& y, std::size_t index,
+                 Params params);
+
+}  // namespace mlpext::cuda

@@ -1,0 +1,289 @@
+"""Every promise on a GPU: `pytest -m cuda`. Without one, or without CUDA built in, all of it is skipped.
+
+MLPEXT_TEST_DEVICE=cpu runs the tests themselves on a CPU, to see that they are right.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch.autograd.gradcheck import gradcheck, gradgradcheck
+
+import mlpext
+import mlpext.functional as F
+import reference
+from common import (
+    all_ops,
+    assert_close,
+    assert_same_bits,
+    assert_same_outcome,
+    default_ops,
+    distance,
+    every_case,
+    every_float,
+    few_ops,
+    linear_op,
+    native,
+    outcome,
+    points,
+    ulp,
+    values_of,
+)
+from test_opinfo import call, compare, every_info, our_function, their_function
+
+DEVICE = os.environ.get("MLPEXT_TEST_DEVICE", "cuda")
+on_gpu = DEVICE != "cuda" or (torch.cuda.is_available() and mlpext._C.has_cuda())
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not on_gpu, reason="no GPU, or no CUDA in this build")]
+gpu_only = pytest.mark.skipif(DEVICE == "cpu", reason="streams and graphs are CUDA's")
+OPERATORS = torch.ops.mlpext
+
+
+def here(tensors, **kwargs):
+    return [t.detach().to(DEVICE, **kwargs).requires_grad_(t.requires_grad) for t in tensors]
+
+
+def inputs(op, dtype=torch.float64, seed=0):
+    return here(op.inputs(dtype, seed))
+
+
+def gradients(f, tensors):
+    y = f(*tensors)
+    g = torch.linspace(-1, 2, y.numel(), device=y.device).view(y.shape).to(y.dtype)
+    return [y.detach(), *torch.autograd.grad(y, [t for t in tensors if t.requires_grad], g)]
+
+
+# ---------------------------------------------------------------- the numbers
+
+
+@pytest.mark.skipif(mlpext._C.cpu_isa() == "baseline", reason="rounds a product and a sum apart")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@every_case
+def test_the_bits_of_the_cpu(name, parameters, dtype):
+    x, values = points(name, parameters, dtype, 60_000), values_of(name, parameters)
+    g = torch.randn_like(x)
+    y = OPERATORS.activation(x.to(DEVICE), name, values)
+    dx = OPERATORS.activation_backward(g.to(DEVICE), x.to(DEVICE), name, values, False)
+    # Where sin reduces a large argument each side has its own library.
+    near = x.abs() * abs(parameters.get("omega", 1.0)) < 1e5 if name == "sine" else slice(None)
+    assert_same_bits(y.cpu()[near], OPERATORS.activation(x, name, values)[near])
+    expected = OPERATORS.activation_backward(g, x, name, values, False)
+    assert_same_bits(dx.cpu()[near], expected[near])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@every_case
+def test_half_is_rounded_nearly_once(name, parameters, dtype):
+    x, values = points(name, parameters, dtype, 60_000), values_of(name, parameters)
+    at, one = x.double().numpy(), torch.ones_like(x).to(DEVICE)
+    value, slope = reference.fast(name, parameters, at)
+    near = np.abs(at) * abs(parameters.get("omega", 1.0)) < 1e3 if name == "sine" else np.isfinite(at)
+    for expected, actual in (
+        (value, OPERATORS.activation(x.to(DEVICE), name, values)),
+        (slope, OPERATORS.activation_backward(one, x.to(DEVICE), name, values, False)),
+    ):
+        slack = 2.0**-19 * np.maximum(1.0, np.abs(at))
+        error = np.fmax(distance(actual.cpu(), expected) - slack, 0)[near] / ulp(expected, dtype)[near]
+        assert error.max() <= 0.55, (error.max(), at[near][error.argmax()])
+
+
+@every_float
+@all_ops
+def test_as_native(op, dtype):
+    half = dtype.itemsize == 2
+    tensors = inputs(op, dtype)
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps} if half else {}
+    if dtype == torch.float32:
+        tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    for actual, expected in zip(gradients(op.ours, tensors), gradients(op.native, wide), strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual.double(), expected, op.id, **tolerance)
+
+
+@pytest.mark.parametrize("name", ["relu", "elu", "gelu", "hardtanh"])
+@every_float
+def test_large_layers(name, dtype):
+    """Several tiles of columns and chunks of rows, and widths that are no multiple of 16 bytes."""
+    for rows, n_in, n_out in ((3000, 64, 512), (513, 40, 96), (1000, 16, 37), (20000, 8, 8)):
+        tensors = [torch.randn(s) for s in ((rows, n_in), (n_out, n_in), (n_out,))]
+        tensors = here([t.requires_grad_() for t in tensors], dtype=dtype)
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        ours = gradients(lambda *t: F.linear_activation(*t, activation=name), tensors)
+        again = gradients(lambda *t: F.linear_activation(*t, activation=name), tensors)
+        wide = [t.detach().double().requires_grad_() for t in tensors]
+        exact = gradients(lambda *t: native(name, {})(TF.linear(*t)), wide)
+        for actual, repeated, expected in zip(ours, again, exact, strict=True):
+            assert_same_bits(actual, repeated, "the same from run to run")
+            error = (actual.double() - expected).norm() / expected.norm()
+            assert error < {8: 1e-12, 4: 1e-3, 2: 2e-2}[dtype.itemsize], (rows, n_in, n_out, error)
+
+
+@every_float
+@pytest.mark.parametrize("pieces", [2, 3, 300])
+def test_large_maxout(dtype, pieces):
+    x = torch.randn(70, pieces * 48, dtype=torch.float64).to(dtype)
+    for dim, t in ((1, x), (0, x.t().contiguous()), (1, x[:, : pieces * 7])):
+        ours = gradients(lambda z, d=dim: F.maxout(z, pieces, d), here([t.requires_grad_()]))
+        expected = gradients(lambda z, d=dim: F.maxout(z, pieces, d), [t.detach().requires_grad_()])
+        for a, e in zip(ours, expected, strict=True):
+            assert_same_bits(a.cpu(), e)
+
+
+# ---------------------------------------------------------------- layouts
+
+LAYOUTS = {
+    "transposed": lambda t: t.transpose(0, -1),
+    "sliced": lambda t: t[..., 1::2],
+    "misaligned": lambda t: t.flatten()[1:],
+    "expanded": lambda t: t[:1].expand(5, *t.shape[1:]),
+    "channels last": lambda t: t.to(memory_format=torch.channels_last),
+    "empty": lambda t: t[:0],
+    "0-d": lambda t: t[0, 0, 0, 0],
+}
+
+
+@every_float
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, dtype):
+    x = LAYOUTS[layout](torch.randn(4, 6, 5, 8, device=DEVICE).to(dtype))
+    y = F.elu(x)
+    assert y.stride() == TF.elu(x).stride()
+    assert_same_bits(y, F.elu(x.contiguous()))
+    g = LAYOUTS[layout](torch.randn(4, 6, 5, 8, device=DEVICE).to(dtype))
+    for cotangent in (g, g.contiguous(), torch.ones((), device=DEVICE, dtype=dtype).expand_as(x)):
+        leaf = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(F.elu(leaf), leaf, cotangent)
+        (expected,) = torch.autograd.grad(TF.elu(leaf), leaf, cotangent)
+        assert_close(dx, expected)
+    target, plain = x.clone(), x.clone()
+    assert_same_outcome(outcome(F.elu, target, inplace=True), outcome(TF.elu, plain, inplace=True))
+
+
+@few_ops
+def test_expanded_and_transposed_gradients(op):
+    tensors = inputs(op)
+    y = op(*tensors)
+    for g in (
+        torch.ones((), device=DEVICE, dtype=y.dtype).expand_as(y),
+        torch.randn_like(y).t().contiguous().t(),
+    ):
+        ours = torch.autograd.grad(op(*tensors), tensors, g)
+        natives = torch.autograd.grad(op.native(*tensors), tensors, g)
+        for a, e in zip(ours, natives, strict=True):
+            assert_close(a, e, op.id)
+
+
+@gpu_only
+def test_beyond_two_billion_elements():
+    n = 2**31 + 77
+    x = torch.zeros(n, dtype=torch.bfloat16, device=DEVICE)
+    x[-100:] = torch.linspace(-3, 3, 100, device=DEVICE)
+    assert_same_bits(F.elu(x)[-100:], F.elu(x[-100:].clone()))
+
+
+# ---------------------------------------------------------------- derivatives
+
+
+@all_ops
+def test_first_and_second_order(op):
+    assert gradcheck(op, inputs(op), check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(op, inputs(op), check_fwd_over_rev=True)
+
+
+@few_ops
+def test_frozen_inputs(op):
+    tensors = inputs(op)
+    for free in range(len(tensors)):
+        assert gradcheck(op, [t if i == free else t.detach() for i, t in enumerate(tensors)])
+
+
+# ---------------------------------------------------------------- PyTorch's own samples
+
+
+@every_float
+@every_info
+def test_samples(info, name, dtype):
+    for sample in info.sample_inputs(DEVICE, dtype, requires_grad=True):
+        actual, expected = call(our_function(name), sample), call(their_function(info, name), sample)
+        compare(actual, expected, f"{sample}")
+
+
+# ---------------------------------------------------------------- compile, autocast, devices, streams, graphs
+
+
+@default_ops
+def test_compile(op, fresh_dynamo):
+    tensors = inputs(op, torch.float32)
+    compiled = torch.compile(op.ours, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
+    for a, e in zip(gradients(compiled, tensors), gradients(op.native, tensors), strict=True):
+        assert_close(a, e, op.id, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@few_ops
+def test_autocast(op, dtype):
+    tensors = inputs(op, torch.float32)
+    with torch.autocast(DEVICE, dtype):
+        ours, natives = gradients(op.ours, tensors), gradients(op.native, tensors)
+    for a, e in zip(ours, natives, strict=True):
+        assert a.dtype == e.dtype
+        assert_close(a.double(), e.double(), op.id, rtol=0.05, atol=0.05)
+
+
+@gpu_only
+def test_two_devices_are_refused():
+    x, w = torch.randn(3, 4, device=DEVICE), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="same device"):
+        F.linear_activation(x, w)
+    with pytest.raises(RuntimeError, match="same device"):
+        F.linear_activation(w, x)
+
+
+@gpu_only
+@few_ops
+def test_no_synchronisation(op):
+    tensors = inputs(op, torch.float32)
+    gradients(op.ours, tensors)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = op(*tensors)
+        torch.autograd.grad(y, tensors, torch.ones_like(y))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@gpu_only
+def test_on_a_side_stream_and_in_a_graph():
+    op = linear_op("gelu", {})
+    tensors = inputs(op, torch.float32)
+    expected = gradients(op.ours, tensors)
+    g = torch.linspace(-1, 2, expected[0].numel(), device=DEVICE).view(expected[0].shape)
+
+    def step():
+        y = op(*tensors)
+        return [y.detach(), *torch.autograd.grad(y, tensors, g)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        side = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for e, s, c in zip(expected, side, captured, strict=True):
+        assert_same_bits(s, e, "side stream")
+        assert_same_bits(c, e, "graph")
+
+
+@gpu_only
+def test_kernels_of_ours_run():
+    """Not native's: the profiler sees the kernels by name."""
+    x = torch.randn(1000, device=DEVICE)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        F.elu(x)
+        torch.cuda.synchronize()
+    assert any("elementwise_kernel" in e.key and "mlpext" in e.key for e in profile.key_averages())

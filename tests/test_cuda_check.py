@@ -1,0 +1,62 @@
+"""The compile-only check of CUDA (tools/cuda_check.py, part of `make check`): that it can fail, and skip."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parent.parent / "tools" / "cuda_check.py"
+spec = importlib.util.spec_from_file_location("cuda_check", TOOL)
+cuda_check = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cuda_check)
+
+PTX = ".entry wide(p)\n ld.global.v4.u32 \n st.global.wb.v4.u32 \n"
+
+
+def ptxas(registers=40, spilled=0, stack=0):
+    return (
+        "ptxas info    : Compiling entry function 'wide' for 'sm_90'\n"
+        f"    {stack} bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads\n"
+        f"ptxas info    : Used {registers} registers, 480 bytes cmem[0]\n"
+    )
+
+
+def test_within_the_budget():
+    line, faults = cuda_check.judge("float32", ptxas(), PTX)
+    assert line.startswith("float32: 1 kernels") and "at most 40 registers" in line
+    assert not faults
+
+
+@pytest.mark.parametrize(
+    "beyond, what",
+    [
+        ({"registers": 99}, "99 registers"),
+        ({"spilled": 400}, "400 bytes spilled"),
+        ({"stack": 80}, "80 bytes"),
+    ],
+)
+def test_beyond_the_budget(beyond, what):
+    (fault,) = cuda_check.judge("float32", ptxas(**beyond), PTX)[1]
+    assert what in fault and "sm_90" in fault
+
+
+def test_lost_wide_accesses_and_an_unknown_report():
+    assert cuda_check.judge("float32", ptxas(), PTX.replace("st.global.wb.v4.u32", "st.global.v2.u16"))[1]
+    assert cuda_check.judge("float32", ptxas(), PTX.replace("ld.global.v4.u32", "ld.global.u16"))[1]
+    assert cuda_check.judge("float32", "nothing that it knows", PTX)[1]
+
+
+def test_without_nvcc_it_says_so_and_passes(monkeypatch, capsys):
+    monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
+    cuda_check.main()
+    assert "skipped" in capsys.readouterr().out
+
+
+def test_an_error_of_the_compiler_is_a_fault(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("error: expected a ';'")
+
+    monkeypatch.setattr(cuda_check, "compile_kernels", fail)
+    monkeypatch.setattr(cuda_check, "compile_binding", lambda *_: None)
+    faults = cuda_check.check(Path("/nowhere/bin/nvcc"))[1]
+    assert len(faults) == 4 and "expected a ';'" in faults[0]

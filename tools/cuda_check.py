@@ -1,0 +1,163 @@
+"""Compiles everything in csrc/cuda without a GPU, and without a CUDA build of torch: `make check` runs this.
+
+Every .cu for sm_80 and sm_90 with the flags that torch and setup.py give nvcc, every .cpp with the headers of
+whatever torch is there. Prints registers and spills of the kernels, and fails beyond the budgets below, or
+where a kernel has lost its 16-byte accesses. Without nvcc it says so and passes.
+"""
+
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "cuda_check"
+ARCHS = ("80", "90")
+# Three blocks of 256 threads on a multiprocessor.
+REGISTERS = 84
+SPILLED_BYTES = 16
+STACK_BYTES = 64  # the reduction of a large argument of sin needs 40
+
+
+def main() -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("cuda-check: skipped, there is no nvcc 12 or newer (CUDA_HOME, /usr/local/cuda, PATH)")
+        return
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    stamp, key = FOLDER / "stamp", digest(nvcc)
+    if not stamp.exists() or stamp.read_text().partition("\n")[0] != key:
+        report, faults = check(nvcc)
+        if faults:
+            sys.exit("cuda-check: " + "\n".join([*report, *faults]))
+        stamp.write_text("\n".join([key, *report]))
+    print("cuda-check:", stamp.read_text().partition("\n")[2])
+
+
+def find_nvcc() -> Path | None:
+    on_path = shutil.which("nvcc")
+    places = [
+        os.environ.get("CUDA_HOME"),
+        "/usr/local/cuda",
+        on_path and Path(on_path).resolve().parent.parent,
+    ]
+    for home in filter(None, places):
+        nvcc = Path(home) / "bin" / "nvcc"
+        if nvcc.exists() and (release := re.search(r"release (\d+)", output([nvcc, "--version"]))):
+            return nvcc if int(release[1]) >= 12 else None
+    return None
+
+
+def output(command: list) -> str:
+    run = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if run.returncode != 0:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{run.stdout}{run.stderr}")
+    return run.stdout + run.stderr
+
+
+def digest(nvcc: Path) -> str:
+    key = hashlib.sha256(f"{torch.__version__} {output([nvcc, '--version'])}".encode())
+    for path in [Path(__file__), ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))]:
+        key.update(path.read_bytes())
+    return key.hexdigest()
+
+
+def check(nvcc: Path) -> tuple[list[str], list[str]]:
+    """A line for each dtype, and what is wrong."""
+    kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
+    bindings = sorted(ROOT.glob("csrc/cuda/*.cpp"))
+    report, faults = [], []
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = {path: pool.submit(compile_kernels, nvcc, path) for path in kernels}
+        checked = {path: pool.submit(compile_binding, nvcc, path) for path in bindings}
+        for path, job in {**compiled, **checked}.items():
+            try:
+                result = job.result()
+            except RuntimeError as error:
+                faults.append(str(error))
+                continue
+            if path in compiled:
+                line, wrong = judge(path.stem, *result)
+                report.append(line)
+                faults += wrong
+    report.append(f"bindings: {', '.join(path.name for path in bindings)}")
+    return report, faults
+
+
+def nvcc_flags() -> list[str]:
+    (own,) = re.findall(r"^NVCC_FLAGS = (.+)$", (ROOT / "setup.py").read_text(), re.MULTILINE)
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+    return [*cpp_extension.COMMON_NVCC_FLAGS, *ast.literal_eval(own), *archs, "--compiler-options", "-fPIC"]
+
+
+def compile_kernels(nvcc: Path, path: Path) -> tuple[str, str]:
+    """What ptxas says of the kernels, and their PTX."""
+    keep = FOLDER / path.stem
+    shutil.rmtree(keep, ignore_errors=True)
+    keep.mkdir()
+    words = [nvcc, *nvcc_flags(), "-Xptxas", "-v", "--keep", "--keep-dir", keep, "-c", path]
+    said = output([*words, "-o", keep / "kernels.o"])
+    ptx = next(keep.glob("*90*.ptx")).read_text()
+    shutil.rmtree(keep)
+    return said, ptx
+
+
+def compile_binding(nvcc: Path, path: Path) -> None:
+    system = [
+        *cpp_extension.include_paths(),
+        sysconfig.get_path("include"),
+        nvcc.parent.parent / "include",
+    ]
+    output(
+        [
+            *os.environ.get("CXX", "c++").split(),
+            *("-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror"),
+            "-DMLPEXT_WITH_CUDA",
+            "-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE",  # a file that the CPU wheel lacks
+            f"-I{ROOT / 'csrc'}",
+            *(f"-isystem{path}" for path in system),
+            path,
+        ]
+    )
+
+
+def judge(dtype: str, ptxas: str, ptx: str) -> tuple[str, list[str]]:
+    """A line on the kernels of a dtype, and those beyond the budget."""
+    pattern = (
+        r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, "
+        r"(\d+) bytes spill stores.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, ptxas, re.DOTALL)
+    faults = [f"{dtype}: ptxas reports no kernels"] if not found else []
+    for name, arch, stack, spilled, registers in found:
+        for what, value, most in (
+            ("registers", registers, REGISTERS),
+            ("bytes spilled", spilled, SPILLED_BYTES),
+            ("bytes of stack", stack, STACK_BYTES),
+        ):
+            if int(value) > most:
+                faults.append(f"{dtype}, {arch}: {value} {what}, at most {most} allowed: {name}")
+    narrow = [entry for entry in ptx.split(".entry ")[1:] if "add_partial" not in entry.partition("(")[0]]
+    narrow = [
+        entry for entry in narrow if not re.search(r"ld\.global\.v\d", entry) or "st.global.wb.v" not in entry
+    ]
+    faults += [f"{dtype}: no wide loads or stores in {entry.partition('(')[0]}" for entry in narrow]
+    most = max((int(registers) for *_, registers in found), default=0)
+    spilling = sum(int(spilled) > 0 for *_, spilled, _ in found)
+    line = f"{dtype}: {len(found)} kernels for {len(ARCHS)} architectures, at most {most} registers"
+    return f"{line}, {spilling} with spills of at most {SPILLED_BYTES} bytes", faults
+
+
+if __name__ == "__main__":
+    main()
