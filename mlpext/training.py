@@ -17,7 +17,6 @@ The mean, not the lecture's sum, so that one eta suits all three; `reduction="su
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import math
 import numbers
@@ -304,28 +303,43 @@ def fit_many(
     if each is not None and len(each) != len(models):
         raise ValueError(f"each has {len(each)} entries, expected one for each of {len(models)} models")
     threads = torch.get_num_threads() if threads is None else _count("threads", threads, 1)
-    interrupted: list[int] = []
+    histories: list[History | None] = [None] * len(models)
+    stop: list[int] = []
+    errors: list[BaseException] = []
+    todo = iter(range(len(models)))
 
-    def train(index: int) -> History:
-        own = {"progress": False, **options, **(each[index] if each is not None else {})}
-        for folder in ("checkpoint", "log_dir"):
-            if options.get(folder) is not None and own[folder] is options[folder]:
-                own[folder] = os.path.join(options[folder], str(index))
-        _stopped_by.list = interrupted
-        return fit(models[index], x, target, **own)
-
-    with concurrent.futures.ThreadPoolExecutor(threads, "mlpext-fit") as pool:
-        runs = [pool.submit(train, index) for index in range(len(models))]
+    def work(finished: threading.Event) -> None:
+        _stopped_by.list = stop
         try:
-            concurrent.futures.wait(runs, return_when=concurrent.futures.FIRST_EXCEPTION)
-            failed = next((run.exception() for run in runs if run.done() and run.exception()), None)
-            if failed is not None:
-                raise failed
-        except BaseException:
-            interrupted.append(signal.SIGINT)
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        return [run.result() for run in runs]
+            for index in todo:
+                own = {"progress": False, **options, **(each[index] if each is not None else {})}
+                for folder in ("checkpoint", "log_dir"):
+                    if options.get(folder) is not None and own[folder] is options[folder]:
+                        own[folder] = os.path.join(options[folder], str(index))
+                if not stop:
+                    histories[index] = fit(models[index], x, target, **own)
+        except BaseException as error:
+            errors.append(error)
+            stop.append(1)
+        finished.set()
+
+    # Events, because a Thread.join that Ctrl-C interrupts takes the thread for dead (Python 3.11).
+    ends = [threading.Event() for _ in range(threads)]
+    workers = [threading.Thread(target=work, args=(end,), name="mlpext-fit") for end in ends]
+    try:
+        for worker in workers:
+            worker.start()
+        for end in ends:
+            end.wait()
+    except BaseException:  # Ctrl-C
+        stop.append(1)
+        for worker, end in zip(workers, ends, strict=True):
+            if worker.ident is not None:
+                end.wait()
+        raise
+    if errors:
+        raise errors[0]
+    return [history for history in histories if history is not None]
 
 
 # Of a thread of fit_many: a list that is not empty once its run has to stop.
