@@ -7,7 +7,8 @@ forward, loss, backward, torch.optim.SGD.step); the same step written by hand wi
 of the two). Every peer makes the same steps from the same weights; unless all reach the same E after one
 epoch, there is no comparison.
 
-Then `nn.MLP` beside nn.Sequential, and what one `fit` call costs before the first sample (target: 100 us).
+Besides: `nn.MLP` beside nn.Sequential, `fit_many` of 64 networks, and what one `fit` call costs before the
+first sample (target: 100 us).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 import mlpext
 from harness import Case, Elsewhere, run
 from mlpext import data
-from mlpext.training import fit
+from mlpext.training import fit, fit_many
 
 LR = 1e-3
 SIZES = {"digits": (64, 64, 64, 10), "synthetic": (784, 256, 128, 10)}
@@ -222,6 +223,22 @@ def fixed_cost() -> Iterator[Case]:
         yield Case(title, {"mlpext": partial(train, net, x, d, 1, epochs)})
 
 
+def many(count: int = 64) -> Iterator[Case]:
+    """Networks at once on as many threads as the benchmark has (--threads 2), and as many naive loops."""
+    x, d = samples("digits")
+    x, d = x[:1792], d[:1792]
+    nets = [ours(network(SIZES["digits"]), SIZES["digits"]) for _ in range(count)]
+    model = network(SIZES["digits"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    options = {"batch_size": 32, "lr": LR, "epochs": 2, "shuffle": False, "seed": 0, "engine": "native"}
+    title = f"fit_many of {count} networks 64-64-64-10, 32 a step, a sample of each"
+    contenders = {
+        "naive loop": lambda: naive(model, optimizer, x[:640], d[:640], 32),
+        "mlpext": lambda: fit_many(nets, x, d, **options),
+    }
+    yield Case(title, contenders, 30.0, {"naive loop": 640, "mlpext": count * 2 * len(x)})
+
+
 def cases(jax: Jax) -> Iterator[Case]:
     torch.manual_seed(0)
     yield from fixed_cost()
@@ -229,6 +246,7 @@ def cases(jax: Jax) -> Iterator[Case]:
     for name in TARGETS:
         for batch in TARGETS[name]:
             yield from training(name, batch, jax)
+    yield from many()
     if jax.process is None:
         print("  JAX: not measured (--jax names no interpreter that has it)")
 

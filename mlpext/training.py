@@ -25,7 +25,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -51,6 +51,7 @@ __all__ = [
     "History",
     "evaluate",
     "fit",
+    "fit_many",
 ]
 
 MODES = ("stochastic", "mini-batch", "batch")
@@ -272,6 +273,79 @@ def fit(
     return history
 
 
+def fit_many(
+    models: Sequence[nn.Module],
+    x: Array,
+    target: Array,
+    *,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    threads: int | None = None,
+    **options: Any,
+) -> list[History]:
+    """Train several models on the same data, each as `fit` would alone, to the same bits; several at a time.
+
+        nets = [mlpext.nn.MLP([64, 64, 10], "tanh") for _ in range(64)]
+        histories = fit_many(nets, x, labels, epochs=5, each=[{"lr": lr} for lr in rates])
+
+    Args:
+        models: different modules, of any shapes. Epochs of the native engine run beside one another; the
+            PyTorch loop of one model waits for that of another wherever it runs Python.
+        x, target, options: as for `fit`. `checkpoint` and `log_dir` become a folder with one for each model:
+            0, 1, ...
+        each: the options of each model that are its own, one mapping a model.
+        threads: models trained at a time; None takes torch.get_num_threads().
+
+    Raises what `fit` raises, once the other models under way have stopped after the step that they were in;
+    ValueError for a model given twice or a wrong number of `each`.
+    """
+    if len({id(model) for model in models}) != len(models):
+        raise ValueError("models: one is given twice; each must be a module of its own")
+    if each is not None and len(each) != len(models):
+        raise ValueError(f"each has {len(each)} entries, expected one for each of {len(models)} models")
+    threads = torch.get_num_threads() if threads is None else _count("threads", threads, 1)
+    histories: list[History | None] = [None] * len(models)
+    stop: list[int] = []
+    errors: list[BaseException] = []
+    todo = iter(range(len(models)))
+
+    def work(finished: threading.Event) -> None:
+        _stopped_by.list = stop
+        try:
+            for index in todo:
+                own = {"progress": False, **options, **(each[index] if each is not None else {})}
+                for folder in ("checkpoint", "log_dir"):
+                    if options.get(folder) is not None and own[folder] is options[folder]:
+                        own[folder] = os.path.join(options[folder], str(index))
+                if not stop:
+                    histories[index] = fit(models[index], x, target, **own)
+        except BaseException as error:
+            errors.append(error)
+            stop.append(1)
+        finished.set()
+
+    # Events, because a Thread.join that Ctrl-C interrupts takes the thread for dead (Python 3.11).
+    ends = [threading.Event() for _ in range(threads)]
+    workers = [threading.Thread(target=work, args=(end,), name="mlpext-fit") for end in ends]
+    try:
+        for worker in workers:
+            worker.start()
+        for end in ends:
+            end.wait()
+    except BaseException:  # Ctrl-C
+        stop.append(1)
+        for worker, end in zip(workers, ends, strict=True):
+            if worker.ident is not None:
+                end.wait()
+        raise
+    if errors:
+        raise errors[0]
+    return [history for history in histories if history is not None]
+
+
+# Of a thread of fit_many: a list that is not empty once its run has to stop.
+_stopped_by = threading.local()
+
+
 def evaluate(model: nn.Module, x: Array, target: Array, *, loss: Loss = "squared_error") -> dict[str, float]:
     """The samples' mean E ("loss") and their "accuracy" (classes) or "r2" (numbers), in eval() mode.
 
@@ -486,7 +560,10 @@ def _between_steps() -> Iterator[list[int]]:
         threading.current_thread() is not threading.main_thread()
         or signal.getsignal(signal.SIGINT) is not default
     ):
-        yield pressed
+        elsewhere: list[int] = getattr(_stopped_by, "list", pressed)
+        yield elsewhere
+        if elsewhere:
+            raise KeyboardInterrupt
         return
 
     def note(number: int, frame: Any) -> None:

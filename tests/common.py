@@ -190,7 +190,7 @@ def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
             weight, b = parameters[i], parameters[count + i] if bias else None
             if name == "maxout":
                 net = linear_maxout_op(pieces, bias).net(x, weight, b)
-                x = native_linear_maxout(x, weight, b)
+                x = net.max(0).values
             else:
                 net = TF.linear(x, weight, b)
                 x = differentiable(name, own)(net)
@@ -198,9 +198,17 @@ def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
 
     kinked = {name: reference.kinks(name, own) for name, own in layers if name != "maxout"}
     rough = next((name for name, _ in layers if name == "maxout" or kinked[name]), layers[0][0])
+
+    def ours(x, *parameters):
+        if torch.jit.is_tracing():  # which refuses functional_call
+            names = ",".join(name for name, _ in layers)
+            values = [v for name, own in layers if name != "maxout" for v in values_of(name, own)]
+            return torch.ops.mlpext.mlp(x, parameters[:count], parameters[count:], names, values)
+        return torch.func.functional_call(net, dict(zip(keys, parameters, strict=True)), (x,))
+
     return Op(
         id=f"mlp_{'_'.join(name for name, _ in layers)}" + ("" if bias else "_no_bias"),
-        ours=lambda x, *p: torch.func.functional_call(net, dict(zip(keys, p, strict=True)), (x,)),
+        ours=ours,
         native=lambda *tensors: [x for *_, x in preactivations(*tensors)][-1],
         shapes=((3, 4), *weights, *biases),
         net=lambda *tensors: next(net for name, net, _ in preactivations(*tensors) if name == rough),

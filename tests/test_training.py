@@ -803,28 +803,38 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path):
     assert len(os.listdir(tmp_path)) == 2  # what the dead left is swept
 
 
-def resume_in_child(folder):
+def resume_in_child(folder, options):
     torch.set_num_threads(1)
-    train(network(seed=9), *classes(), momentum=0.9, epochs=60, checkpoint=folder, resume=True)
+    train(network(seed=9), *classes(), **options, checkpoint=folder, resume=True)
     os._exit(0)
 
 
-def test_killed_again_and_again_a_run_ends_as_if_never_killed(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"engine": "native", "mode": "stochastic"},
+        {"engine": "native", "momentum": 0.9},
+        {"engine": "autograd", "momentum": 0.9},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_killed_again_and_again_a_run_ends_as_if_never_killed(tmp_path, options):
     x, d = classes()
+    options = {**options, "epochs": 60}
     expected = network()
-    train(expected, x, d, momentum=0.9, epochs=60)
-    train(network(), x, d, momentum=0.9, epochs=0, checkpoint=tmp_path)
+    train(expected, x, d, **options)
+    train(network(), x, d, **{**options, "epochs": 0}, checkpoint=tmp_path)
     chance = random.Random(4)
     reached = []
-    for _ in range(8):
-        child = in_child(resume_in_child, tmp_path)
+    for _ in range(10):
+        child = in_child(resume_in_child, tmp_path, options)
         time.sleep(chance.uniform(0.02, 0.25))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         reached.append(len(Checkpoint(tmp_path).load()["epochs"]))
     assert reached == sorted(reached)
     model = network(seed=9)
-    history = train(model, x, d, momentum=0.9, epochs=60, checkpoint=tmp_path, resume=True)
+    history = train(model, x, d, **options, checkpoint=tmp_path, resume=True)
     assert same_weights(model, expected) and history["epoch"] == list(range(1, 61))
     assert len(os.listdir(tmp_path)) == 2
 
