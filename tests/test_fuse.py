@@ -9,7 +9,9 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as TF
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import mlpext
@@ -1055,6 +1057,28 @@ def test_compile_without_graph_breaks(name, graph, fresh_dynamo):
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager", dynamic=True)
     assert_same(model, compiled, inputs)
     assert_same(model, compiled, tuple(randn(9, *x.shape[1:]) for x in inputs))
+
+
+@pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "ViT block", "autoencoder"])
+@pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
+def test_what_is_compiled_is_the_same(name, graph, fresh_dynamo):
+    """Inductor gets the same operators, forward and backward, as from the model unfused: no slower."""
+
+    def operators(net):
+        graphs = []
+
+        def keep(module, _):
+            graphs.append(module.code)
+            return make_boxed_func(module)
+
+        torch.compiler.reset()
+        backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+        torch.compile(net, fullgraph=True, backend=backend)(*inputs).sum().backward()
+        return graphs
+
+    model, inputs = build(name)
+    expected, actual = operators(model), operators(mlpext.fuse(model, graph=graph))
+    assert len(expected) == 2 and actual == expected
 
 
 @pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "ViT block"])
