@@ -10,7 +10,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients gradcheck bench check cuda-link clean
+.PHONY: help train test test-all test-clients gradcheck accuracy bench check cuda-link clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -25,8 +25,10 @@ test-clients: .venv/.built .venv-clients/.installed  ## with the packages that p
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
 gradcheck: .venv/.built    ## derivatives against finite differences, alone
 	$(TEST) -m gradcheck
+accuracy: .venv/.built     ## errors over float32 on each instruction set, to docs/accuracy.md
+	$(V)/python tests/accuracy.py $(if $(STRIDE),--stride $(STRIDE))
 bench: .venv/.built        ## every benchmark; results in benchmarks/results
-	set -e; for file in $(filter-out %/harness.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
+	set -e; for file in $(filter-out %/harness.py %/calls.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
 check: .venv/.built        ## ruff, mypy, clang-format, the C++ with warnings as errors, CUDA by nvcc if it is there
 	$(V)/ruff check .
 	$(V)/ruff format --check .

@@ -1,26 +1,28 @@
 """What `mlpext.fuse` does for a model: a step of training before and after, in time and in bytes kept.
 
-Batch 256, float32. The target is 1.5 for multilayer perceptrons of three layers with tanh and relu, and 1
-(never slower) elsewhere. With `--compiled`, both through torch.compile, where the target is 1.
+Batch 256 unless a case says otherwise, float32. The target is 1.5 for multilayer perceptrons of three layers
+with tanh and relu, and 1 (never slower) elsewhere. Bytes kept are those that autograd holds between forward
+and backward: every storage once, parameters and the input aside.
 
-A picture and a table of the time come from the harness; `fuse-memory.md` has the bytes that autograd keeps
-between forward and backward.
+    python benchmarks/fuse.py               a minute
+    python benchmarks/fuse.py --compiled    both through torch.compile, target 1; then the fused model alone
+                                            beside the compiled one, no target (four minutes)
+    python benchmarks/fuse.py --sweep       widths 16 to 1024, batches 1 to 4096, target 1 (three minutes)
 """
 
-import sys
+import argparse
 from collections.abc import Callable, Iterator
-from itertools import pairwise
-from pathlib import Path
+from itertools import pairwise, product
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as TF
 from torch import nn
 
 import mlpext
-from harness import RESULTS, Case, run
+from harness import OURS, Case, run
 
 BATCH = 256
-BYTES: dict[str, tuple[int, int]] = {}
 
 
 def mlp(*sizes: int, act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
@@ -29,15 +31,47 @@ def mlp(*sizes: int, act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
 
 
 class MixerBlock(nn.Module):
-    def __init__(self, tokens: int = 16, channels: int = 128):
+    def __init__(self, tokens: int, channels: int, token_hidden: int, channel_hidden: int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.tokens = mlp(tokens, 64, tokens, act=nn.GELU)
-        self.channels = mlp(channels, 512, channels, act=nn.GELU)
+        self.tokens = mlp(tokens, token_hidden, tokens, act=nn.GELU)
+        self.channels = mlp(channels, channel_hidden, channels, act=nn.GELU)
 
     def forward(self, x):
         x = x + self.tokens(self.norm1(x).transpose(1, 2)).transpose(1, 2)
         return x + self.channels(self.norm2(x))
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer S/32 (Tolstikhin et al., 2021): 49 patches of 32 x 32 pixels, 512 channels, 8 blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 512, 32, 32)
+        self.blocks = nn.Sequential(*(MixerBlock(49, 512, 256, 2048) for _ in range(8)))
+        self.norm, self.head = nn.LayerNorm(512), nn.Linear(512, 1000)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+class DLRM(nn.Module):
+    """The dense part of MLPerf's recommender (Naumov et al., 2019): 26 embeddings of 128 come as an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.bottom = mlp(13, 512, 256, 128, act=nn.ReLU)
+        self.bottom.append(nn.ReLU())
+        self.top = mlp(479, 1024, 1024, 512, 256, 1, act=nn.ReLU)
+        self.register_buffer("pairs", torch.tril_indices(27, 27, -1))
+
+    def forward(self, x):
+        dense, embedded = x[:, :13], x[:, 13:]
+        dense = self.bottom(dense)
+        vectors = torch.cat([dense, embedded], 1).unflatten(1, (27, 128))
+        products = vectors @ vectors.transpose(1, 2)
+        return self.top(torch.cat([dense, products[:, self.pairs[0], self.pairs[1]]], 1))
 
 
 class Residual(nn.Module):
@@ -87,46 +121,62 @@ class Maxout(nn.Module):
         return self.linear(x).unflatten(-1, (self.pieces, -1)).max(-2).values
 
 
-def cases(compiled: bool) -> Iterator[Case]:
-    target = 1.0 if compiled else 1.5
+class Model(NamedTuple):
+    name: str
+    module: nn.Module
+    shape: tuple[int, ...]
+    target: float = 1
+    graph: bool = False
+
+
+def models() -> Iterator[Model]:
     for act in (nn.Tanh, nn.ReLU):
         for width in (256, 512, 1024):
             model = mlp(width, width, width, width, act=act)
             model.append(act())
-            yield case(f"3 x Linear {width}, {act.__name__}", model, (BATCH, width), target, compiled)
+            yield Model(f"3 x Linear {width}, {act.__name__}", model, (BATCH, width), target=1.5)
     for act in (nn.ELU, nn.GELU, nn.SiLU):
-        model = mlp(512, 512, 512, 512, act=act)
-        yield case(f"3 x Linear 512, {act.__name__}", model, (BATCH, 512), 1, compiled)
+        yield Model(f"3 x Linear 512, {act.__name__}", mlp(512, 512, 512, 512, act=act), (BATCH, 512))
     normed = nn.Sequential(
         nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
     )
     dropout = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Dropout(0.1), nn.Linear(512, 256))
     siren = nn.Sequential(SirenLayer(2, 256), SirenLayer(256, 256), nn.Linear(256, 3))
-    for name, model, shape, graph in (
-        ("autoencoder 784-256-32-256-784, ELU", mlp(784, 256, 32, 256, 784, act=nn.ELU), (BATCH, 784), False),
-        ("MLP-Mixer block, 16 tokens of 128", MixerBlock(), (16, 16, 128), False),
-        ("PPO policy, 64 wide", Policy(), (BATCH, 8), False),
-        ("PPO policy, 64 wide, batch 1", Policy(), (1, 8), False),
-        ("DLRM tower 13-512-256-64", mlp(13, 512, 256, 64, act=nn.ReLU), (BATCH, 13), False),
-        ("residual with y += skip, 256", Residual(), (BATCH, 256), False),
-        ("batch norm between, 256", normed, (BATCH, 256), False),
-        ("dropout after, 256-512-256", dropout, (BATCH, 256), False),
-        ("SIREN 256, graph=True", siren, (BATCH, 2), True),
-        ("functional elu, silu 256, graph=True", Functional(), (BATCH, 256), True),
-        ("maxout of 4 pieces 256, graph=True", Maxout(), (BATCH, 256), True),
-        ("digits 64-32-10, batch 32", mlp(64, 32, 10), (32, 64), False),
-    ):
-        yield case(name, model, shape, 1, compiled, graph)
+    yield Model("autoencoder 784-256-32-256-784, ELU", mlp(784, 256, 32, 256, 784, act=nn.ELU), (BATCH, 784))
+    yield Model("MLP-Mixer S/32, 2 images", Mixer(), (2, 3, 224, 224))
+    yield Model("DLRM of MLPerf, dense part", DLRM(), (BATCH, 13 + 26 * 128))
+    yield Model("PPO policy, 64 wide", Policy(), (BATCH, 8))
+    yield Model("PPO policy, 64 wide, batch 1", Policy(), (1, 8))
+    yield Model("residual with y += skip, 256", Residual(), (BATCH, 256))
+    yield Model("batch norm between, 256", normed, (BATCH, 256))
+    yield Model("dropout after, 256-512-256", dropout, (BATCH, 256))
+    yield Model("SIREN 256, graph=True", siren, (BATCH, 2), graph=True)
+    yield Model("functional elu, silu 256, graph=True", Functional(), (BATCH, 256), graph=True)
+    yield Model("maxout of 4 pieces 256, graph=True", Maxout(), (BATCH, 256), graph=True)
+    yield Model("digits 64-32-10, batch 32", mlp(64, 32, 10), (32, 64))
 
 
-def case(
-    name: str, model: nn.Module, shape: tuple[int, ...], target: float, compiled: bool, graph: bool = False
-) -> Case:
-    fused, x = mlpext.fuse(model, graph=graph), torch.randn(*shape)
-    BYTES[name] = kept(model, x), kept(fused, x)
-    if compiled:
-        model, fused = torch.compile(model), torch.compile(fused)
-    return Case(name, {"native": training_step(model, x), "mlpext": training_step(fused, x)}, target=target)
+def sweep() -> Iterator[Model]:
+    for act, width, batch in product((nn.Tanh, nn.ReLU, nn.GELU), (16, 64, 256, 1024), (1, 8, 64, 512, 4096)):
+        model = mlp(width, width, width, width, act=act)
+        yield Model(f"3 x Linear {width}, {act.__name__}, batch {batch}", model, (batch, width))
+
+
+def case(each: Model, compiled: bool) -> Iterator[Case]:
+    model, x = each.module, torch.randn(*each.shape)
+    fused = mlpext.fuse(model, graph=each.graph)
+    steps = {"native": training_step(model, x), OURS: training_step(fused, x)}
+    if not compiled:
+        memory = {"native": kept(model, x), OURS: kept(fused, x)}
+        yield Case(each.name, steps, each.target, kept=memory)
+        return
+    torch.compiler.reset()  # else the ninth model would run uncompiled
+    by_inductor = {
+        name: training_step(torch.compile(net, dynamic=False), x)
+        for name, net in (("native", model), (OURS, fused))
+    }
+    yield Case(each.name, by_inductor, target=1)
+    yield Case(f"{each.name}, not compiled", {"compiled": by_inductor["native"], OURS: steps[OURS]})
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
@@ -136,7 +186,6 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
 
 
 def kept(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes kept for backward: every storage once, parameters and the input aside."""
     known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), x]}
     storages: dict[int, int] = {}
 
@@ -152,23 +201,16 @@ def kept(model: nn.Module, x: torch.Tensor) -> int:
     return sum(storages.values())
 
 
-def write_bytes(path: Path) -> None:
-    lines = [
-        "# Bytes kept for backward",
-        "",
-        "Every storage once, parameters and the input aside.",
-        "",
-        "| case | before | after fuse | ratio |",
-        "|---|---|---|---|",
-    ]
-    lines += [f"| {name} | {a:,} | {b:,} | {b / a:.2f} |" for name, (a, b) in BYTES.items()]
-    path.write_text("\n".join(lines) + "\n")
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
+    options, rest = parser.parse_known_args()
+    title = "Fuse sweep" if options.sweep else "Fuse compiled" if options.compiled else "Fuse"
+    torch.manual_seed(0)
+    chosen = sweep() if options.sweep else models()
+    run((each for model in chosen for each in case(model, options.compiled)), title, rest)
 
 
 if __name__ == "__main__":
-    compiled = "--compiled" in sys.argv
-    arguments = [word for word in sys.argv[1:] if word != "--compiled"]
-    torch.manual_seed(0)
-    run(cases(compiled), "Fuse compiled" if compiled else "Fuse", arguments)
-    if not compiled:
-        write_bytes(RESULTS / "fuse-memory.md")
+    main()

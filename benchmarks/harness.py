@@ -47,17 +47,33 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass
 class Case:
-    """One question: a name, the contenders (ours is called "mlpext"), and the ratio that is wanted of ours.
+    """One question: a name, the contenders (ours is called "mlpext"), and the ratio that is wanted of ours,
+    or one for each peer.
 
-    `flops` and `bytes`, those of one call, add what ours reaches of the machine's limits. Cases may come from
-    a generator, so that only one case's tensors are alive at a time.
+    `flops` and `bytes`, those of one call, add what ours reaches of the machine's limits; `kept`, bytes by
+    contender, adds a column. Where contenders do different amounts of work a call, `units` has them (samples,
+    steps), and times are those of a unit. Cases may come from a generator, so that only one case's tensors
+    are alive at a time.
     """
 
     name: str
     contenders: Mapping[str, Callable[[], Any]]
-    target: float | None = None
+    target: float | Mapping[str, float] | None = None
+    units: Mapping[str, int] | None = None
     flops: float | None = None
     bytes: float | None = None
+    kept: Mapping[str, int] | None = None
+
+
+class Elsewhere:
+    """A contender in another process, which times itself: `measure(repeats)` calls it so many times, and
+    returns CPU and wall time in ns."""
+
+    def __init__(self, measure: Callable[[int], tuple[int, int]]) -> None:
+        self.measure = measure
+
+    def __call__(self) -> None:
+        self.measure(1)
 
 
 def run(cases: Iterable[Case], title: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -79,7 +95,11 @@ def run(cases: Iterable[Case], title: str, argv: Sequence[str] | None = None) ->
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     stem.with_suffix(".md").write_text(_table(record))
     _picture(record, stem.with_suffix(".png"))
-    verdicts = [_verdict(ratio, case["target"]) for case in measured for ratio in case["ratios"].values()]
+    verdicts = [
+        _verdict(ratio, case["target"].get(name))
+        for case in measured
+        for name, ratio in case["ratios"].items()
+    ]
     met, level, missed = (verdicts.count(word) for word in ("met", "level", "missed"))
     print(f"targets: {met} met, {level} level, {missed} missed; written: {stem}.json, .md, .png")
     if options.gate and missed:
@@ -112,9 +132,10 @@ def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float
         for round_ in range(options.rounds):
             start = round_ % len(names)
             for name in names[start:] + names[:start]:
-                cpu_ns, wall_ns = _sample(case.contenders[name], repeats[name])
-                cpu[name].append(cpu_ns / repeats[name] / 1e3)
-                wall[name].append(wall_ns / repeats[name] / 1e3)
+                cpu_ns, wall_ns = sample(case.contenders[name], repeats[name])
+                done = repeats[name] * (case.units[name] if case.units else 1)
+                cpu[name].append(cpu_ns / done / 1e3)
+                wall[name].append(wall_ns / done / 1e3)
     finally:
         gc.enable()
 
@@ -129,9 +150,10 @@ def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float
             reached[limit] = work / median(cpu[OURS]) / 1e3 / most
     return {
         "name": case.name,
-        "target": case.target,
+        "target": case.target if isinstance(case.target, Mapping) else dict.fromkeys(ratios, case.target),
         "ratios": ratios,
         "reached": reached,
+        "kept": case.kept,
         "contenders": {
             name: {"cpu_us": _summary(cpu[name]), "wall_us": _summary(wall[name]), "repeats": repeats[name]}
             for name in names
@@ -139,7 +161,9 @@ def _measure(case: Case, options: argparse.Namespace, limits: Mapping[str, float
     }
 
 
-def _sample(call: Callable[[], Any], repeats: int) -> tuple[int, int]:
+def sample(call: Callable[[], Any], repeats: int) -> tuple[int, int]:
+    if isinstance(call, Elsewhere):
+        return call.measure(repeats)
     turns = itertools.repeat(None, repeats)
     wall, cpu = time.perf_counter_ns(), time.process_time_ns()
     for _ in turns:
@@ -151,7 +175,7 @@ def _repeats(call: Callable[[], Any], sample_ns: float) -> int:
     """How many calls make a sample long enough; finding out also warms the call up."""
     call()
     repeats = 1
-    while (took := min(_sample(call, repeats)[0] for _ in range(2))) < sample_ns:
+    while (took := min(sample(call, repeats)[0] for _ in range(2))) < sample_ns:
         repeats = max(repeats + 1, min(4 * repeats, round(1.1 * repeats * sample_ns / max(took, 1))))
     return repeats
 
@@ -248,14 +272,14 @@ def _fma_peak() -> float | None:
     code.fma_loop.restype, code.fma_loop.argtypes = ctypes.c_float, [ctypes.c_long]
     code.fma_flops.restype = ctypes.c_long
     turns = 1_000_000
-    fastest = min(_sample(lambda: code.fma_loop(turns), 1)[0] for _ in range(20))
+    fastest = min(sample(lambda: code.fma_loop(turns), 1)[0] for _ in range(20))
     return float(turns * code.fma_flops() / fastest)
 
 
 def _copy_speed() -> float:
     """Bytes read and written by Tensor.copy_ of 128 MiB, in 1e9 a second."""
     source, target = torch.ones(32 << 20), torch.zeros(32 << 20)
-    fastest = min(_sample(lambda: target.copy_(source), 1)[0] for _ in range(10))
+    fastest = min(sample(lambda: target.copy_(source), 1)[0] for _ in range(10))
     return 2 * source.nbytes / fastest
 
 
@@ -280,7 +304,7 @@ def _print_progress(case: Mapping[str, Any]) -> None:
     ours = case["contenders"].get(OURS)
     figures = [f"{ours['cpu_us']['median']:.2f} us"] if ours else []
     for name, ratio in case["ratios"].items():
-        verdict = _verdict(ratio, case["target"])
+        verdict = _verdict(ratio, case["target"].get(name))
         figures.append(f"{ratio['median']:.2f} against {name}" + ("" if verdict == "-" else f" ({verdict})"))
     if not case["ratios"]:
         figures += [f"{name} {c['cpu_us']['median']:.2f} us" for name, c in case["contenders"].items()]
@@ -288,32 +312,35 @@ def _print_progress(case: Mapping[str, Any]) -> None:
 
 
 def _table(record: Mapping[str, Any]) -> str:
+    kept = any(case["kept"] for case in record["cases"])
+    columns = "| case | mlpext | peer | peer's time | ratio | target | |" + " bytes kept, peer's |" * kept
     lines = [
         f"# {record['title']}",
         "",
         f"{_setting_in_words(record['setting'])}.",
         "",
-        "CPU time of one call in us: median (minimum; middle half of the samples). Ratio: peer / mlpext,",
+        "CPU time of one call, sample or step in us: median (minimum; middle half). Ratio: peer / mlpext,",
         f"median and middle half over {record['rounds']} rounds; above 1, mlpext is faster.",
         "",
-        "| case | mlpext | peer | peer's time | ratio | target | |",
-        "|---|---|---|---|---|---|---|",
+        columns,
+        "|---" * (columns.count("|") - 1) + "|",
     ]
     for case in record["cases"]:
         contenders = case["contenders"]
         ours = _figure(contenders[OURS]["cpu_us"]) if OURS in contenders else "-"
         words = {"gflops": "multiply-add peak", "copy_gbps": "copy speed"}
         ours += "".join(f", {part:.0%} of {words[limit]}" for limit, part in case["reached"].items())
-        for name in contenders:
-            if name == OURS:
-                continue
+        for name in [name for name in contenders if name != OURS] or ["-"]:
             figure = target = verdict = "-"
             if name in case["ratios"]:
-                ratio = case["ratios"][name]
+                ratio, wanted = case["ratios"][name], case["target"].get(name)
                 figure = f"**{ratio['median']:.2f}** ({ratio['q1']:.2f}-{ratio['q3']:.2f})"
-                target = "-" if case["target"] is None else f"{case['target']:g}"
-                verdict = _verdict(ratio, case["target"])
-            cells = [case["name"], ours, name, _figure(contenders[name]["cpu_us"]), figure, target, verdict]
+                target = "-" if wanted is None else f"{wanted:g}"
+                verdict = _verdict(ratio, wanted)
+            theirs = _figure(contenders[name]["cpu_us"]) if name in contenders else "-"
+            cells = [case["name"], ours, name, theirs, figure, target, verdict]
+            if case["kept"]:
+                cells.append(f"{case['kept'][OURS]:,}, {case['kept'][name]:,}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -340,11 +367,12 @@ def _picture(record: Mapping[str, Any], path: Path) -> None:
     for y, (case, name) in enumerate(bars):
         ratio = case["ratios"][name]
         middle = ratio["median"]
-        color = "#c44e52" if _verdict(ratio, case["target"]) == "missed" else "#4c72b0"
+        target = case["target"].get(name)
+        color = "#c44e52" if _verdict(ratio, target) == "missed" else "#4c72b0"
         spread = [[middle - ratio["q1"]], [ratio["q3"] - middle]]
         axes.barh(y, middle, xerr=spread, color=color, ecolor="#888888", height=0.7)
-        if case["target"] is not None:
-            axes.plot([case["target"]] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1)
+        if target is not None:
+            axes.plot([target] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1)
     axes.set_yticks(range(len(bars)), [f"{case['name']} / {name}" for case, name in bars], fontsize=7)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlabel("peer's CPU time / mlpext's (longer: mlpext faster; black line: target)")

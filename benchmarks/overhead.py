@@ -3,30 +3,16 @@
 The target is 1 everywhere: what replaces a native function or module must not be slower even here.
 """
 
-import copy
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as TF
-from torch import Tensor, nn
+from torch import nn
 
 import mlpext
 import mlpext.functional as MF
+from calls import modes, module, native, ours
 from harness import Case, run
-
-# Where torch.nn.functional has no function of that name, or only a deprecated one.
-NATIVE: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(TF.gelu, approximate="tanh"),
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "sine": lambda x: torch.sin(30.0 * x),
-    "squareplus": lambda x: (x + torch.sqrt(x * x + 4.0)) / 2,
-}
-OURS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu_tanh": partial(MF.gelu, approximate="tanh"),
-    "sine": partial(MF.sine, omega=30.0),
-}
 
 
 def cases() -> Iterator[Case]:
@@ -57,21 +43,13 @@ def linear_activation(batch: int) -> Iterator[Case]:
 def activation(name: str) -> Iterator[Case]:
     x = torch.randn(64)
     functions = {
-        "native": NATIVE.get(name) or getattr(TF, name),
-        "mlpext": OURS.get(name) or getattr(MF, name),
+        "native": native(name),
+        "mlpext": ours(name),
     }
     yield from modes(name, functions, x, backward=False)
     if hasattr(TF, name.removesuffix("_tanh")):
         modules = {"native": module(nn, name), "mlpext": module(mlpext.nn, name)}
         yield from modes(f"{name} module", modules, x, backward=False)
-
-
-def module(namespace, name: str) -> nn.Module:
-    if name == "gelu_tanh":
-        return namespace.GELU(approximate="tanh")
-    return next(
-        getattr(namespace, word)() for word in dir(namespace) if word.lower() == name.replace("_", "")
-    )
 
 
 def maxout(batch: int) -> Iterator[Case]:
@@ -96,30 +74,6 @@ def maxout(batch: int) -> Iterator[Case]:
     }
     yield from modes(f"maxout ({batch}, {pieces}*64)", functions, values)
     yield from modes(f"linear_maxout ({batch}, 64)x({pieces}, 64, 64)", layers, x, weight, bias)
-
-
-def modes(
-    name: str, calls: dict[str, Callable[..., Tensor]], *inputs: Tensor, backward: bool = True
-) -> Iterator[Case]:
-    """A case for each way of calling: nothing needs a gradient, something does, and with the backward too."""
-    plain = [x.detach() for x in inputs]
-    leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    frozen = {peer: copy.deepcopy(call) for peer, call in calls.items()}
-    for call in frozen.values():
-        if isinstance(call, nn.Module):
-            call.requires_grad_(False)
-    yield Case(f"{name}, no grad", {peer: partial(call, *plain) for peer, call in frozen.items()}, target=1)
-    yield Case(f"{name}, forward", {peer: partial(call, *leaves) for peer, call in calls.items()}, target=1)
-    if backward:
-        steps = {peer: with_backward(call, leaves) for peer, call in calls.items()}
-        yield Case(f"{name}, forward + backward", steps, target=1)
-
-
-def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    parameters = list(call.parameters()) if isinstance(call, nn.Module) else []
-    wanted = [*inputs, *parameters]
-    cotangent = torch.randn_like(call(*inputs))
-    return lambda: torch.autograd.grad(call(*inputs), wanted, cotangent)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ using torch::autograd::variable_list;
 
 bool has_tangent(const Tensor& tensor) { return tensor._fw_grad(/*level=*/0).defined(); }
 bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
+bool has_tangent(at::TensorList tensors) {
+  return std::ranges::any_of(tensors, [](const Tensor& tensor) { return has_tangent(tensor); });
+}
 
 template <class... Tensors> bool plain_eager(DispatchKeySet keys, const Tensors&... tensors) {
   constexpr DispatchKeySet unusual({DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::Python});
@@ -67,18 +70,31 @@ struct Remembered {
 static_assert(std::ranges::all_of(activation_infos,
                                   [](const ActivationInfo& info) { return info.params.size() <= 2; }));
 
+// How many gradients a rule returns and tensors it saves.
+template <std::size_t inputs, std::size_t saved> struct Fixed {
+  static constexpr bool fixed = true;
+  template <class T> using PerInput = std::array<T, inputs>;
+  template <class T> using PerSaved = std::array<T, saved>;
+};
+struct Varying {
+  static constexpr bool fixed = false;
+  template <class T> using PerInput = std::vector<T>;
+  template <class T> using PerSaved = std::vector<T>;
+};
+
 // The node of a family. Rule says what is saved and how the gradients come of it:
-//   name, inputs                       what grad_fn prints; how many gradients it returns
-//   saved, saves_output(i)             how many tensors are saved; whether the i-th is an output of the node
-//   itself needs(i, mask)                     whether saved tensor i is wanted for the gradients asked for
+//   name                               what grad_fn prints
+//   PerInput, PerSaved                 lists with an entry for each gradient returned, each tensor saved
+//   saves_output(i)                    whether saved tensor i is an output of the node itself
+//   needs(i, mask)                     whether saved tensor i is wanted for the gradients asked for
 //   attributes(visit)                  everything else that the gradients depend on (for compiled autograd)
 //   backward(grads, tensors, mask)     the gradients
 template <class Rule> struct FamilyNode final : torch::autograd::TraceableFunction {
-  using InputMask = std::array<bool, Rule::inputs>;
-  using Tensors = std::array<Tensor, Rule::saved>;
+  using InputMask = typename Rule::template PerInput<bool>;
+  using Tensors = typename Rule::template PerSaved<Tensor>;
 
   Rule rule;
-  std::array<SavedVariable, Rule::saved> saved;
+  typename Rule::template PerSaved<SavedVariable> saved;
 
   std::string name() const override { return Rule::name; }
 
@@ -89,12 +105,14 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
 
   InputMask mask() const {
     InputMask asked;
+    if constexpr (!Rule::fixed) asked.resize(num_outputs());
     for (std::size_t i = 0; i < asked.size(); ++i) asked[i] = task_should_compute_output(i);
     return asked;
   }
 
-  Tensors unpack(InputMask mask) {
+  Tensors unpack(const InputMask& mask) {
     Tensors tensors;
+    if constexpr (!Rule::fixed) tensors.resize(saved.size());
     for (std::size_t i = 0; i < tensors.size(); ++i)
       if (rule.needs(i, mask)) tensors[i] = saved[i].unpack(getptr());
     return tensors;
@@ -120,7 +138,9 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
     const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
     static const bool bound = [&] {
       std::vector<at::TypePtr> types{IValuePacker<InputMask>::packed_type()};
-      types.insert(types.end(), Rule::saved, IValuePacker<Tensor>::packed_type());
+      if constexpr (Rule::fixed)
+        types.insert(types.end(), std::tuple_size_v<Tensors>, IValuePacker<Tensor>::packed_type());
+      else types.push_back(IValuePacker<Tensors>::packed_type());
       Rule().attributes([&]<class A>(A&) { types.push_back(IValuePacker<A>::packed_type()); });
       compiler->bind_function(swap.get_py_compiler(), Rule::name, functional, std::move(types));
       return true;
@@ -130,7 +150,9 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
     for (SavedVariable& variable : saved) swap.before(variable);
     torch::autograd::PackedArgs packed;
     packed.pack(asked);
-    for (const Tensor& tensor : unpack(asked)) packed.pack(tensor);
+    if constexpr (Rule::fixed)
+      for (const Tensor& tensor : unpack(asked)) packed.pack(tensor);
+    else packed.pack(unpack(asked));
     rule.attributes([&](const auto& attribute) { packed.pack(attribute); });
     variable_list result = compiler->call_function(
         swap.get_py_compiler(), "apply_functional", Rule::name, grads, packed.vec(),
@@ -144,7 +166,9 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
     torch::autograd::PackedArgs packed(values);
     const auto asked = packed.unpack<InputMask>();
     Tensors tensors;
-    for (Tensor& tensor : tensors) tensor = packed.unpack<Tensor>();
+    if constexpr (Rule::fixed)
+      for (Tensor& tensor : tensors) tensor = packed.unpack<Tensor>();
+    else tensors = packed.unpack<Tensors>();
     Rule rule;
     rule.attributes([&]<class A>(A& attribute) { attribute = packed.unpack<A>(); });
     return rule.backward(grads, tensors, asked);
@@ -157,18 +181,17 @@ OptionalTensor optional(const Tensor& tensor) {
 
 // ---- activation
 
-struct ActivationRule {
+struct ActivationRule : Fixed<1, 1> {
   static constexpr const char* name = "ActivationBackward0";
-  static constexpr std::size_t inputs = 1, saved = 1;
 
   Remembered activation;
   bool from_output = false;
 
   bool saves_output(std::size_t) const { return from_output; }
-  bool needs(std::size_t, std::array<bool, inputs>) const { return true; }
+  bool needs(std::size_t, PerInput<bool>) const { return true; }
   template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit), visit(from_output); }
-  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
-                         std::array<bool, inputs> mask) const {
+  variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors,
+                         PerInput<bool> mask) const {
     if (!grads[0].defined() || !mask[0]) return {Tensor()};
     return {ops::activation_backward().call(grads[0], tensors[0], activation.name(), activation.params(),
                                             from_output)};
@@ -189,7 +212,7 @@ Tensor activation(DispatchKeySet keys, const Tensor& input, std::string_view nam
 
   auto node = make_node<FamilyNode<ActivationRule>>();
   node->set_next_edges(collect_next_edges(input));
-  node->rule = {{index, params}, info.keeps_output};
+  node->rule = {{}, {index, params}, info.keeps_output};
   if (!info.keeps_output) node->saved[0] = SavedVariable(input, /*is_output=*/false);
   Tensor output = forward();
   torch::autograd::set_history(output, node);
@@ -212,7 +235,7 @@ Tensor& activation_(DispatchKeySet keys, Tensor& input, std::string_view name, P
   auto node = requires_grad ? make_node<FamilyNode<ActivationRule>>() : nullptr;
   if (node) {
     node->set_next_edges(collect_next_edges(input));
-    node->rule = {{index, params}, keeps_output};
+    node->rule = {{}, {index, params}, keeps_output};
     if (!keeps_output) node->saved[0] = SavedVariable(input.clone(), /*is_output=*/false);
   }
   {
@@ -248,17 +271,16 @@ Tensor activation_backward(DispatchKeySet keys, const Tensor& grad_output, const
 
 // ---- maxout
 
-struct MaxoutRule {
+struct MaxoutRule : Fixed<1, 1> {  // saved: the index of the piece that won
   static constexpr const char* name = "MaxoutBackward0";
-  static constexpr std::size_t inputs = 1, saved = 1;  // the index of the piece that won
 
   int64_t pieces = 1, dim = 0;
 
   bool saves_output(std::size_t) const { return false; }
-  bool needs(std::size_t, std::array<bool, inputs>) const { return true; }
+  bool needs(std::size_t, PerInput<bool>) const { return true; }
   template <class Visit> void attributes(Visit&& visit) { visit(pieces), visit(dim); }
-  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
-                         std::array<bool, inputs> mask) const {
+  variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors,
+                         PerInput<bool> mask) const {
     if (!grads[0].defined() || !mask[0]) return {Tensor()};
     return {ops::maxout_backward().call(grads[0], tensors[0], pieces, dim)};
   }
@@ -274,7 +296,7 @@ Tensor maxout(DispatchKeySet keys, const Tensor& input, int64_t pieces, int64_t 
   node->set_next_edges(collect_next_edges(input));
   auto [output, index] =
       ops::maxout_forward().redispatch(keys & c10::after_autograd_keyset, input, pieces, dim);
-  node->rule = {pieces, at::maybe_wrap_dim(dim, input.dim())};
+  node->rule = {{}, pieces, at::maybe_wrap_dim(dim, input.dim())};
   node->saved[0] = SavedVariable(index, /*is_output=*/false);
   torch::autograd::set_history(output, node);
   finish(node);
@@ -292,12 +314,11 @@ Tensor maxout_backward(DispatchKeySet keys, const Tensor& grad_output, const Ten
 
 // ---- linear + activation
 
-struct LinearActivationRule {
+struct LinearActivationRule : Fixed<3, 4> {
   static constexpr const char* name = "LinearActivationBackward0";
   // `kept` is y where the derivative follows from it, else the pre-activation z, which is the node's second
   // output so that a graph of the backward reaches through it.
   enum Saved : std::size_t { input, weight, bias, kept };
-  static constexpr std::size_t inputs = 3, saved = 4;
 
   Remembered activation;
   bool from_output = false;
@@ -318,8 +339,7 @@ struct LinearActivationRule {
     return !is_identity() && !again;
   }
   template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit), visit(from_output); }
-  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
-                         Mask mask) const {
+  variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors, Mask mask) const {
     if (!grads[0].defined() && !(grads.size() > 1 && grads[1].defined()))
       return {Tensor(), Tensor(), Tensor()};
     Tensor result = tensors[kept];
@@ -405,18 +425,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
 
 // ---- linear + maxout
 
-struct LinearMaxoutRule {
+struct LinearMaxoutRule : Fixed<3, 3> {
   static constexpr const char* name = "LinearMaxoutBackward0";
   enum Saved : std::size_t { input, weight, index };
-  static constexpr std::size_t inputs = 3, saved = 3;
 
   int64_t pieces = 1;
 
   bool saves_output(std::size_t) const { return false; }
   bool needs(std::size_t i, Mask mask) const { return i == input ? mask[1] : i == weight ? mask[0] : true; }
   template <class Visit> void attributes(Visit&& visit) { visit(pieces); }
-  variable_list backward(const variable_list& grads, const std::array<Tensor, saved>& tensors,
-                         Mask mask) const {
+  variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors, Mask mask) const {
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     auto [dx, dw, db] = ops::linear_maxout_backward().call(
         grads[0], optional(tensors[input]), optional(tensors[weight]), tensors[index], pieces, mask);
@@ -459,6 +477,120 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(DispatchKeySet keys, c
                                                   weight, index, pieces, output_mask);
 }
 
+// ---- a whole network
+
+struct MlpRule : Varying {
+  static constexpr const char* name = "MlpBackward0";
+  // Saved: input, weights, biases, what mlp_forward keeps, and what the last activation's derivative comes
+  // from, if anything.
+
+  std::string names;
+  std::vector<double> params;
+  int64_t layers = 0;
+  bool has_biases = false, has_last = false, from_output = false;
+  // As LinearActivationRule's, of the network's output.
+  std::optional<c10::VariableVersion> version;
+  uint32_t saved_version = 0;
+  std::size_t count = 0;  // of saved tensors
+
+  bool saves_output(std::size_t i) const { return from_output && i + 1 == count; }
+  bool output_changed() const { return version && version->current_version() != saved_version; }
+  bool needs(std::size_t i, const PerInput<bool>&) const { return !(saves_output(i) && output_changed()); }
+  template <class Visit> void attributes(Visit&& visit) {
+    visit(names), visit(params), visit(layers), visit(has_biases), visit(has_last), visit(from_output);
+  }
+
+  variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors,
+                         const PerInput<bool>& mask) const {
+    if (!grads[0].defined()) return variable_list(mask.size());
+    const at::TensorList all = tensors;
+    const std::size_t n = layers, end = all.size() - has_last;
+    const at::TensorList weights = all.slice(1, n), biases = all.slice(1 + n, has_biases ? n : 0);
+    const at::TensorList kept = all.slice(1 + n + biases.size(), end - 1 - n - biases.size());
+    Tensor last = has_last ? all[end] : Tensor();
+    bool last_is_output = from_output;
+    if (has_last && !last.defined()) {
+      last = at::linear(n > 1 ? kept[n - 2] : all[0], weights[n - 1],
+                        has_biases ? OptionalTensor(biases[n - 1]) : std::nullopt);
+      last_is_output = false;
+    }
+    return ops::mlp_backward().call(grads[0], all[0], weights, biases, kept, optional(last), last_is_output,
+                                    names, params, c10::SmallVector<int64_t, 17>(mask.begin(), mask.end()));
+  }
+};
+
+Tensor mlp(DispatchKeySet keys, const Tensor& input, at::TensorList weights, at::TensorList biases,
+           std::string_view names, Params params) {
+  const Network network(weights, biases, names, params);
+  if (!plain_eager(keys, input, weights, biases) || !network.served(input))
+    return composite::mlp(input, weights, biases, names, params);
+
+  const bool requires_grad = compute_requires_grad(input, weights, biases);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  keys = keys & c10::after_autograd_keyset;
+  if (!requires_grad) return ops::mlp().redispatch(keys, input, weights, biases, names, params);
+
+  // Frozen layers before the first one that learns keep nothing.
+  std::size_t first = 0;
+  if (!input.requires_grad())
+    while (!weights[first].requires_grad() && (biases.empty() || !biases[first].requires_grad())) ++first;
+  Tensor x = input;
+  if (first > 0) {
+    const std::string_view& next = network.layers[first].name;
+    const std::size_t names_before = next.data() - names.data();
+    std::size_t params_before = 0;
+    for (std::size_t l = 0; l < first; ++l) params_before += network.layers[l].params.size();
+    x = ops::mlp().redispatch(keys, input, weights.slice(0, first),
+                              biases.slice(0, biases.empty() ? 0 : first), names.substr(0, names_before - 1),
+                              params.slice(0, params_before));
+    names = names.substr(names_before);
+    params = params.slice(params_before);
+    weights = weights.slice(first);
+    if (!biases.empty()) biases = biases.slice(first);
+  }
+  auto [output, last, kept] = ops::mlp_forward().redispatch(keys, x, weights, biases, names, params);
+
+  auto node = make_node<FamilyNode<MlpRule>>();
+  node->set_next_edges(collect_next_edges(x, weights, biases));
+  MlpRule& rule = node->rule;
+  rule.names = names;
+  rule.params = params.vec();
+  rule.layers = static_cast<int64_t>(weights.size());
+  rule.has_biases = !biases.empty();
+  rule.from_output = network.layers.back().keep(input.scalar_type()) == Network::output;
+  rule.has_last = rule.from_output || last.defined();
+  rule.count = 1 + weights.size() + biases.size() + kept.size() + rule.has_last;
+  node->saved.reserve(rule.count);
+  auto save = [&](const Tensor& tensor) { node->saved.emplace_back(tensor, /*is_output=*/false); };
+  save(x);
+  for (const Tensor& weight : weights) save(weight);
+  for (const Tensor& bias : biases) save(bias);
+  for (const Tensor& tensor : kept) save(tensor);
+  torch::autograd::set_history(output, node);
+  if (rule.from_output) {
+    node->saved.emplace_back(output, /*is_output=*/true);
+    rule.version = torch::autograd::impl::version_counter(output);
+    rule.saved_version = rule.version->current_version();
+  } else if (last.defined()) {
+    save(last);
+  }
+  finish(node);
+  return output;
+}
+
+std::vector<Tensor> mlp_backward(DispatchKeySet keys, const Tensor& grad_output, const Tensor& input,
+                                 at::TensorList weights, at::TensorList biases, at::TensorList kept,
+                                 const OptionalTensor& last, bool last_is_output, std::string_view names,
+                                 Params params, at::IntArrayRef output_mask) {
+  if (!plain_eager(keys, grad_output, input, weights, biases) ||
+      compute_requires_grad(grad_output, input, weights, biases))
+    return composite::mlp_backward(grad_output, input, weights, biases, kept, last, last_is_output, names,
+                                   params, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return ops::mlp_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input, weights,
+                                        biases, kept, last, last_is_output, names, params, output_mask);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mlpext, Autograd, m) {
@@ -471,11 +603,14 @@ TORCH_LIBRARY_IMPL(mlpext, Autograd, m) {
   m.impl("linear_activation_backward", linear_activation_backward);
   m.impl("linear_maxout", linear_maxout);
   m.impl("linear_maxout_backward", linear_maxout_backward);
+  m.impl("mlp", mlp);
+  m.impl("mlp_backward", mlp_backward);
   // Called by themselves, the operators that also return what backward wants are differentiated as native
   // operators.
   m.impl("maxout_forward", composite::maxout_forward);
   m.impl("linear_activation_forward", composite::linear_activation_forward);
   m.impl("linear_maxout_forward", composite::linear_maxout_forward);
+  m.impl("mlp_forward", composite::mlp_forward);
 }
 
 TORCH_LIBRARY_IMPL(mlpext, ADInplaceOrView, m) { m.impl("activation_", bump_version); }

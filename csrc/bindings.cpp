@@ -7,7 +7,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 #include "ops.h"
 #include "training/epoch.h"
 
@@ -108,6 +111,107 @@ py::object linear_maxout(py::handle input, py::handle weight, py::handle bias) {
       [&] { return ops::linear_maxout().call(tensor(input), tensor(weight), optional_tensor(bias)); });
 }
 
+// A network as the mlp operators take it, read from a module in the way of its layers' own forward.
+class NetworkModule {
+ public:
+  std::vector<Tensor> weights, biases;
+  std::string names;
+  std::vector<double> params;
+
+  // False unless every layer is a LinearActivation or a Maxout with nothing in the way of its forward: no
+  // hook, no parametrization, no forward of its own.
+  bool read(py::handle module) {
+    const py::object own = attributes(module);
+    PyObject* layers = PyDict_GetItem(own.ptr(), words().modules);
+    if (!layers || !PyDict_Check(layers) || any(global_hooks())) return false;
+    PyObject *key, *layer;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(layers, &position, &key, &layer))
+      if (!add(layer)) return false;
+    return !weights.empty() && (biases.empty() || biases.size() == weights.size());
+  }
+
+ private:
+  bool add(py::handle layer) {
+    static const auto& types =
+        *new std::array<py::object, 2>{py::module_::import("mlpext.nn").attr("LinearActivation"),
+                                       py::module_::import("mlpext.nn").attr("Maxout")};
+    const bool maxout = Py_TYPE(layer.ptr()) == reinterpret_cast<PyTypeObject*>(types[1].ptr());
+    if (!maxout && Py_TYPE(layer.ptr()) != reinterpret_cast<PyTypeObject*>(types[0].ptr())) return false;
+    const py::object own = attributes(layer);
+    for (PyObject* hooks : words().hooks)
+      if (PyObject* found = PyDict_GetItem(own.ptr(), hooks); !found || any(found)) return false;
+    if (PyDict_GetItem(own.ptr(), words().forward)) return false;
+    PyObject* parameters = PyDict_GetItem(own.ptr(), words().parameters);
+    if (!parameters || !PyDict_Check(parameters)) return false;
+    PyObject *weight = PyDict_GetItem(parameters, words().weight),
+             *bias = PyDict_GetItem(parameters, words().bias);
+    if (!weight || !bias || !plain(weight) || !plain_or_none(bias)) return false;
+    weights.push_back(tensor(weight));
+    if (bias != Py_None) biases.push_back(tensor(bias));
+    if (!names.empty()) names += ',';
+    return maxout ? (names += "maxout", true) : add_activation(own);
+  }
+
+  bool add_activation(py::handle own) {
+    PyObject *name = PyDict_GetItem(own.ptr(), words().activation),
+             *values = PyDict_GetItem(own.ptr(), words().params);
+    if (!name || !PyUnicode_Check(name) || !values || !PyDict_Check(values)) return false;
+    names += text(name);
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    while (PyDict_Next(values, &position, &key, &value)) {
+      if (!PyFloat_Check(value) && !PyLong_Check(value)) return false;
+      params.push_back(PyFloat_AsDouble(value));
+      if (params.back() == -1 && PyErr_Occurred()) throw py::error_already_set();
+    }
+    return true;
+  }
+
+  static py::object attributes(py::handle module) {
+    PyObject* own = PyObject_GenericGetDict(module.ptr(), nullptr);
+    if (!own) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(own);
+  }
+
+  // Keys of modules' dictionaries, made once.
+  struct Words {
+    static PyObject* intern(const char* text) { return PyUnicode_InternFromString(text); }
+    PyObject *modules = intern("_modules"), *parameters = intern("_parameters"), *weight = intern("weight"),
+             *bias = intern("bias"), *activation = intern("activation"), *params = intern("params"),
+             *forward = intern("forward");
+    std::array<PyObject*, 4> hooks{intern("_forward_hooks"), intern("_forward_pre_hooks"),
+                                   intern("_backward_hooks"), intern("_backward_pre_hooks")};
+  };
+  static const Words& words() {
+    static const Words all;
+    return all;
+  }
+  static bool any(PyObject* hooks) { return !PyDict_Check(hooks) || PyDict_Size(hooks) > 0; }
+  // torch's dictionaries of hooks on all modules.
+  static const std::array<py::object, 4>& global_hooks() {
+    static const auto& hooks = *[] {
+      const auto torch = py::module_::import("torch.nn.modules.module");
+      return new std::array<py::object, 4>{
+          torch.attr("_global_forward_hooks"), torch.attr("_global_forward_pre_hooks"),
+          torch.attr("_global_backward_hooks"), torch.attr("_global_backward_pre_hooks")};
+    }();
+    return hooks;
+  }
+  static bool any(const std::array<py::object, 4>& hooks) {
+    return std::ranges::any_of(hooks, [](const py::object& each) { return any(each.ptr()); });
+  }
+};
+
+py::object mlp(py::handle module, py::handle input) {
+  NetworkModule network;
+  if (!plain(input) || at::impl::torch_function_mode_enabled() || !network.read(module))
+    return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  return released([&] {
+    return ops::mlp().call(tensor(input), network.weights, network.biases, network.names, network.params);
+  });
+}
+
 py::dict activations() {
   py::dict all;
   for (const ActivationInfo& info : activation_infos) {
@@ -130,6 +234,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_activation", linear_activation, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("name"), py::arg("params") = py::tuple());
   m.def("linear_maxout", linear_maxout, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none());
+  m.def(
+      "mlp", mlp, py::arg("module"), py::arg("input"),
+      "The output of a module with LinearActivation and Maxout layers, as one operator; NotImplemented where "
+      "its layers must be called one by one.");
   m.def("activations", activations,
         "Names of the elementwise activations, each with its parameters and their defaults.");
   m.def("cpu_isa", [] {
@@ -142,6 +250,9 @@ PYBIND11_MODULE(_C, m) {
     for (std::string_view name : cpu::available_isas()) names.append(std::string(name));
     return names;
   });
+  m.def("pool_limit", cpu::pool_limit);
+  m.def("set_pool_limit", cpu::set_pool_limit, py::arg("bytes"));
+  m.def("pool_bytes", cpu::pool_bytes);
   m.def("has_cuda", [] { return has_cuda; });
   training::bind(m);
 }

@@ -240,4 +240,63 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(T grad_output, const O
   return {dx, dw, db};
 }
 
+Tensor mlp(T input, at::TensorList weights, at::TensorList biases, std::string_view names, Params params) {
+  const Network network(weights, biases, names, params);
+  Tensor x = input;
+  for (int64_t l = 0; l < network.size(); ++l) {
+    const Network::Layer& layer = network.layers[l];
+    x = layer.maxout ? linear_maxout(x, weights[l], network.bias(l))
+                     : linear_activation(x, weights[l], network.bias(l), layer.name, layer.params);
+  }
+  return x;
+}
+
+namespace {
+
+// Outputs of the layers, and for each its preactivation or the index of the winner.
+std::pair<std::vector<Tensor>, std::vector<Tensor>> outputs_of(const Network& network, T input) {
+  std::vector<Tensor> outputs(network.size()), sources(network.size());
+  for (int64_t l = 0; l < network.size(); ++l) {
+    const Network::Layer& layer = network.layers[l];
+    const Tensor& x = l ? outputs[l - 1] : input;
+    std::tie(outputs[l], sources[l]) =
+        layer.maxout ? linear_maxout_forward(x, network.weights[l], network.bias(l))
+                     : linear_activation_forward(x, network.weights[l], network.bias(l), layer.name,
+                                                 layer.params, /*keep_preactivation=*/true);
+  }
+  return {std::move(outputs), std::move(sources)};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(T input, at::TensorList weights,
+                                                            at::TensorList biases, std::string_view names,
+                                                            Params params) {
+  const Network network(weights, biases, names, params);
+  auto [outputs, sources] = outputs_of(network, input);
+  const int64_t end = network.size() - 1;
+  auto keeps_more = [&](int64_t l) {
+    const Network::Keep keep = network.layers[l].keep(input.scalar_type());
+    return keep == Network::preactivation || keep == Network::winner;
+  };
+  std::vector<Tensor> kept(outputs.begin(), outputs.end() - 1);
+  for (int64_t l = 0; l < end; ++l)
+    if (keeps_more(l)) kept.push_back(sources[l]);
+  return {outputs[end], keeps_more(end) ? sources[end] : Tensor(), std::move(kept)};
+}
+
+std::vector<Tensor> mlp_backward(T grad_output, T input, at::TensorList weights, at::TensorList biases,
+                                 at::TensorList, const OptionalTensor&, bool, std::string_view names,
+                                 Params params, at::IntArrayRef output_mask) {
+  const Network network(weights, biases, names, params);
+  const auto [outputs, sources] = outputs_of(network, input);
+  return network.gradients(grad_output, output_mask, [&](int64_t l, T dy, Mask mask) {
+    const Network::Layer& layer = network.layers[l];
+    const Tensor& x = l ? outputs[l - 1] : input;
+    return layer.maxout ? linear_maxout_backward(dy, x, weights[l], sources[l], weights[l].size(0), mask)
+                        : linear_activation_backward(dy, x, weights[l], sources[l], layer.name, layer.params,
+                                                     /*from_output=*/false, mask);
+  });
+}
+
 }  // namespace mlpext::composite

@@ -31,5 +31,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
                                                           const OptionalTensor& input,
                                                           const OptionalTensor& weight, const Tensor& index,
                                                           int64_t pieces, Mask output_mask);
+Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, std::string_view names,
+           Params params);
+std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(const Tensor& input, at::TensorList weights,
+                                                            at::TensorList biases, std::string_view names,
+                                                            Params params);
+// Goes forward again from the input, so that a graph of it reaches all that the gradients depend on.
+std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input, at::TensorList weights,
+                                 at::TensorList biases, at::TensorList kept, const OptionalTensor& last,
+                                 bool last_is_output, std::string_view names, Params params,
+                                 at::IntArrayRef output_mask);
 
 }  // namespace mlpext::composite

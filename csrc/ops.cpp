@@ -6,6 +6,8 @@
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "composites.h"
 
 namespace mlpext {
@@ -35,6 +37,17 @@ TORCH_LIBRARY(mlpext, m) {
   m.def(
       "linear_maxout_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor index, int pieces, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+
+  m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases, str names, float[] params) -> Tensor");
+  // `kept` are the outputs of all layers but the last, then, of those of them that need it, preactivations
+  // and indices of the winner; `last` is that of the last layer.
+  m.def(
+      "mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases, str names, float[] params) -> "
+      "(Tensor output, Tensor last, Tensor[] kept)");
+  // The gradients of input, weights and biases where output_mask has a 1.
+  m.def(
+      "mlp_backward(Tensor grad_output, Tensor input, Tensor[] weights, Tensor[] biases, Tensor[] kept, "
+      "Tensor? last, bool last_is_output, str names, float[] params, int[] output_mask) -> Tensor[]");
 }
 
 std::size_t activation_index(std::string_view name, Params params) {
@@ -69,6 +82,49 @@ bool linear_served(const Tensor& input, const Tensor& weight, const OptionalTens
 bool linear_maxout_served(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   return served(input) && served(weight) && weight.device() == input.device() &&
          (!bias || (served(*bias) && bias->device() == input.device()));
+}
+
+Network::Network(at::TensorList weights, at::TensorList biases, std::string_view names, Params params)
+    : weights(weights), biases(biases) {
+  std::size_t used = 0;
+  for (std::size_t begin = 0; begin <= names.size();) {
+    const std::size_t end = std::min(names.find(',', begin), names.size());
+    const std::string_view name = names.substr(begin, end - begin);
+    begin = end + 1;
+    Layer& layer = layers.emplace_back();
+    layer = {name, {}, 0, name == "maxout"};
+    if (layer.maxout) continue;
+    const auto* info = std::ranges::find(activation_infos, name, &ActivationInfo::name);
+    const std::size_t count = info == activation_infos.end() ? 0 : info->params.size();
+    TORCH_CHECK_VALUE(used + count <= params.size(), "params: too few for ", names, ", got ", params.size());
+    layer.params = params.slice(used, count);
+    layer.activation = activation_index(name, layer.params);
+    used += count;
+  }
+  TORCH_CHECK_VALUE(used == params.size(), "params: ", names, " take ", used, ", got ", params.size());
+  TORCH_CHECK_VALUE(layers.size() == weights.size(), "names: ", layers.size(), " activations for ",
+                    weights.size(), " weights");
+  TORCH_CHECK_VALUE(biases.empty() || biases.size() == weights.size(), "biases: ", biases.size(), " for ",
+                    weights.size(), " weights, expected as many or none");
+}
+
+Network::Keep Network::Layer::keep(at::ScalarType dtype) const {
+  if (maxout) return winner;
+  if (name == Identity::name) return nothing;
+  const ActivationInfo& info = activation_infos[activation];
+  const bool half = dtype == at::kHalf || dtype == at::kBFloat16;
+  return info.output_suffices(params.data()) && !(half && info.coarse_in_half) ? output : preactivation;
+}
+
+bool Network::served(const Tensor& input) const {
+  for (int64_t l = 0; l < size(); ++l) {
+    const Layer& layer = layers[l];
+    const bool own = layer.maxout ? linear_maxout_served(input, weights[l], bias(l))
+                                  : linear_served(input, weights[l], bias(l)) &&
+                                        activation_infos[layer.activation].usual(layer.params.data());
+    if (!own || weights[l].scalar_type() != input.scalar_type()) return false;
+  }
+  return true;
 }
 
 at::ScalarType maxout_index_dtype(int64_t pieces) { return pieces <= 256 ? at::kByte : at::kInt; }
@@ -158,10 +214,21 @@ Tensor autocast_linear_maxout(const Tensor& input, const Tensor& weight, const O
                                    cached_cast(dtype, bias, device));
 }
 
+Tensor autocast_mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
+                    std::string_view names, Params params) {
+  const auto device = device_type(input);
+  if (input.is_cuda()) return composite::mlp(input, weights, biases, names, params);
+  c10::impl::ExcludeDispatchKeyGuard guard(autocast_keys);
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  return ops::mlp().call(cached_cast(dtype, input, device), cached_cast(dtype, weights, device),
+                         cached_cast(dtype, biases, device), names, params);
+}
+
 void register_autocast(torch::Library& m) {
   m.impl("activation", autocast_activation);
   m.impl("linear_activation", autocast_linear_activation);
   m.impl("linear_maxout", autocast_linear_maxout);
+  m.impl("mlp", autocast_mlp);
 }
 
 void register_composites(torch::Library& m) {
@@ -177,6 +244,9 @@ void register_composites(torch::Library& m) {
   m.impl("linear_maxout", composite::linear_maxout);
   m.impl("linear_maxout_forward", composite::linear_maxout_forward);
   m.impl("linear_maxout_backward", composite::linear_maxout_backward);
+  m.impl("mlp", composite::mlp);
+  m.impl("mlp_forward", composite::mlp_forward);
+  m.impl("mlp_backward", composite::mlp_backward);
 }
 
 }  // namespace

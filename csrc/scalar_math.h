@@ -59,6 +59,7 @@ MLPEXT_INLINE float divide(float a, float b) {
 }
 
 template <class T> struct Lanes {
+  static constexpr bool brief = false;  // as in cpu/vec.h
   static constexpr int size = 1;
   using Scalar = T;
   using Bits = typename Format<T>::Bits;
@@ -83,8 +84,8 @@ template <class T> struct Lanes {
 template <class T> MLPEXT_INLINE typename Lanes<T>::Bits bits_of(Lanes<T> x) {
   return reinterpret<typename Lanes<T>::Bits>(x.v);
 }
-template <class T> MLPEXT_INLINE Lanes<T> from_bits(typename Lanes<T>::Bits x) {
-  return Lanes<T>(reinterpret<T>(x));
+template <class V> MLPEXT_INLINE V from_bits(typename V::Bits x) {
+  return V(reinterpret<typename V::Scalar>(x));
 }
 template <class T> constexpr typename Format<T>::Bits sign_bit = typename Format<T>::Bits(1)
                                                                  << (8 * sizeof(T) - 1);
@@ -107,11 +108,13 @@ template <class T, class F> MLPEXT_INLINE Lanes<T> beyond(T limit, Lanes<T> x, L
   return x.v > limit || -x.v > limit ? Lanes<T>(f(x.v)) : y;
 }
 
-template <class T> MLPEXT_INLINE Lanes<T> abs(Lanes<T> x) { return from_bits<T>(bits_of(x) & ~sign_bit<T>); }
+template <class T> MLPEXT_INLINE Lanes<T> abs(Lanes<T> x) {
+  return from_bits<Lanes<T>>(bits_of(x) & ~sign_bit<T>);
+}
 
 // Magnitude of x, sign of y.
 template <class T> MLPEXT_INLINE Lanes<T> copysign(Lanes<T> x, Lanes<T> y) {
-  return from_bits<T>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));
+  return from_bits<Lanes<T>>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));
 }
 
 // a * b + c, rounded once.
@@ -133,7 +136,7 @@ template <class T> MLPEXT_INLINE Lanes<T> at_most(Lanes<T> x, Lanes<T> hi) { ret
 
 MLPEXT_INLINE Lanes<double> widen(double x) { return Lanes<double>(x); }
 MLPEXT_INLINE Lanes<float> widen(float x) { return Lanes<float>(x); }
-MLPEXT_INLINE Lanes<float> widen(BFloat16 x) { return from_bits<float>(uint32_t(x.bits) << 16); }
+MLPEXT_INLINE Lanes<float> widen(BFloat16 x) { return from_bits<Lanes<float>>(uint32_t(x.bits) << 16); }
 MLPEXT_INLINE Lanes<float> widen(Half x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -141,8 +144,9 @@ MLPEXT_INLINE Lanes<float> widen(Half x) {
   return Lanes<float>(y);
 #else
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = (x.bits & 0x7fffu) << 13;
-  if (magnitude >= 0x0f800000) return from_bits<float>(sign | magnitude | 0x7f800000);  // infinity or NaN
-  return from_bits<float>(sign | reinterpret<uint32_t>(reinterpret<float>(magnitude) * 0x1p112f));
+  if (magnitude >= 0x0f800000)
+    return from_bits<Lanes<float>>(sign | magnitude | 0x7f800000);  // infinity or NaN
+  return from_bits<Lanes<float>>(sign | reinterpret<uint32_t>(reinterpret<float>(magnitude) * 0x1p112f));
 #endif
 }
 

@@ -228,11 +228,16 @@ def _kind_of_use(node: ast.expr, parent: ast.AST) -> str | None:
             return "opened"
 
 
+# Packages whose base classes call no layer of a model by its name. Lightning's look hooks up by the name that
+# a trainer gives, which in anyone else's class could be that of a layer.
+_NAME_NO_CHILD = {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}
+
+
 def methods(cls: type) -> dict[str, Uses]:
-    """What the methods of `cls` do with attributes, down to torch's own classes; `__init__` runs before."""
+    """What the methods of `cls` do with attributes, down to those base classes; `__init__` runs before."""
     found: dict[str, Uses] = {}
     for base in cls.__mro__:
-        if base is object or is_torchs(base):
+        if base is object or base.__module__.partition(".")[0] in _NAME_NO_CHILD:
             continue
         for name, member in vars(base).items():
             function = _function(member)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,11 @@ def linear_maxout(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return maxout(z, weight.size(0))
 
 
-for _function in (activation, maxout, linear_activation, linear_maxout):
+def mlp(module: torch.nn.Module, input: Tensor) -> Any:
+    """Not as one operator: layer by layer."""
+    return NotImplemented
+
+
+for _function in (activation, maxout, linear_activation, linear_maxout, mlp):
     # Dynamo cannot look into a C++ function; it is told what to trace in its place.
     torch.compiler.substitute_in_graph(getattr(_C, _function.__name__), skip_signature_check=True)(_function)

@@ -397,6 +397,12 @@ class MLP(torch.nn.Sequential):
         layers = [_layer(*pair, each, params, common) for pair, each in zip(pairs, hidden, strict=False)]
         super().__init__(*layers, _layer(*pairs[-1], output_activation, {}, common))
 
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = _C.mlp(self, input)
+        if output is NotImplemented:
+            output = super().forward(input)  # type: ignore[no-untyped-call]
+        return output
+
     def __getitem__(self, idx: slice | int) -> Any:
         # Sequential would make a slice by calling this class's __init__.
         if isinstance(idx, slice):

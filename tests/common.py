@@ -174,6 +174,41 @@ def linear_maxout_op(pieces: int, bias: bool = True) -> Op:
     )
 
 
+def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
+    """A network of 4, 5, 5, ... units; at most one layer may have kinks or be maxout (of 2 pieces)."""
+    count, pieces = len(layers), 2
+    net = mlpext.nn.MLP([4, *[5] * count], [name for name, _ in layers[:-1]], layers[-1][0], bias)
+    for layer, (_, parameters) in zip(net, layers, strict=True):
+        vars(layer).get("params", {}).update(parameters)
+    stacks = [(pieces,) if name == "maxout" else () for name, _ in layers]
+    weights = [(*stack, 5, 5 if i else 4) for i, stack in enumerate(stacks)]
+    biases = [(*stack, 5) for stack in stacks] if bias else []
+    keys = [f"{i}.{kind}" for kind in ("weight", "bias")[: 1 + bias] for i in range(count)]
+
+    def preactivations(x, *parameters):
+        for i, (name, own) in enumerate(layers):
+            weight, b = parameters[i], parameters[count + i] if bias else None
+            if name == "maxout":
+                net = linear_maxout_op(pieces, bias).net(x, weight, b)
+                x = native_linear_maxout(x, weight, b)
+            else:
+                net = TF.linear(x, weight, b)
+                x = differentiable(name, own)(net)
+            yield name, net, x
+
+    kinked = {name: reference.kinks(name, own) for name, own in layers if name != "maxout"}
+    rough = next((name for name, _ in layers if name == "maxout" or kinked[name]), layers[0][0])
+    return Op(
+        id=f"mlp_{'_'.join(name for name, _ in layers)}" + ("" if bias else "_no_bias"),
+        ours=lambda x, *p: torch.func.functional_call(net, dict(zip(keys, p, strict=True)), (x,)),
+        native=lambda *tensors: [x for *_, x in preactivations(*tensors)][-1],
+        shapes=((3, 4), *weights, *biases),
+        net=lambda *tensors: next(net for name, net, _ in preactivations(*tensors) if name == rough),
+        kinks=kinked.get(rough, ()),
+        pieces=pieces if rough == "maxout" else 0,
+    )
+
+
 def _parametrize(ops):
     return pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in ops])
 
@@ -184,7 +219,12 @@ MAXOUT_OPS = [
     *(maxout_op(3, -1), maxout_op(2, 0)),
     *(linear_maxout_op(3), linear_maxout_op(2, bias=False)),
 ]
-ALL_OPS = [*ACTIVATION_OPS, *LINEAR_OPS, *MAXOUT_OPS]
+MLP_OPS = [
+    mlp_op(("tanh", {}), ("sigmoid", {}), ("identity", {})),
+    mlp_op(("gelu", {}), ("elu", {"alpha": 0.3}), bias=False),
+    mlp_op(("maxout", {}), ("softplus", {})),
+]
+ALL_OPS = [*ACTIVATION_OPS, *LINEAR_OPS, *MAXOUT_OPS, *MLP_OPS]
 # One of each way through the core: what is kept (x, y, neither, an index), a parameter, the composite path.
 FEW_OPS = [
     activation_op("sigmoid", {}),
@@ -198,6 +238,7 @@ FEW_OPS = [
     linear_op("elu", {"alpha": -0.5}),
     linear_op("gelu", {}),
     *MAXOUT_OPS,
+    *MLP_OPS,
 ]
 
 # Each activation once, and each way through the core: for what costs seconds.

@@ -67,6 +67,7 @@ def test_train_compares_the_modes_and_writes_everything(capsys, tmp_path):
         model = MLP([64, 64, 10])
         model.load_state_dict(safetensors.torch.load_file(folder / mode / "weights.safetensors"))
         assert f"{history['val_accuracy'][-1]:.1%}" == row["accuracy"]
+        assert all(int(row[speed].replace(",", "")) > 0 for speed in ("samples/s", "loop/s"))
     config = json.loads((folder / "config.json").read_text())
     assert config["sizes"] == [64, 64, 10] and config["seed"] == 0
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,10 +79,29 @@ def test_widths_around_the_panels(widths, mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_no_bias_and_frozen_parameters(mode):
     assert_engines_agree(nn.MLP([9, 6, 5, 4], "gelu", bias=False, dtype=torch.float64), "numbers", mode=mode)
-    for frozen in ("0.weight", "1.bias", "2.weight"):
+    for frozen in (["0.weight"], ["0.bias"], ["1.bias"], ["2.weight"], ["0.weight", "0.bias", "1.weight"]):
         model = nn.MLP([9, 6, 5, 4], "tanh", dtype=torch.float64)
-        model.get_parameter(frozen).requires_grad_(False)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
         assert_engines_agree(model, "numbers", mode=mode)
+        assert_engines_agree(model, "numbers", mode=mode, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_that_come_in_blocks(mode, tmp_path):
+    """A memory-mapped array is read a block at a time; the blocks' ends divide no step."""
+    x = torch.randn(2500, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    np.save(tmp_path / "x.npy", x.numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    model = nn.MLP([9, 6, 4], "tanh", dtype=torch.float64)
+    results = []
+    for data, engine in ((x, "native"), (mapped, "native"), (mapped, "autograd")):
+        results.append(copy.deepcopy(model))
+        options = {"batch_size": 48, "lr": 0.1, "epochs": 2, "seed": 1, "progress": False}
+        fit(results[-1], data, x[:, :4].sin(), mode=mode, engine=engine, **options)
+    for other in results[1:]:
+        for ours, theirs in zip(results[0].parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
 def test_what_it_does_not_serve_is_said():

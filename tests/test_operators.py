@@ -34,7 +34,9 @@ def test_the_operators_are_these():
         f"mlpext::{n}{suffix}"
         for n, suffixes in {
             "activation": ("", "_", "_backward"),
-            **dict.fromkeys(("maxout", "linear_activation", "linear_maxout"), ("", "_forward", "_backward")),
+            **dict.fromkeys(
+                ("maxout", "linear_activation", "linear_maxout", "mlp"), ("", "_forward", "_backward")
+            ),
         }.items()
         for suffix in suffixes
     }
@@ -118,3 +120,53 @@ def test_linear_maxout_backward(mask):
     for grad in (False, True):
         tensors = (randn(3, 5, grad=grad), x.requires_grad_(grad), weight.requires_grad_(grad), index)
         opcheck(ops.linear_maxout_backward.default, (*tensors, 3, mask))
+
+
+NETWORKS = {
+    "tanh,identity": (),
+    "gelu,elu": (0.3,),
+    "maxout,tanh": (),
+    "identity,maxout": (),
+    "sine,relu6": (1.0,),
+}
+
+
+def network(names, bias, grad):
+    stacks = [(2,) if name == "maxout" else () for name in names.split(",")]
+    weights = [randn(*stack, 5, 6 - i, grad=grad) for i, stack in enumerate(stacks)]
+    return weights, [randn(*stack, 5, grad=grad) for stack in stacks] if bias else []
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("names", NETWORKS)
+def test_mlp(names, bias):
+    weights, biases = network(names, bias, grad=True)
+    opcheck(ops.mlp.default, (randn(3, 6), weights, biases, names, NETWORKS[names]))
+    opcheck(ops.mlp_forward.default, (randn(3, 6), weights, biases, names, NETWORKS[names]))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mask", [[1] * 5, [0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize("names", NETWORKS)
+def test_mlp_backward(names, mask, grad):
+    weights, biases = network(names, True, grad=False)
+    x, values = randn(3, 6, grad=False), NETWORKS[names]
+    output, last, kept = ops.mlp_forward(x, weights, biases, names, values)
+    from_output = last is None and not names.endswith("identity")
+    for tensor in (x, *weights, *biases):
+        tensor.requires_grad_(grad)
+    arguments = (x, weights, biases, kept, output if from_output else last, from_output, names, values, mask)
+    opcheck(ops.mlp_backward.default, (randn(3, 5, grad=grad), *arguments))
+
+
+def test_a_network_that_does_not_fit_together_is_refused():
+    x, (weights, biases) = randn(3, 6), network("tanh,elu", True, grad=False)
+    for names, params, b, message in (
+        ("tanh", (), biases, "1 activations for 2 weights"),
+        ("tanh,elu", (), biases, "too few"),
+        ("tanh,elu", (1.0, 2.0), biases, "take 1, got 2"),
+        ("tanh,relu", (), biases[:1], "1 for 2 weights"),
+        ("tanh,rule", (), biases, "unknown name 'rule'"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            ops.mlp(x, weights, b, names, params)

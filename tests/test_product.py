@@ -17,12 +17,14 @@ from common import FLOATS, assert_same_bits, every_float, native, native_linear_
 TOLERANCE = {torch.float64: 3e-14, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 # (rows, in, out): one value, few rows (dot products), steps of 6 rows and 16 columns, panels of 64 columns,
-# blocks of 60 rows and 512 terms (1024 in pairs of bfloat16), groups of 1020 rows, nothing at all.
+# blocks of 60 rows and 512 terms (1024 in pairs of bfloat16), groups of 1020 rows, wide strips for 6 rows
+# (2048 columns, 16 terms) and for 8 terms (8192 values), nothing at all.
 SHAPES = [
     *((1, 1, 1), (1, 64, 64), (2, 1, 3), (3, 17, 5), (4, 100, 16), (5, 8, 15), (6, 6, 17), (7, 129, 31)),
     *((8, 513, 33), (11, 66, 63), (12, 65, 64), (13, 64, 65), (59, 31, 127), (60, 32, 128), (61, 33, 129)),
     *((64, 511, 20), (65, 512, 21), (66, 513, 22), (67, 1023, 6), (90, 1024, 7), (121, 1025, 8)),
     *((1019, 9, 66), (1020, 10, 16), (1021, 11, 1), (2049, 3, 2), (3, 2, 700), (70, 200, 3)),
+    *((6, 2049, 17), (18, 2049, 6), (7, 2731, 3), (8, 1025, 9), (9, 1030, 7), (1, 8200, 7)),
     *((0, 3, 4), (3, 0, 5), (4, 5, 0), (0, 0, 0)),
 ]
 
@@ -180,9 +182,10 @@ def test_random_shapes(dtype):
         compare(layer("tanh"), native_layer("tanh"), [x, w, b], g, dtype, f"{shape}")
 
 
+@pytest.mark.isa
 @every_float
 def test_the_same_bits_again_and_with_two_threads(dtype):
-    for shape in ((4, 1200, 1100), (300, 130, 700), (3000, 70, 40)):
+    for shape in ((4, 1200, 1100), (300, 130, 700), (3000, 70, 40), (2500, 1100, 4)):
         x, w, b, g = tensors(*shape, dtype)
         first = results(layer("silu"), [x, w, b], g)
         again = results(layer("silu"), [x, w, b], g)

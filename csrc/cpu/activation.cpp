@@ -56,10 +56,24 @@ template <std::size_t inputs, class Kernel> void iterate(at::TensorIterator& ite
       grain_size);
 }
 
-// Cuts a dense run of n elements for the threads.
-template <class Run> void parallel(int64_t n, Run run) {
-  if (n <= grain_size) run(0, n);
-  else at::parallel_for(0, n, grain_size, run);
+// A dense run of n elements, cut for the threads: run(first, count, result), which writes where `result`
+// points. What will not be found in a cache again is made in one, block by block, and written around it: the
+// lines of the output need not be read first, a third of the traffic.
+template <class Run> void parallel(int64_t n, char* result, int64_t size, bool in_place, Run run) {
+  const bool streams = !in_place && n * size >= static_cast<int64_t>(streamed_bytes);
+  auto part = [&](int64_t begin, int64_t end) {
+    if (!streams) return run(begin, end - begin, result + begin * size);
+    alignas(64) Buffer block;
+    char* data = reinterpret_cast<char*>(block.data());
+    const int64_t room = static_cast<int64_t>(sizeof(Buffer)) / size;
+    for (; begin < end; begin += room) {
+      const int64_t count = std::min(room, end - begin);
+      run(begin, count, data);
+      stream(data, result + begin * size, count * size);
+    }
+  };
+  if (n <= grain_size) part(0, n);
+  else at::parallel_for(0, n, grain_size, part);
 }
 
 void strided_forward(const Tensor& input, Tensor& output, std::size_t index, Params params) {
@@ -99,8 +113,8 @@ void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params par
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const int64_t size = x.element_size();
-  parallel(x.numel(), [&](int64_t begin, int64_t end) {
-    kernel(params.data(), from + begin * size, to + begin * size, end - begin);
+  parallel(x.numel(), to, size, from == to, [&](int64_t first, int64_t count, char* result) {
+    kernel(params.data(), from + first * size, result, count);
   });
 }
 
@@ -121,8 +135,8 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::
     const auto* s = static_cast<const char*>(saved.const_data_ptr());
     auto* dx = static_cast<char*>(grad_input.mutable_data_ptr());
     const int64_t size = saved.element_size();
-    parallel(saved.numel(), [&](int64_t begin, int64_t end) {
-      kernel(params.data(), g + begin * size, s + begin * size, dx + begin * size, end - begin);
+    parallel(saved.numel(), dx, size, false, [&](int64_t first, int64_t count, char* result) {
+      kernel(params.data(), g + first * size, s + first * size, result, count);
     });
     return grad_input;
   }

@@ -50,6 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> blocked_backward(Dtype dtype, at::ScalarType 
   return gradients;
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const Tensor& weight,
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
@@ -84,6 +86,8 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   });
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
+
+namespace {
 
 Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          std::string_view name, Params params) {
@@ -153,6 +157,8 @@ std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& 
   return {shaped(output, input), shaped(index, input)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias) {
   if (!linear_maxout_served(input, weight, bias))
@@ -164,6 +170,8 @@ Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTe
   if (!linear_maxout_served(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
   return std::get<0>(run_linear_maxout(input, weight, bias, /*with_index=*/false));
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_output,
                                                           const OptionalTensor& input,

@@ -2,7 +2,6 @@
 // through the same code, so a value's result depends neither on its position nor on the length of the tensor.
 #pragma once
 #include "../activation_info.h"
-#include "../training/engine.h"
 #include "kernels.h"
 #include "vec_math.h"
 
@@ -12,7 +11,8 @@ namespace mlpext::MLPEXT_ISA {
 namespace {
 
 // 16-bit types are float in registers.
-template <class M> using LanesOf = Lanes<std::conditional_t<std::is_same_v<M, double>, double, float>>;
+template <class M> using LanesOf =
+    Lanes<std::conditional_t<std::is_same_v<M, double>, double, float>, sizeof(M) == 2>;
 
 // out[i] = f(in[i]...), a register at a time.
 template <class M, class F, class... In> MLPEXT_INLINE void map(int64_t n, M* out, F f, const In*... in) {
@@ -141,7 +141,10 @@ template <class Index> constexpr PerDtype<cpu::MaxoutBackward> maxout_backward_k
 }  // namespace
 }  // namespace mlpext::MLPEXT_ISA
 
+// clang-format off: the engine is built on the products
 #include "product_loops.h"
+#include "../training/engine.h"
+// clang-format on
 
 namespace mlpext::MLPEXT_ISA {
 

@@ -16,6 +16,7 @@ constexpr int64_t panel_columns = 64;  // of B: four registers of AVX-512
 constexpr int64_t block_terms = 512;   // a panel of float is 128 KiB, and its sums stay as exact as native's
 constexpr int64_t block_rows = 60;     // of A: whole steps of 6
 constexpr int64_t group_rows = 17 * block_rows;  // of A that meet one packing of a panel
+constexpr int64_t few_rows = 6, few_terms = 8;   // of A and of B, below which memory is what takes the time
 
 // Multiply-adds that are worth a thread: 20 us of one core, twice what waking another takes.
 constexpr int64_t thread_work = int64_t(1) << 21;
@@ -175,6 +176,20 @@ template <Dtype dtype, bool pairs = false> struct Product {
     }
   }
 
+  // What `combine` is given at a time.
+  struct Blocks {
+    int64_t columns = panel_columns, rows = block_rows, terms = block_terms;
+  };
+
+  // A product that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
+  // along the rows of b, or of the result, where strips of 64 columns would touch a page of memory each.
+  static Blocks blocks_of(const Matrix& b, int64_t rows) {
+    if (widens || b.column_stride != 1) return {};
+    if (rows <= few_rows) return {.columns = 2048, .terms = 16};
+    if (b.rows <= few_terms) return {.columns = 8192 / std::max<int64_t>(1, b.rows), .rows = 6};
+    return {};
+  }
+
   // Sums of the product of a (rows, terms) and b (terms, columns), block by block.
   //   load_a(i, t, rows, terms, space) and load_b(t, j, terms, columns, space)  an Operand; space to pack it
   //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
@@ -182,10 +197,10 @@ template <Dtype dtype, bool pairs = false> struct Product {
   //   finish(Tile, Sums)
   // Columns are those of the product; the panel has `pieces` sums for each.
   template <class LoadA, class LoadB, class Start, class Sums, class Finish>
-  static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, LoadA load_a,
-                       LoadB load_b, Start start, Sums sums, Finish finish) {
+  static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, Blocks blocks,
+                       LoadA load_a, LoadB load_b, Start start, Sums sums, Finish finish) {
     const auto combine = pairs ? kernels().product.combine_pairs : kernels().product.combine[sum_dtype];
-    const int64_t step = pieces == 1   ? panel_columns
+    const int64_t step = pieces == 1   ? blocks.columns
                          : pieces <= 4 ? panel_columns / pieces / 16 * 16
                                        : panel_columns / pieces;
     in_rectangles(rows, columns, rows * columns * pieces * terms,
@@ -200,11 +215,11 @@ template <Dtype dtype, bool pairs = false> struct Product {
                         const int64_t end = std::min(g + group_rows, last_row);
                         int64_t t = 0;
                         do {  // once where there are no terms
-                          const int64_t depth = std::min(block_terms, terms - t);
+                          const int64_t depth = std::min(blocks.terms, terms - t);
                           const bool last = t + depth == terms;
                           const Operand b = load_b(t, j, depth, width, panel);
-                          for (int64_t i = g; i < end; i += block_rows) {
-                            const int64_t height = std::min(block_rows, end - i);
+                          for (int64_t i = g; i < end; i += blocks.rows) {
+                            const int64_t height = std::min(blocks.rows, end - i);
                             Rows c = sums(i, j);
                             if (!c.data)
                               c = {group + (last && t == 0 ? 0 : (i - g) * panel_columns), panel_columns};
@@ -247,7 +262,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
       return;
     }
     multiply(
-        rows, columns, terms_of(terms), 1,
+        rows, columns, terms_of(terms), 1, {},
         [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
         [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
           pack_panel(w.transposed(), t, j, n, width, space);
@@ -268,7 +283,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
     auto* const index = static_cast<uint8_t*>(index_);
     const M* const b = static_cast<const M*>(bias);
     multiply(
-        x.rows, columns, terms_of(x.columns), pieces,
+        x.rows, columns, terms_of(x.columns), pieces, {},
         [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
         [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
           for (int64_t piece = 0; piece < pieces; ++piece)
@@ -385,8 +400,8 @@ template <Dtype dtype, bool pairs = false> struct Product {
     };
     if (dx)
       multiply(
-          by_rows.rows, w.columns, by_rows.columns, 1, load(by_rows), panels(w, by_rows.rows),
-          [](int64_t, int64_t, int64_t) { return Rows{}; },
+          by_rows.rows, w.columns, by_rows.columns, 1, blocks_of(w, by_rows.rows), load(by_rows),
+          panels(w, by_rows.rows), [](int64_t, int64_t, int64_t) { return Rows{}; },
           [&](int64_t i, int64_t j) { return in_result(dx, i, j, w.columns); },
           [&](const Tile& tile, Rows sums) { keep(tile, sums, dx, w.columns); });
     if (dw) {
@@ -394,7 +409,8 @@ template <Dtype dtype, bool pairs = false> struct Product {
         return dw_sums ? Rows{dw_sums + i * x.columns + j, x.columns} : Rows{};
       };
       multiply(
-          by_columns.rows, x.columns, by_columns.columns, 1, load(by_columns), panels(x, by_columns.rows),
+          by_columns.rows, x.columns, by_columns.columns, 1, blocks_of(x, by_columns.rows), load(by_columns),
+          panels(x, by_columns.rows),
           [&](int64_t i, int64_t j, int64_t) { return first ? Rows{} : sums(i, j); }, sums,
           [&](const Tile& tile, Rows sums) {
             if (last) keep(tile, sums, dw, x.columns);
@@ -421,7 +437,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
   static Operand panel_of(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t width, int64_t uses,
                           T* space) {
     if constexpr (!widens)
-      if (b.column_stride == 1 && uses < 48) return {at(b, t, j), b.row_stride, 1};
+      if (b.column_stride == 1 && (uses < 48 || b.rows <= few_terms)) return {at(b, t, j), b.row_stride, 1};
     pack_panel(b, t, j, terms, width, space);
     return {space, panel_columns, 1};
   }

@@ -81,7 +81,7 @@ template <int first, int... rest, class F> MLPEXT_INLINE void in_steps(int64_t s
 // How a term enters a sum: as it is, or (pairs) as two bfloat16 in 32 bits that are multiplied and added in
 // one instruction of AVX512_BF16, which the assembler knows whatever the target of this file.
 template <bool pairs, class V> MLPEXT_INLINE V factor_of(const typename V::Scalar* a) {
-  if constexpr (pairs) return from_bits<typename V::Scalar>(typename V::Bits{} + read<uint32_t>(a));
+  if constexpr (pairs) return from_bits<V>(typename V::Bits{} + read<uint32_t>(a));
   else return V(static_cast<double>(*a));
 }
 template <bool pairs, class V> MLPEXT_INLINE V add_product(V factor, V term, V sum) {
@@ -110,15 +110,22 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
 #pragma GCC unroll 16
     for (int s = 0; s < V::size; ++s) sums[s] = V(0);
     auto add = [&](auto load_some) MLPEXT_LAMBDA {
-      V in[rows];
+      if constexpr (wide > 1) {
+        V in[rows];
 #pragma GCC unroll 16
-      for (int r = 0; r < rows; ++r) in[r] = load_some(x + r * x_stride);
+        for (int r = 0; r < rows; ++r) in[r] = load_some(x + r * x_stride);
 #pragma GCC unroll 16
-      for (int c = 0; c < wide; ++c) {
-        const V weight = load_some(row[c]);
+        for (int c = 0; c < wide; ++c) {
+          const V weight = load_some(row[c]);
 #pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r)
+            sums[r * wide + c] = add_product<pairs>(in[r], weight, sums[r * wide + c]);
+        }
+      } else {  // rows come from memory: with all of them in registers the sums would not fit
+        const V weight = load_some(row[0]);
+#pragma GCC unroll 16
         for (int r = 0; r < rows; ++r)
-          sums[r * wide + c] = add_product<pairs>(in[r], weight, sums[r * wide + c]);
+          sums[r] = add_product<pairs>(load_some(x + r * x_stride), weight, sums[r]);
       }
     };
     constexpr int terms = pairs ? 2 * V::size : V::size;  // in a register

@@ -63,7 +63,10 @@ template <class T> struct Mask {
   friend MLPEXT_INLINE Mask operator!(Mask a) { return {decltype(bits)(~a.bits)}; }
 };
 
-template <class T> struct Lanes {
+// `brief`: the results go to 16 bits, where the last two of a float's digits do not show; functions may then
+// leave out what makes those right.
+template <class T, bool brief_ = false> struct Lanes {
+  static constexpr bool brief = brief_;
   static constexpr int size = MLPEXT_VECTOR_BYTES / sizeof(T);
   using Scalar = T;
   using Register = Packed<T, size>;
@@ -99,21 +102,20 @@ template <class T> struct Lanes {
   friend MLPEXT_INLINE Mask<T> operator>=(Lanes a, Lanes b) { return b <= a; }
 };
 
-template <class T> MLPEXT_INLINE typename Lanes<T>::Bits bits_of(Lanes<T> x) {
+template <class T, bool brief> MLPEXT_INLINE auto bits_of(Lanes<T, brief> x) {
   return (typename Lanes<T>::Bits)x.v;
 }
-template <class T> MLPEXT_INLINE Lanes<T> from_bits(typename Lanes<T>::Bits x) {
-  return Lanes<T>((typename Lanes<T>::Register)x);
-}
+template <class V> MLPEXT_INLINE V from_bits(typename V::Bits x) { return V((typename V::Register)x); }
 template <class T> constexpr typename Format<T>::Bits sign_bit = typename Format<T>::Bits(1)
                                                                  << (8 * sizeof(T) - 1);
 
-template <class T> MLPEXT_INLINE Lanes<T> select(Mask<T> mask, Lanes<T> a, Lanes<T> b) {
+template <class T, bool brief>
+MLPEXT_INLINE Lanes<T, brief> select(Mask<T> mask, Lanes<T, brief> a, Lanes<T, brief> b) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm512_mask_blend_ps(mask.bits, b.v, a.v));
-  else return Lanes<T>(_mm512_mask_blend_pd(mask.bits, b.v, a.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_mask_blend_ps(mask.bits, b.v, a.v));
+  else return Lanes<T, brief>(_mm512_mask_blend_pd(mask.bits, b.v, a.v));
 #else
-  return Lanes<T>(mask.bits ? a.v : b.v);
+  return Lanes<T, brief>(mask.bits ? a.v : b.v);
 #endif
 }
 
@@ -132,65 +134,69 @@ MLPEXT_INLINE double library_sin(double x) { return __builtin_sin(x); }
 MLPEXT_INLINE double library_cos(double x) { return __builtin_cos(x); }
 
 // y, but f(x) in the lanes where x > limit or -x > limit: for what is rare, a lane at a time.
-template <class T, class F> MLPEXT_INLINE Lanes<T> beyond(T limit, Lanes<T> x, Lanes<T> y, F f) {
-  if (any((x > Lanes<T>(limit)) | (-x > Lanes<T>(limit)))) {
+template <class T, bool brief, class F>
+MLPEXT_INLINE Lanes<T, brief> beyond(T limit, Lanes<T, brief> x, Lanes<T, brief> y, F f) {
+  if (any((x > Lanes<T, brief>(limit)) | (-x > Lanes<T, brief>(limit)))) {
     for (int i = 0; i < Lanes<T>::size; ++i)
       if (x.v[i] > limit || -x.v[i] > limit) y.v[i] = f(x.v[i]);
   }
   return y;
 }
 
-template <class T> MLPEXT_INLINE Lanes<T> abs(Lanes<T> x) { return from_bits<T>(bits_of(x) & ~sign_bit<T>); }
+template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> abs(Lanes<T, brief> x) {
+  return from_bits<Lanes<T, brief>>(bits_of(x) & ~sign_bit<T>);
+}
 
 // Magnitude of x, sign of y.
-template <class T> MLPEXT_INLINE Lanes<T> copysign(Lanes<T> x, Lanes<T> y) {
-  return from_bits<T>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));
+template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> copysign(Lanes<T, brief> x, Lanes<T, brief> y) {
+  return from_bits<Lanes<T, brief>>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));
 }
 
 // a * b + c, rounded once where the instruction set can.
-template <class T> MLPEXT_INLINE Lanes<T> madd(Lanes<T> a, Lanes<T> b, Lanes<T> c) {
+template <class T, bool brief>
+MLPEXT_INLINE Lanes<T, brief> madd(Lanes<T, brief> a, Lanes<T, brief> b, Lanes<T, brief> c) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm512_fmadd_ps(a.v, b.v, c.v));
-  else return Lanes<T>(_mm512_fmadd_pd(a.v, b.v, c.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_fmadd_ps(a.v, b.v, c.v));
+  else return Lanes<T, brief>(_mm512_fmadd_pd(a.v, b.v, c.v));
 #elif MLPEXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm256_fmadd_ps(a.v, b.v, c.v));
-  else return Lanes<T>(_mm256_fmadd_pd(a.v, b.v, c.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm256_fmadd_ps(a.v, b.v, c.v));
+  else return Lanes<T, brief>(_mm256_fmadd_pd(a.v, b.v, c.v));
 #else
   return a * b + c;
 #endif
 }
 
-template <class T> MLPEXT_INLINE Lanes<T> sqrt(Lanes<T> x) {
+template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> sqrt(Lanes<T, brief> x) {
 #if MLPEXT_VECTOR_BYTES == 64
   // The zero-masked form: the plain one starts from an undefined register, which g++ 12 warns of.
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm512_maskz_sqrt_ps(0xffff, x.v));
-  else return Lanes<T>(_mm512_maskz_sqrt_pd(0xff, x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_maskz_sqrt_ps(0xffff, x.v));
+  else return Lanes<T, brief>(_mm512_maskz_sqrt_pd(0xff, x.v));
 #elif MLPEXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm256_sqrt_ps(x.v));
-  else return Lanes<T>(_mm256_sqrt_pd(x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm256_sqrt_ps(x.v));
+  else return Lanes<T, brief>(_mm256_sqrt_pd(x.v));
 #elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm_sqrt_ps(x.v));
-  else return Lanes<T>(_mm_sqrt_pd(x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm_sqrt_ps(x.v));
+  else return Lanes<T, brief>(_mm_sqrt_pd(x.v));
 #else
-  for (int i = 0; i < Lanes<T>::size; ++i)
+  for (int i = 0; i < Lanes<T, brief>::size; ++i)
     x.v[i] = T(__builtin_sqrt(x.v[i]));  // float by way of double rounds the same
   return x;
 #endif
 }
 
 // max(x, lo) and min(x, hi); a NaN x passes. The instruction returns its second operand when either is NaN.
-template <class T> MLPEXT_INLINE Lanes<T> at_least(Lanes<T> x, Lanes<T> lo) {
+template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> at_least(Lanes<T, brief> x, Lanes<T, brief> lo) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm512_maskz_max_ps(0xffff, lo.v, x.v));
-  else return Lanes<T>(_mm512_maskz_max_pd(0xff, lo.v, x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_maskz_max_ps(0xffff, lo.v, x.v));
+  else return Lanes<T, brief>(_mm512_maskz_max_pd(0xff, lo.v, x.v));
 #else
   return select(lo > x, lo, x);
 #endif
 }
-template <class T> MLPEXT_INLINE Lanes<T> at_most(Lanes<T> x, Lanes<T> hi) {
+template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> at_most(Lanes<T, brief> x, Lanes<T, brief> hi) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T>(_mm512_maskz_min_ps(0xffff, hi.v, x.v));
-  else return Lanes<T>(_mm512_maskz_min_pd(0xff, hi.v, x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_maskz_min_ps(0xffff, hi.v, x.v));
+  else return Lanes<T, brief>(_mm512_maskz_min_pd(0xff, hi.v, x.v));
 #else
   return select(hi < x, hi, x);
 #endif
@@ -244,15 +250,38 @@ template <class P, class M> MLPEXT_INLINE void write(M* p, P x, int n) {
   __builtin_memcpy(p, &x, n * sizeof(M));
 }
 
+// 16-bit and 32-bit lanes. The compiler's own conversion goes through halves of registers: 3 to 6
+// instructions.
+template <int N> MLPEXT_INLINE Packed<uint32_t, N> to_32_bits(Packed<uint16_t, N> x) {
+#if MLPEXT_VECTOR_BYTES == 64
+  return (Packed<uint32_t, N>)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x);
+#elif MLPEXT_VECTOR_BYTES == 32
+  return (Packed<uint32_t, N>)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Packed<uint32_t, N>);
+#endif
+}
+// x < 2^16
+template <int N> MLPEXT_INLINE Packed<uint16_t, N> to_16_bits(Packed<uint32_t, N> x) {
+#if MLPEXT_VECTOR_BYTES == 64
+  return (Packed<uint16_t, N>)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x);
+#elif MLPEXT_VECTOR_BYTES == 32
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (Packed<uint16_t, N>)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(x, Packed<uint16_t, N>);
+#endif
+}
+
 template <int N> MLPEXT_INLINE Packed<float, N> widen_bfloat16(Packed<uint16_t, N> x) {
-  return (Packed<float, N>)(__builtin_convertvector(x, Packed<uint32_t, N>) << 16);
+  return (Packed<float, N>)(to_32_bits<N>(x) << 16);
 }
 
 // Round to nearest, ties to even; a NaN stays one and becomes quiet.
 template <int N> MLPEXT_INLINE Packed<uint16_t, N> narrow_bfloat16(Packed<float, N> x) {
   using U = Packed<uint32_t, N>;
   U b = (U)x, rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16, quiet = (b >> 16) | 0x40;
-  return __builtin_convertvector((b & 0x7fffffff) > 0x7f800000 ? quiet : rounded, Packed<uint16_t, N>);
+  return to_16_bits<N>((b & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
 template <int N> MLPEXT_INLINE Packed<float, N> widen_half(Packed<uint16_t, N> x) {
@@ -328,9 +357,19 @@ template <class I, class V> MLPEXT_INLINE Packed<I, V::size> to_index(V x) {
   auto wide = __builtin_convertvector(x.v, Packed<int32_t, V::size>);
   return __builtin_convertvector(wide, Packed<I, V::size>);
 }
+// The compiler would unpack bytes one by one, through general registers.
+template <int N> MLPEXT_INLINE Packed<int32_t, N> to_32_bits(Packed<uint8_t, N> x) {
+#if MLPEXT_VECTOR_BYTES == 64
+  if constexpr (N == 16) return (Packed<int32_t, N>)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)x);
+#endif
+#if MLPEXT_VECTOR_BYTES >= 32
+  if constexpr (N == 8) return (Packed<int32_t, N>)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)x));
+#endif
+  return __builtin_convertvector(x, Packed<int32_t, N>);
+}
+template <int N> MLPEXT_INLINE Packed<int32_t, N> to_32_bits(Packed<int32_t, N> x) { return x; }
 template <class V, class I> MLPEXT_INLINE V from_index(Packed<I, V::size> x) {
-  auto wide = __builtin_convertvector(x, Packed<int32_t, V::size>);
-  return V(__builtin_convertvector(wide, typename V::Register));
+  return V(__builtin_convertvector(to_32_bits<V::size>(x), typename V::Register));
 }
 
 template <class V, class I> MLPEXT_INLINE V load_index(const I* p) {

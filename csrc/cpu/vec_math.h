@@ -27,7 +27,7 @@ template <class V> MLPEXT_INLINE V residual(V a, V b, V c) {
   if constexpr (fused_madd) return madd(a, b, c);
   using T = typename V::Scalar;
   constexpr auto head = ~typename Format<T>::Bits(0) << (Format<T>::mantissa / 2 + 1);
-  const V a1 = from_bits<T>(bits_of(a) & head), a2 = a - a1, b1 = from_bits<T>(bits_of(b) & head),
+  const V a1 = from_bits<V>(bits_of(a) & head), a2 = a - a1, b1 = from_bits<V>(bits_of(b) & head),
           b2 = b - b1;
   return (((a1 * b1 + c) + a1 * b2) + a2 * b1) + a2 * b2;
 }
@@ -47,8 +47,7 @@ template <class V> MLPEXT_INLINE Whole<V> round_product(V x, double c) {
 // 2^(n + offset) for exponents of normal numbers.
 template <class V> MLPEXT_INLINE V power_of_two(typename V::Bits n, int offset) {
   using F = Format<typename V::Scalar>;
-  return from_bits<typename V::Scalar>((n << F::mantissa) +
-                                       (typename F::Bits(F::bias + offset) << F::mantissa));
+  return from_bits<V>((n << F::mantissa) + (typename F::Bits(F::bias + offset) << F::mantissa));
 }
 
 // x * 2^n, 0.5 <= x < 2, rounded once also when subnormal; |n| up to twice the largest exponent.
@@ -122,6 +121,7 @@ template <class V> MLPEXT_INLINE V exp(Pair<V> x, V c) { return Exponential<V>(e
 // n / (1 + e), e >= 0 and n finite, nearly rounded once: what rounding 1 + e and the quotient lost is made
 // good.
 template <class V> MLPEXT_INLINE V over_one_plus(V n, V e) {
+  if constexpr (V::brief) return n / (V(1) + e);
   const V d = V(1) + e, lost = e - (d - V(1)), r = V(1) / d, y = n * r;
   return madd(madd(-y, lost, residual(-y, d, n)), r, y);
 }
@@ -133,6 +133,7 @@ template <class V, class Constant> MLPEXT_INLINE Pair<V> odd_cubic(V x, Constant
   const double a_grid = (a.hi + magic) - magic, b_hi = typename V::Scalar(b.hi);
   const V a1(a_grid), a2((a.hi - a_grid) + a.lo), b1(b_hi), b2((b.hi - b_hi) + b.lo);
   const V z = x * x, slope = madd(b1, z, a1), y = x * slope;
+  if constexpr (V::brief) return {y, V(0)};
   const V rest = residual(b1, z, a1 - slope) + madd(b1, residual(x, x, -z), madd(b2, z, a2));
   return {y, madd(x, rest, residual(x, slope, -y))};
 }
@@ -215,12 +216,12 @@ template <class V> MLPEXT_INLINE V log1p(V x) {
   // 1 + x = 2^k (1 + f) with 1 + f in [0.75, 1.5); f is exact up to x = 5.
   const auto b = bits_of(V(1) + x) - bits_of(V(0.75));
   const auto e = b & (~typename F::Bits(0) << F::mantissa);  // k in the exponent's place
-  const V s = from_bits<T>(bits_of(V(4)) - e);  // 4 * 2^-k: a normal number even for the largest x
-  const V f = from_bits<T>(bits_of(x) - e) - madd(s, V(-0.25), V(1));  // in this order -0 stays -0
+  const V s = from_bits<V>(bits_of(V(4)) - e);  // 4 * 2^-k: a normal number even for the largest x
+  const V f = from_bits<V>(bits_of(x) - e) - madd(s, V(-0.25), V(1));  // in this order -0 stays -0
   // k + bias + 1 > 0 as the low bits of a large number, then -k: its zero times -ln 2 keeps the -0, too.
   constexpr double large = is_float<V> ? 0x1p23 : 0x1p52;
   const V minus_k =
-      V(large + F::bias + 1) - from_bits<T>(((b + bits_of(V(2))) >> F::mantissa) | bits_of(V(large)));
+      V(large + F::bias + 1) - from_bits<V>(((b + bits_of(V(2))) >> F::mantissa) | bits_of(V(large)));
   // log(1 + f) = 2 atanh(r), around f - f^2 / 2; q has degree 2 in float, 7 in double.
   const V r = f / (V(2) + f), z = r * r, h = V(0.5) * f * f;
   V q;
@@ -277,10 +278,10 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   s = q.r + madd(q.r * z, s, q.tail);
   c = madd(z, c, V(1));
   const auto quadrant = n.bits() + shift;
-  const V odd = from_bits<T>((quadrant & 1) << F::mantissa);
+  const V odd = from_bits<V>((quadrant & 1) << F::mantissa);
   auto sign = (quadrant & 2) << (F::mantissa + F::exponent - 1);
   if constexpr (shift == 0) sign ^= bits_of(x) & sign_bit<T>;
-  V y = from_bits<T>(bits_of(select(odd == V(0), s, c)) ^ sign);
+  V y = from_bits<V>(bits_of(select(odd == V(0), s, c)) ^ sign);
   return beyond(T(is_float<V> ? 1e5 : 1e9), x, y,
                 [](T far) { return T(shift == 0 ? library_sin(far) : library_cos(far)); });
 }
@@ -302,52 +303,50 @@ template <class V> MLPEXT_INLINE V normal_pdf(V x) {
   return Exponential<V>(minus_half_square(t)).times(V(0.3989422804014327));
 }
 
-// Phi(x) = erfc(-x / sqrt 2) / 2, or x Phi(x). |x| < 0.68: 1/2 + x p(x^2), p of degree 4 in float, 9 in
-// double; else, with t = |x|, Phi(-t) = e^(-t^2/2) u q(u), u = 1 / (t + b), q of degree 8 in float, 20 in
-// double. Every factor rounds by up to one ULP: `loss` holds what they lost, so that the product is nearly
-// rounded once.
-template <bool times_x, class V> MLPEXT_INLINE V normal_cdf_or_multiple(V x) {
-  const V t = at_most(abs(x), V(gaussian_end<V>)), z = t * t;
-  const V b(is_float<V> ? 3 : 4), d = t + b, u = V(1) / d;
-  const V c(is_float<V> ? 0.39890274 : 0.3989422804135614);
-  const V c1(is_float<V> ? 1.1997305 : 1.595769117915698);
-  V near, rest;
-  if constexpr (is_float<V>) {
-    near = horner(z, 0.3989423, -0.066490315, 0.009972408, -0.001181873, 0.00010379773);
-    rest = horner(u, 3.1009862, 8.747941, -4.475675, 113.688545, -443.8507, 582.0666, -244.17523);
-  } else {
-    near = horner(z, 0.3989422804014327, -0.06649038006690544, 0.009973557010035444, -0.0011873282154727753,
-                  0.00011543468752864916, -9.444655656129468e-06, 6.659667294710474e-07,
-                  -4.1219439776966777e-08, 2.2612109084254878e-09, -1.011296222291486e-10);
-    rest = horner(u, 5.984134722903506, 20.744954247838454, 65.03020399094471, 177.01790476342975,
-                  387.056779452778, 377.4980836780601, 1069.3838574631282, -36893.92671403632,
-                  363544.10598477034, -3975204.1128443913, 32882893.75732596, -213378150.06753695,
-                  1097223721.0171583, -4277450404.7730784, 12132954693.766117, -24143351044.406498,
-                  31959993895.195877, -25318580715.0835, 9093306270.540699);
+// Phi(-t) = erfc(t / sqrt 2) / 2, or t Phi(-t), for t >= 0: e^(-t^2/2) u q(u), u = 1 / (t + b), q of degree 9
+// in float, 22 in double. What rounding u, q(u) and their products lost is made good: 2 ULP.
+template <bool times_t, class V> MLPEXT_INLINE V normal_tail(V t) {
+  t = at_most(t, V(gaussian_end<V>));
+  const V b(is_float<V> ? 3.25 : 4.5), d = t + b, u = V(1) / d;
+  const V c0(is_float<V> ? 0.39893818 : 0.39894228039030279),
+      c1(is_float<V> ? 1.2966915 : 1.7952402653642123);
+  V q2;
+  if constexpr (is_float<V>)
+    q2 = horner(u, 3.8182242, 9.565706, 25.818419, -38.746063, 467.9382, -2297.8506, 4114.5996, -2641.4902);
+  else
+    q2 = horner(u, 7.6796383727954883, 30.967942057464272, 116.31364372514524, 399.68855291819999,
+                1211.7073265685443, 3203.4479930853531, 2618.6357586586123, 45553.242047001837,
+                -680851.36056723646, 6648511.5916381036, -59803361.149138486, 398887211.81489761,
+                -1977284019.3395315, 6621995975.4977231, -8481585756.9107169, -44561839197.975316,
+                299992403084.4471, -885527675755.48293, 1515408242536.4596, -1462728284932.1377,
+                622324146153.51355);
+  const V q1 = madd(u, q2, c1), q = madd(u, q1, c0);
+  if constexpr (V::brief) {
+    const Exponential<V> g(V(-0.5) * t * t);
+    // Near 0 rounded once: half of a subnormal number of 16 bits is often nearly a tie.
+    const V y = select(t < V(1e-4), madd(t, V(-0.3989422804014327), V(0.5)), u * q);
+    const V product = times_t ? t * y : y;
+    return scale(madd(product, expm1_reduced(g.r), product), g.n);
   }
-  const V terms = madd(u, rest, c1), q = madd(u, terms, c);
-  V product = u * q;
-  // 1 - u (t + b), the error of u, counts 1 + u q'(u) / q(u) times in u q(u), about a line in u; d - b is
-  // exact.
-  const V u_loss = madd(u, V(is_float<V> ? 4.4 : 7.5), V(1)) * madd(-u, t - (d - b), residual(-u, d, V(1)));
-  const V q_loss = madd(u, madd(u, rest, c1 - terms), madd(u, terms, c - q));
-  V loss = madd(product, u_loss, madd(u, q_loss, residual(u, q, -product)));
-  if constexpr (times_x) {
-    const V multiple = t * product;
-    loss = madd(t, loss, residual(t, product, -multiple));
-    product = multiple;
-  }
+  // u's relative error counts 1 + u q'(u) / q(u) times, about a line in u.
+  const V u_lost = madd(u, (d - b) - t, residual(-u, d, V(1)));
+  const V product = u * q, q_lost = madd(u, madd(u, q2, c1 - q1), madd(u, q1, c0 - q));
+  V lost = madd(u, q_lost, residual(u, q, -product));
+  lost = madd(product * madd(u, V(is_float<V> ? 5 : 9), V(1)), u_lost, lost);
   const Exponential<V> g(minus_half_square(t));
-  const V m = g.r * g.r * expm1_terms(g.r);  // e^r = 1 + r + m
-  const V tail = scale(product + madd(product, g.r, madd(product, m, madd(loss, g.r + m, loss))), g.n);
-  const V center = madd(x, near, V(0.5));
-  if constexpr (times_x) return select(t < V(0.68), x * center, select(x > V(0), x - tail, -tail));
-  else return select(t < V(0.68), center, select(x > V(0), V(1) - tail, tail));
+  const V m = expm1_reduced(g.r), rest = madd(product, m, madd(lost, m, lost)), y = product + rest;
+  if constexpr (times_t) return scale(madd(t, y, t * (rest - (y - product))), g.n);
+  else return scale(y, g.n);
 }
 
-// Max ULP: float 1.87 (3.50), double 2.66 (3.23).
-template <class V> MLPEXT_INLINE V normal_cdf(V x) { return normal_cdf_or_multiple<false>(x); }
+// Max ULP: float 1.8 (2.9), double 2.7 (3.3).
+template <class V> MLPEXT_INLINE V normal_cdf(V x) {
+  const V tail = normal_tail<false>(abs(x));
+  return select(x > V(0), V(1) - tail, tail);
+}
 // x Phi(x).
-template <class V> MLPEXT_INLINE V times_normal_cdf(V x) { return normal_cdf_or_multiple<true>(x); }
+template <class V> MLPEXT_INLINE V times_normal_cdf(V x) {
+  return at_least(x, V(0)) - normal_tail<true>(abs(x));
+}
 
 }  // namespace mlpext::MLPEXT_ISA

@@ -58,6 +58,27 @@ def test_lightning(tmp_path, fused):
     torch.testing.assert_close(model(x), twin(x))
 
 
+def test_what_a_lightning_module_does_beside_forward():
+    """Lightning's own methods call no layer; those of the model may."""
+
+    class Direct(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.act = nn.Linear(64, 10), nn.Tanh()
+
+        def forward(self, x):
+            return self.act(self.fc(x))
+
+    class Features(Direct):
+        def validation_step(self, batch, _):
+            return self.fc(batch[0])
+
+    assert type(mlpext.fuse(Direct()).fc) is mlpext.nn.LinearActivation
+    net, report = mlpext.fuse(Features(), report=True)
+    assert type(net.fc) is nn.Linear
+    assert report[0].reason == "Features.validation_step uses fc in a way that cannot be followed"
+
+
 def test_skorch(tmp_path):
     class Net(nn.Sequential):
         def __init__(self):

@@ -1,0 +1,42 @@
+"""Each activation over the whole of float32, every 4093rd number: the errors that docs/accuracy.md shows stay
+within the bounds of `accuracy.py`, on each instruction set (test_isa.py)."""
+
+import pytest
+import torch
+
+import accuracy
+import mlpext
+from common import NAMES, ours
+
+STRIDE = 4093
+FUSED = mlpext._C.cpu_isa() != "baseline"
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("name", NAMES)
+def test_errors_are_within_the_bounds(name):
+    implementation = {"ours": lambda x: accuracy.value_and_derivative(ours(name, {}), x)}
+    errors = accuracy.measure(name, implementation, STRIDE)["ours"]
+    for worst, bounds in (
+        (errors.value, accuracy.VALUE),
+        (errors.derivative, accuracy.DERIVATIVE),
+        (errors.absolute, accuracy.ABSOLUTE),
+    ):
+        if name in bounds:
+            assert worst.error <= bounds[name][0 if FUSED else 1], worst
+
+
+def test_every_activation_has_bounds():
+    assert set(accuracy.VALUE) == set(NAMES)
+    assert set(accuracy.DERIVATIVE) | set(accuracy.ABSOLUTE) == set(NAMES)
+
+
+def test_an_error_is_seen():
+    """What the measure is worth: a value one place off is an error of 1."""
+    x = torch.tensor([1.5, -3.0, 2.0**-140, 1e30])
+    above = torch.nextafter(x, torch.tensor(torch.inf)).double()
+    assert accuracy.ulps(above, x.double()).tolist() == [1, 1, 1, 1]
+    assert accuracy.ulps(torch.full((4,), torch.inf).double(), x.double()).isinf().all()
+    off = {"off": lambda x: accuracy.value_and_derivative(lambda x: torch.tanh(x) * (1 + 2**-21), x)}
+    errors = accuracy.measure("tanh", off, 1_000_003)["off"]
+    assert 3 < errors.value.error < 10 and errors.value.above_one > 1000
