@@ -234,8 +234,13 @@ template <class Constant> MLPEXT_INLINE Lanes<float> odd_cubic(Lanes<float> x, C
 MLPEXT_INLINE Lanes<float> normal_pdf(Lanes<float> x) {
   return Lanes<float>(0.3989422804014327) * exp(Lanes<float>(-0.5) * x * x);
 }
+// With t = |x|: Phi(-t) = e^(-t^2/2) u q(u), u = 1 / (t + 3.25), q of degree 5 to 2^-17.8 of the result. The
+// library's erfcf has twice the instructions.
 MLPEXT_INLINE Lanes<float> normal_cdf(Lanes<float> x) {
-  return Lanes<float>(0.5f * ::erfcf(-0.70710678f * x.v));
+  const Lanes<float> t = abs(x), u = Lanes<float>(1) / (t + Lanes<float>(3.25));
+  const Lanes<float> q = horner(u, 0.399731858, 1.25490962, 4.67920514, 0.820665449, 68.794971, -88.6150417);
+  const Lanes<float> tail = u * q * exp(Lanes<float>(-0.5) * t * t);
+  return select(x > Lanes<float>(0), Lanes<float>(1) - tail, tail);
 }
 MLPEXT_INLINE Lanes<float> times_normal_cdf(Lanes<float> x) {
   return at_least(x, Lanes<float>(-1000)) * normal_cdf(x);

@@ -95,13 +95,10 @@ class Emulator:
         shapes = [(0, 0) if t is None else (t.nbytes, offset * t.element_size()) for t in tensors]
         head = [request, FLOATS.index(dtype), *words, len(tensors), *(n for pair in shapes for n in pair)]
         data = b"".join(raw(t) for t in tensors if t is not None)
-        options = "abort_on_error=0:detect_leaks=0"
-        run = subprocess.run(
-            [self.program],
-            input=" ".join(map(str, head)).encode() + b"\n" + data,
-            capture_output=True,
-            env={**os.environ, "ASAN_OPTIONS": options, "TSAN_OPTIONS": "halt_on_error=1"},
-        )
+        data = " ".join(map(str, head)).encode() + b"\n" + data
+        run = self.run([self.program], data)
+        if b"unexpected memory mapping" in run.stderr:  # TSan, where the kernel scatters addresses widely
+            run = self.run(["setarch", "-R", self.program], data)
         if run.returncode != 0:
             raise Fault(run.stderr.decode(errors="replace"))
         results, at = [], 0
@@ -113,6 +110,11 @@ class Emulator:
             results.append(None if t is None else t if not size else part.view(t.dtype).view(t.shape))
             at += size
         return results
+
+    @staticmethod
+    def run(command, data):
+        options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+        return subprocess.run(command, input=data, capture_output=True, env={**os.environ, **options})
 
     def elementwise(
         self, name, kind, parameters, x, g=None, *, bias=None, layout=None, output=None, offset=0
@@ -225,7 +227,7 @@ def test_half_is_rounded_nearly_once(plain, name, parameters, dtype):
         # What float32 cannot give: where the parts of a sum cancel, and an angle rounded before sin.
         angle = abs(parameters.get("omega", 1.0)) * np.abs(at) if name == "sine" else 0.0
         angle = np.where(angle > torch.finfo(torch.float32).max, np.inf, angle)
-        slack = 2.0**-21 * np.maximum(1.0 if kind else 0.0, np.abs(at) if name == "tanhshrink" else angle)
+        slack = 2.0**-21 * np.maximum(4.0 if kind else 0.0, np.abs(at) if name == "tanhshrink" else angle)
         with np.errstate(invalid="ignore"):
             error = np.fmax(distance(actual, expected) - slack, 0) / ulp(expected, dtype)
         assert error.max() <= 0.52, (kind, error.max(), at[error.argmax()])
@@ -242,11 +244,10 @@ def test_specials_as_on_the_cpu(plain, dtype):
             )
 
 
-@every_float
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_every_value_of_16_bits_passes(plain, dtype):
-    if dtype.itemsize == 2:
-        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-        assert_same_bits(plain.elementwise("identity", 0, {}, x), x)
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    assert_same_bits(plain.elementwise("identity", 0, {}, x), x)
 
 
 # ---------------------------------------------------------------- layouts and edges, under ASan and UBSan
