@@ -1,7 +1,7 @@
 """The same calls of torch and of mlpext, by the name of the activation, and the ways of calling them."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import torch
@@ -63,3 +63,22 @@ def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> Callable
     wanted = [*inputs, *parameters]
     cotangent = torch.randn_like(call(*inputs))
     return lambda: torch.autograd.grad(call(*inputs), wanted, cotangent)
+
+
+def bytes_kept(call: Callable[[], Tensor], known: Iterable[Tensor], output: bool = False) -> int:
+    """What autograd holds for backward, without what is `known` (inputs, parameters: alive anyway), and with
+    the result itself where `output` says so, which the next layer holds."""
+    alive = {t.untyped_storage().data_ptr() for t in known}
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in alive:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        y = call()
+    if output:
+        note(y)
+    return sum(kept.values())

@@ -20,6 +20,7 @@ import torch.nn.functional as TF
 from torch import nn
 
 import mlpext
+from calls import bytes_kept
 from harness import OURS, Case, run
 
 BATCH = 256
@@ -167,7 +168,11 @@ def case(each: Model, compiled: bool) -> Iterator[Case]:
     fused = mlpext.fuse(model, graph=each.graph)
     steps = {"native": training_step(model, x), OURS: training_step(fused, x)}
     if not compiled:
-        memory = {"native": kept(model, x), OURS: kept(fused, x)}
+        known = [*model.parameters(), x]
+        memory = {
+            name: bytes_kept(lambda net=net: net(x), known)
+            for name, net in (("native", model), (OURS, fused))
+        }
         yield Case(each.name, steps, each.target, kept=memory)
         return
     torch.compiler.reset()  # else the ninth model would run uncompiled
@@ -183,22 +188,6 @@ def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
     parameters = list(model.parameters())
     cotangent = torch.randn_like(model(x))
     return lambda: torch.autograd.grad(model(x), parameters, cotangent)
-
-
-def kept(model: nn.Module, x: torch.Tensor) -> int:
-    known = {t.untyped_storage().data_ptr() for t in [*model.parameters(), x]}
-    storages: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model(x)
-    del output
-    return sum(storages.values())
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from statistics import median
 
 import torch
@@ -23,6 +24,7 @@ import torch.nn.functional as TF
 
 import mlpext
 import mlpext.functional as F
+from calls import bytes_kept
 from harness import OURS, RESULTS
 
 BF16 = torch.bfloat16
@@ -157,23 +159,8 @@ def kept() -> dict[str, dict[str, float]]:
             OURS: lambda x, w, b, name=name: F.linear_activation(x, w, b, activation=name),
             "eager": lambda x, w, b, name=name: NATIVE[name](TF.linear(x, w, b)),
         }
-        rows[name] = {who: kept_by(f, leaves) / (256 * 512) for who, f in layers.items()}
+        rows[name] = {who: bytes_kept(partial(f, *leaves), leaves) / (256 * 512) for who, f in layers.items()}
     return rows
-
-
-def kept_by(f: Callable, leaves: list[torch.Tensor]) -> int:
-    known = {t.untyped_storage().data_ptr() for t in leaves}
-    sizes = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        f(*leaves)
-    return sum(sizes.values())
 
 
 def microseconds(call: Callable[[], object], repeats: int) -> float:

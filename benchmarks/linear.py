@@ -163,32 +163,6 @@ def sweep(count: int, dtype: torch.dtype) -> Iterator[Case]:
         yield Case(f"training {shape}", {name: training(call, inputs) for name, call in calls.items()}, 0.95)
 
 
-def print_bytes_kept() -> None:
-    """What autograd holds for backward beyond x, w and b, by output."""
-    x, w, b = tensors((256, 64, 64), torch.float32)
-    pieces = tensors((256, 64, 64), torch.float32, (4,))
-    print("bytes kept for backward per output, native and ours (elu: y, which the next layer holds too):")
-    for name, call, inputs in (
-        ("elu, native", eager, (x, w, b)),
-        ("elu, mlpext", ours, (x, w, b)),
-        ("maxout of 4, native", maxout_peers(4)["max(dim)"], pieces),
-        ("maxout of 4, mlpext", MF.linear_maxout, pieces),
-    ):
-        leaves = [t.detach().requires_grad_() for t in inputs]
-        given = {t.data_ptr() for t in leaves}
-        kept: dict[int, int] = {}
-
-        def note(t: Tensor, given: set[int] = given, kept: dict[int, int] = kept) -> Tensor:
-            if t.data_ptr() not in given:
-                kept[t.data_ptr()] = t.untyped_storage().nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            y = call(*leaves)
-        held = {**kept, y.data_ptr(): y.nbytes} if "elu" in name else kept
-        print(f"  {name}: {sum(held.values()) / y.numel():g}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--sweep", type=int, metavar="N")
@@ -197,7 +171,6 @@ def main() -> None:
     options, rest = parser.parse_known_args()
     if not options.sweep:
         run(table(options.compile), "Linear", rest)
-        print_bytes_kept()
         return
     record = run(sweep(options.sweep, getattr(torch, options.dtype)), "Linear sweep", rest)
     slowest = sorted(record["cases"], key=lambda case: case["ratios"]["eager"]["median"])

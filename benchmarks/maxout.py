@@ -1,4 +1,4 @@
-"""Maxout on CPU beside PyTorch's compositions, forward and forward + backward, and the bytes kept for backward."""
+"""Maxout on CPU beside PyTorch's compositions: forward, forward + backward, bytes kept for backward."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import mlpext.functional as MF
-from calls import with_backward
+from calls import bytes_kept, with_backward
 from harness import OURS, Case, run
 
 # Ratios wanted of max(dim), forward + backward.
@@ -48,21 +48,8 @@ def cases() -> Iterator[Case]:
                 {peer: with_backward(call, [leaf]) for peer, call in calls.items()},
                 {"max(dim)": target},
                 bytes=x.nbytes * (2 + 2 / pieces),
-                kept={peer: bytes_kept(call, leaf) for peer, call in calls.items()},
+                kept={peer: bytes_kept(partial(call, leaf), []) for peer, call in calls.items()},
             )
-
-
-def bytes_kept(call: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """What autograd holds for backward, the input among it where it is held."""
-    kept: dict[int, int] = {}
-
-    def note(t: Tensor) -> Tensor:
-        kept[t.data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        call(x)
-    return sum(kept.values())
 
 
 if __name__ == "__main__":
