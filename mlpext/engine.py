@@ -110,7 +110,7 @@ def run_epoch(
         raise KeyboardInterrupt
     losses = losses[:steps]
     if d is not None and plan.metric is not None and bool(losses[-1].isfinite()):
-        seen.append(d[order])
+        seen.append(d.index_select(0, order))
     add_score()
     if reported < count:
         done = min(steps * plan.step_size, count)
