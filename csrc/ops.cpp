@@ -217,7 +217,8 @@ Tensor autocast_linear_maxout(const Tensor& input, const Tensor& weight, const O
 Tensor autocast_mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
                     std::string_view names, Params params) {
   const auto device = device_type(input);
-  if (input.is_cuda()) return composite::mlp(input, weights, biases, names, params);
+  if (autocasts_to_float(input, "softplus") && names.find("softplus") != names.npos)
+    return composite::mlp(input, weights, biases, names, params);
   c10::impl::ExcludeDispatchKeyGuard guard(autocast_keys);
   const auto dtype = at::autocast::get_autocast_dtype(device);
   return ops::mlp().call(cached_cast(dtype, input, device), cached_cast(dtype, weights, device),

@@ -1,5 +1,4 @@
 // Linear + activation and linear + maxout on CUDA: native's product, and one pass for everything around it.
-// A family of whole networks would stand beside these two, on the same passes.
 #include <ATen/ops/addmm_cuda_dispatch.h>
 #include <ATen/ops/mm_cuda_dispatch.h>
 #include <ATen/ops/sum_cuda_dispatch.h>
@@ -45,6 +44,8 @@ std::tuple<Tensor, Tensor> dz_and_sums(LaunchRows launcher, Params params, const
   return {dz, db};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const Tensor& weight,
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
@@ -66,6 +67,8 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   run_forward(z, std::nullopt, y, index, params);
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
+
+namespace {
 
 Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          std::string_view name, Params params) {
@@ -110,6 +113,8 @@ std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& 
   return {shaped(output, input), shaped(index, input)};
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias) {
   if (!linear_maxout_served(input, weight, bias))
@@ -121,6 +126,8 @@ Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTe
   if (!linear_maxout_served(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
   return std::get<0>(run_linear_maxout(input, weight, bias, /*with_index=*/false));
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_output,
                                                           const OptionalTensor& input,

@@ -34,6 +34,13 @@ std::tuple<Tensor, Tensor> maxout_forward(const Tensor& input, int64_t pieces, i
 Tensor maxout(const Tensor& input, int64_t pieces, int64_t dim);
 Tensor maxout_backward(const Tensor& grad_output, const Tensor& index, int64_t pieces, int64_t dim);
 
+std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const Tensor& weight,
+                                                     const OptionalTensor& bias, std::string_view name,
+                                                     Params params, bool keep_preactivation);
+std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
+                                                 const OptionalTensor& bias);
+Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+
 // y = f(x + bias) on a dense pair; y may be x. A bias wants x contiguous, with as many columns.
 void run_forward(const Tensor& x, const OptionalTensor& bias, const Tensor& y, std::size_t index,
                  Params params);
