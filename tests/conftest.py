@@ -1,3 +1,4 @@
+import os
 import signal
 
 import hypothesis
@@ -15,11 +16,13 @@ hypothesis.settings.load_profile("mlpext")
 
 @pytest.fixture(autouse=True)
 def _same_start():
-    """One thread and one seed for every test; what a test changes, the next does not see."""
+    """One thread (or MLPEXT_TEST_THREADS) and one seed for every test; what a test changes, the next does not
+    see."""
+    threads = int(os.environ.get("MLPEXT_TEST_THREADS", "1"))
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     yield
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Each instruction set: which one runs, and the tests marked `isa` again under each of the others."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,17 @@ def test_everything_again(isa):
     run = python("-m", "pytest", "-q", "-x", "-m", "isa", "-p", "no:cacheprovider", str(HERE), isa=isa)
     assert run.returncode == 0, run.stdout[-6000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_no_symbol_but_the_table_leaves_its_object(isa):
+    """A weak function compiled for one instruction set could be the copy that the linker keeps for all."""
+    objects = sorted((HERE.parent / "build").glob(f"torch-*/csrc/cpu/{isa}.o"))
+    if not objects or not shutil.which("nm"):
+        pytest.skip("needs the objects of the build in place, and nm")
+    for path in objects:
+        run = subprocess.run(
+            ["nm", "--extern-only", "--defined-only", "-C", path], capture_output=True, text=True
+        )
+        names = [line.split(maxsplit=2)[2] for line in run.stdout.splitlines()]
+        assert names == [f"mlpext::{isa}::kernels"], path
