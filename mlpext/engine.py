@@ -31,6 +31,8 @@ class Refused(Exception):
 
 def refusal(model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> str | None:
     """Why the native engine cannot run this training, or None if it can."""
+    if plan.ranks.size > 1:
+        return f"{plan.ranks.size} ranks add up their gradients at every step, for which it has no place"
     try:
         layers = _layers(model)
         _check_rows(samples, plan, layers[0])

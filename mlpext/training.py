@@ -39,6 +39,7 @@ from .checkpoint import Checkpoint
 from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
+from .ranks import Ranks
 from .samples import Array, Samples
 
 __all__ = [
@@ -93,6 +94,12 @@ def fit(
         model = mlpext.nn.MLP([64, 32, 10], activation="tanh")
         history = fit(model, x, labels, mode="mini-batch", lr=0.1, epochs=20, validation=0.2, seed=0)
 
+    Under `torchrun --nproc-per-node K` (or in an initialised process group) the ranks train one model: each
+    calls fit with the same arguments, takes its share of every step's samples, and adds up the gradients
+    with the others (gloo; nccl on CUDA, where device="cuda" is the rank's own), so that all have the same
+    weights, those of one process to rounding. They start from rank 0's weights, and a batch norm sees the
+    rank's share. Rank 0 alone writes files and shows progress; callbacks run on every rank.
+
     Args:
         model: any module from (n, ...) to (n, ...). Trained in train() mode, measured in eval() mode, and
             left in the mode that it had.
@@ -135,10 +142,13 @@ def fit(
         engine: "native", whole epochs in C++: for rows of LinearActivation and Maxout layers (an
             `mlpext.nn.MLP`) in float32 or float64 on the CPU, a loss by name, and no optimizer or torch's
             SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the PyTorch loop: any
-            model. "auto": native where it serves. Both give the same numbers, to rounding.
+            model. "auto": native where it serves. Both give the same numbers, to rounding. Several ranks take
+            autograd: an epoch in C++ has no place to add up their gradients.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run.
+        TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run;
+            fewer samples a step than ranks, as in stochastic mode.
+        RuntimeError: another rank has ended; the checkpoint is that of the last complete epoch.
         FloatingPointError: a loss or a weight became NaN or infinite; the message names epoch and step. The
             model gets back the weights that it had when that epoch began, and the checkpoint stays that of
             the epoch before.
@@ -162,14 +172,17 @@ def fit(
             raise TypeError(f"callbacks must be functions of an Epoch, got {type(callback).__name__}")
     total = objective.total_loss(loss)
 
-    store = None if checkpoint is None else Checkpoint(checkpoint)
-    saved = store.load() if store is not None and resume and store.exists() else None
+    ranks = Ranks(next((w.device for w in model.parameters()), "cpu") if device is None else device)
+    first = ranks.rank == 0  # the one that writes and shows
+    store = Checkpoint(checkpoint) if checkpoint is not None and first else None
+    saved = ranks.first(store.load() if store is not None and resume and store.exists() else None)
     if seed is None:
-        seed = torch.Generator().seed() if saved is None else saved["config"]["seed"]
+        seed = ranks.first(torch.Generator().seed()) if saved is None else saved["config"]["seed"]
     generator = torch.Generator().manual_seed(_count("seed", seed, 0, 2**64 - 1))
 
     if device is not None:
         model.to(device)
+    ranks.copy_first((*model.parameters(), *model.buffers()))
     samples = _samples(model, x, target, loss)
     held_out = None
     if isinstance(validation, (tuple, list)) and len(validation) == 2:
@@ -188,7 +201,13 @@ def fit(
         mean=reduction == "mean",
         total=total,
         metric=objective.metric_for(samples, loss),
+        ranks=ranks,
     )
+    if min(plan.step_size, len(samples)) < ranks.size:
+        raise ValueError(
+            f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
+            f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
+        )
     unserved = native.refusal(model, samples, plan, descent) if engine != "autograd" else "not asked for"
     if engine == "native" and unserved is not None:
         raise ValueError(f"engine='native' cannot train this: {unserved}; engine='auto' falls back")
@@ -222,9 +241,9 @@ def fit(
     elif store is not None:
         store.save(run.state_dict())
     history, stopping = run.history, run.stopping
-    log = None if log_dir is None else Log(log_dir, history)
+    log = Log(log_dir, history) if log_dir is not None and first else None
 
-    with _training(model, descent), _Progress(progress, len(samples), epochs, len(history)) as bar:
+    with _training(model, descent), _Progress(progress and first, len(samples), epochs, len(history)) as bar:
         while len(history) < epochs and not stopping.due(len(history)):
             order = torch.arange(len(samples))
             if shuffle and mode != "batch":
@@ -234,13 +253,14 @@ def fit(
             with _between_steps() as interrupted:
                 losses, score = run_epoch(model, samples, order, plan, descent, interrupted, bar.advance)
             seconds = time.perf_counter() - started
+            ranks.copy_first(model.buffers())
 
             metrics = (
                 {} if plan.metric is None else {plan.metric.name: plan.metric.value(score, len(samples))}
             )
             trouble = _trouble(losses, parameters)
             if held_out is not None and trouble is None:
-                measured = objective.measure(model, held_out, total, held_out_metric)
+                measured = ranks.first(objective.measure(model, held_out, total, held_out_metric))
                 metrics |= {f"val_{name}": value for name, value in measured.items()}
                 if not math.isfinite(measured["loss"]):
                     trouble = f"the validation loss became {measured['loss']} after step {len(losses)}"
@@ -267,7 +287,7 @@ def fit(
             if log is not None:
                 log.append(epoch)
             answers = [callback(epoch) for callback in callbacks]
-            if any(answer is True or answer == "stop" for answer in answers):
+            if ranks.any(any(answer is True or answer == "stop" for answer in answers)):
                 break
     stopping.restore_best(model)
     return history
@@ -296,8 +316,10 @@ def fit_many(
         threads: models trained at a time; None takes torch.get_num_threads().
 
     Raises what `fit` raises, once the other models under way have stopped after the step that they were in;
-    ValueError for a model given twice or a wrong number of `each`.
+    ValueError for a model given twice, a wrong number of `each`, or several ranks (`fit` takes those).
     """
+    if (size := Ranks("cpu").size) > 1:
+        raise ValueError(f"fit_many takes one process, and this is one of {size} ranks; fit trains on them")
     if len({id(model) for model in models}) != len(models):
         raise ValueError("models: one is given twice; each must be a module of its own")
     if each is not None and len(each) != len(models):
