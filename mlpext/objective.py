@@ -97,13 +97,16 @@ class R2:
             total += deviation.sum(0)
             squares += deviation.square().sum(0)
         self._spread = (squares - total.square() / len(samples)).squeeze(0).clamp_min(0).cpu()
+        self._has_constant = bool((self._spread == 0).any())
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
         return _flat(target - output).square().sum(0)
 
     def value(self, score: Tensor, samples: int) -> float:
-        constant = torch.where(score == 0, 1.0, 0.0)
-        return torch.where(self._spread > 0, 1 - score / self._spread, constant).mean().item()
+        explained = 1 - score / self._spread
+        if self._has_constant:
+            explained = torch.where(self._spread > 0, explained, torch.where(score == 0, 1.0, 0.0))
+        return explained.mean().item()
 
 
 def prepare(model: nn.Module, samples: Samples, loss: Loss, name: str = "") -> None:
@@ -172,7 +175,8 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training != flag:  # an attribute of a module costs 2 us to set
+                module.training = flag
 
 
 def _flat(rows: Tensor) -> Tensor:

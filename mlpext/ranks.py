@@ -58,7 +58,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
-        return bool(self.sum(torch.tensor([float(flag)])) > 0)
+        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)])) > 0)
 
     def first(self, value: Any) -> Any:
         """Rank 0's `value`."""
