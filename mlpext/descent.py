@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .objective import Metric
+from .ranks import Ranks
 from .samples import BLOCK, Samples
 
 
@@ -79,13 +80,15 @@ class GradientDescent:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How an epoch goes: which samples a step takes, what it minimises, what is measured on the way."""
+    """How an epoch goes: which samples a step takes, what it minimises, what is measured on the way, and who
+    takes part."""
 
     mode: str
     step_size: int
     mean: bool
     total: Callable[[Tensor, Tensor], Tensor]
     metric: Metric | None
+    ranks: Ranks
 
 
 def run_epoch(
@@ -101,9 +104,11 @@ def run_epoch(
 
     Returns the mean E of each step, float64 (steps,), and the sum of the metric's scores, both as the steps
     met the samples. Stops early after a block with a loss that is NaN or infinite. Raises KeyboardInterrupt
-    between two steps once `interrupted` is not empty. `advance(samples, mean E)` reports progress.
+    between two steps once `interrupted` is not empty. `advance(samples, mean E)` reports progress. Of several
+    ranks each takes its share of every step, adds up the gradients with the others, and makes the same
+    update; all return the same, and stop together, after a block.
     """
-    batch = plan.mode == "batch"
+    batch, ranks = plan.mode == "batch", plan.ranks
     # Rows are gathered, cast and moved, and losses and metric looked at, a block at a time, so that a step
     # does nothing but its own work. In batch mode a block is also the chunk that the model takes at once.
     chunk = BLOCK if batch else plan.step_size
@@ -112,25 +117,36 @@ def run_epoch(
     losses: list[Tensor] = []
     descent.zero_grad()
     for rows in torch.split(order, block):
-        x, d = samples[rows]
+        sizes = torch.full((-(-len(rows) // chunk),), chunk, dtype=torch.float64)
+        sizes[-1] = len(rows) - chunk * (len(sizes) - 1)
+        own, lengths = ranks.share(rows, chunk)
+        x, d = samples[own]
         outputs, totals = [], []
-        for inputs, targets in zip(torch.split(x, chunk), torch.split(d, chunk), strict=True):
-            if interrupted:
+        for inputs, targets, size in zip(
+            torch.split(x, lengths), torch.split(d, lengths), sizes.tolist(), strict=True
+        ):
+            if interrupted and ranks.size == 1:
                 raise KeyboardInterrupt
-            output = model(inputs)
-            total = plan.total(output, targets)
-            size = len(order) if batch else len(inputs)
-            torch.autograd.backward(total / size if plan.mean else total)
+            total = x.new_zeros(())
+            if len(inputs):  # the last step of an epoch may have fewer samples than there are ranks
+                output = model(inputs)
+                total = plan.total(output, targets)
+                count = len(order) if batch else size
+                torch.autograd.backward(total / count if plan.mean else total)
+                outputs.append(output.detach())
             if not batch:
+                ranks.sum_gradients(_trained(model))
                 descent.step()
                 descent.zero_grad()
-            outputs.append(output.detach())
             totals.append(total.detach())
-        sizes = torch.full((len(totals),), chunk, dtype=torch.float64)
-        sizes[-1] = len(inputs)
         errors = torch.stack(totals).to("cpu", torch.float64)
+        if ranks.size > 1:
+            pressed = torch.tensor([float(bool(interrupted))])
+            errors, pressed = torch.split(ranks.sum(torch.cat([errors, pressed])), [len(totals), 1])
+            if pressed:
+                raise KeyboardInterrupt
         losses.append(errors / (len(order) if batch else sizes))
-        if plan.metric is not None:
+        if plan.metric is not None and outputs:
             score = score + plan.metric.score(torch.cat(outputs), d).cpu()
         mean = errors.sum().item() / len(rows)
         advance(len(rows), mean)
@@ -138,7 +154,12 @@ def run_epoch(
             break
     else:
         if batch:
+            ranks.sum_gradients(_trained(model))
             descent.step()
             descent.zero_grad()
     step_losses = torch.cat(losses)
-    return (step_losses.sum().reshape(1) if batch else step_losses), score
+    return (step_losses.sum().reshape(1) if batch else step_losses), ranks.sum(score)
+
+
+def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)

@@ -29,19 +29,27 @@ class Refused(Exception):
     """Why the native engine does not serve."""
 
 
-def refusal(model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> str | None:
-    """Why the native engine cannot run this training, or None if it can."""
-    try:
+class Network:
+    """What epochs in C++ know of model, data and optimizer. Refused where they are not what it serves.
+
+    Made once a run, because an epoch of few samples takes no longer than looking all of this up. A change of
+    layers, options or buffers, as by a callback, needs another.
+    """
+
+    def __init__(self, model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> None:
+        if plan.ranks.size > 1:
+            raise Refused(
+                f"{plan.ranks.size} ranks add up their gradients at every step, for which it has no place"
+            )
         layers = _layers(model)
         _check_rows(samples, plan, layers[0])
-        _states(descent, layers)
-    except Refused as reason:
-        return str(reason)
-    return None
+        self.rule, states = _states(descent, layers)
+        self.layers = [_describe(layer, states) for layer in layers]
+        self.dtype = layers[0].weight.dtype
 
 
 def run_epoch(
-    model: nn.Module,
+    network: Network,
     samples: Samples,
     order: Tensor,
     plan: Plan,
@@ -49,18 +57,16 @@ def run_epoch(
     interrupted: Sequence[object],
     advance: Callable[[int, float], object],
 ) -> tuple[Tensor, Tensor]:
-    """As descent.run_epoch, to rounding, but a loss that is NaN or infinite stops it at once."""
-    layers = _layers(model)
-    rule, states = _states(descent, layers)
-    resident = samples.resident(layers[0].weight.dtype)
+    """As descent.run_epoch, to rounding, for the model that `network` describes; but a loss that is NaN or
+    infinite stops it at once."""
+    resident = samples.resident(network.dtype)
     count = len(order)
     losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64)
-    weight = layers[0].weight
     whole_steps = max(BLOCK // plan.step_size, 1) * plan.step_size
     block = count if resident else BLOCK if plan.mode == "batch" else whole_steps
     outputs = None
     if plan.metric is not None:
-        outputs = torch.empty(block, *samples.outputs, dtype=weight.dtype)
+        outputs = torch.empty(block, *samples.outputs, dtype=network.dtype)
     score = torch.zeros((), dtype=torch.float64)
     seen: list[Tensor] = []  # the targets of the block under way
 
@@ -90,8 +96,8 @@ def run_epoch(
         x, d, rows = resident
         order = order if rows is None else rows[order]
     steps, stopped = _C.run_epoch(
-        layers=[_describe(layer, states) for layer in layers],
-        rule=rule,
+        layers=network.layers,
+        rule=network.rule,
         loss=LOSSES[plan.total],
         mean=plan.mean,
         samples=count,
@@ -105,7 +111,7 @@ def run_epoch(
         outputs=outputs,
         poll=poll,
     )
-    _count_steps(descent, layers, steps)
+    _count_steps(descent, network, steps)
     if stopped:
         raise KeyboardInterrupt
     losses = losses[:steps]
@@ -254,7 +260,9 @@ def _torch_states(
     return rule, states
 
 
-def _count_steps(descent: Descent, layers: list[Layer], steps: int) -> None:
+def _count_steps(descent: Descent, network: Network, steps: int) -> None:
+    if "steps" in network.rule:
+        network.rule["steps"] += steps
     if isinstance(descent, torch.optim.Optimizer):
         descent._opt_called = True  # type: ignore[attr-defined]  # schedulers warn unless step was called
         for parameter in descent.param_groups[0]["params"]:

@@ -90,20 +90,25 @@ class R2:
 
     def __init__(self, samples: Samples) -> None:
         # Deviations from the first sample: sums of squares of the targets themselves would cancel.
-        origin = _flat(samples[torch.tensor([0])][1])
-        total, squares = torch.zeros_like(origin), torch.zeros_like(origin)
+        origin: Tensor | None = None
+        total = squares = torch.zeros(())
         for rows in torch.split(torch.arange(len(samples)), BLOCK):
-            deviation = _flat(samples[rows][1]) - origin
-            total += deviation.sum(0)
-            squares += deviation.square().sum(0)
-        self._spread = (squares - total.square() / len(samples)).squeeze(0).clamp_min(0).cpu()
+            deviation = _flat(samples.targets(rows))
+            origin = deviation[0].clone() if origin is None else origin
+            deviation -= origin
+            total = total + deviation.sum(0)
+            squares = squares + deviation.square().sum(0)
+        self._spread = (squares - total.square() / len(samples)).clamp_min(0).cpu()
+        self._has_constant = bool((self._spread == 0).any())
 
     def score(self, output: Tensor, target: Tensor) -> Tensor:
         return _flat(target - output).square().sum(0)
 
     def value(self, score: Tensor, samples: int) -> float:
-        constant = torch.where(score == 0, 1.0, 0.0)
-        return torch.where(self._spread > 0, 1 - score / self._spread, constant).mean().item()
+        explained = 1 - score / self._spread
+        if self._has_constant:
+            explained = torch.where(self._spread > 0, explained, torch.where(score == 0, 1.0, 0.0))
+        return explained.mean().item()
 
 
 def prepare(model: nn.Module, samples: Samples, loss: Loss, name: str = "") -> None:
@@ -172,7 +177,8 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
         yield
     finally:
         for module, flag in flags:
-            module.training = flag
+            if module.training != flag:  # an attribute of a module costs 2 us to set
+                module.training = flag
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -81,12 +82,16 @@ class Samples:
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the inputs and targets of `rows`, int64 row numbers on the CPU."""
-        if self._rows is not None:
-            rows = self._rows[rows]
-        x, target = self._take(self._x, rows, self._dtype), self._take(self._target, rows, self._target_dtype)
+        own = rows if self._rows is None else self._rows[rows]
+        return self._take(self._x, own, self._dtype), self.targets(rows)
+
+    def targets(self, rows: Tensor) -> Tensor:
+        """Copies of the targets alone."""
+        own = rows if self._rows is None else self._rows[rows]
+        target = self._take(self._target, own, self._target_dtype)
         if self.one_hot is not None:
             target = torch.nn.functional.one_hot(target, self.one_hot).to(self._dtype)
-        return x, target
+        return target
 
     def resident(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """All inputs and targets (class numbers as they are) and which of their rows count (None: all), or
@@ -141,10 +146,15 @@ class Samples:
                 )
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # Finite values mostly have a finite sum, which takes a quarter of the time.
+    return math.isfinite(values.detach().sum()) or bool(values.isfinite().all())
+
+
 def _check_finite(name: str, data: Tensor, first_row: int) -> None:
-    finite = data.isfinite()
-    if not bool(finite.all()):
-        place = (~finite).nonzero()[0].tolist()
+    if not all_finite(data):
+        place = (~data.isfinite()).nonzero()[0].tolist()
         value = data[tuple(place)].item()
         place[0] += first_row
         raise ValueError(f"{name}{place} is {value}; training needs finite numbers")

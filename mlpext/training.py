@@ -18,6 +18,8 @@ The mean, not the lecture's sum, so that one eta suits all three; `reduction="su
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import math
 import numbers
 import operator
@@ -39,7 +41,8 @@ from .checkpoint import Checkpoint
 from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
-from .samples import Array, Samples
+from .ranks import Ranks
+from .samples import Array, Samples, all_finite
 
 __all__ = [
     "ENGINES",
@@ -93,6 +96,12 @@ def fit(
         model = mlpext.nn.MLP([64, 32, 10], activation="tanh")
         history = fit(model, x, labels, mode="mini-batch", lr=0.1, epochs=20, validation=0.2, seed=0)
 
+    Under `torchrun --nproc-per-node K` (or in an initialised process group) the ranks train one model: each
+    calls fit with the same arguments, takes its share of every step's samples, and adds up the gradients
+    with the others (gloo; nccl on CUDA, where device="cuda" is the rank's own), so that all have the same
+    weights, those of one process to rounding. They start from rank 0's weights, and a batch norm sees the
+    rank's share. Rank 0 alone writes files and shows progress; callbacks run on every rank.
+
     Args:
         model: any module from (n, ...) to (n, ...). Trained in train() mode, measured in eval() mode, and
             left in the mode that it had.
@@ -135,10 +144,13 @@ def fit(
         engine: "native", whole epochs in C++: for rows of LinearActivation and Maxout layers (an
             `mlpext.nn.MLP`) in float32 or float64 on the CPU, a loss by name, and no optimizer or torch's
             SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the PyTorch loop: any
-            model. "auto": native where it serves. Both give the same numbers, to rounding.
+            model. "auto": native where it serves. Both give the same numbers, to rounding. Several ranks take
+            autograd: an epoch in C++ has no place to add up their gradients.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run.
+        TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run;
+            fewer samples a step than ranks, as in stochastic mode.
+        RuntimeError: another rank has ended; the checkpoint is that of the last complete epoch.
         FloatingPointError: a loss or a weight became NaN or infinite; the message names epoch and step. The
             model gets back the weights that it had when that epoch began, and the checkpoint stays that of
             the epoch before.
@@ -162,14 +174,18 @@ def fit(
             raise TypeError(f"callbacks must be functions of an Epoch, got {type(callback).__name__}")
     total = objective.total_loss(loss)
 
-    store = None if checkpoint is None else Checkpoint(checkpoint)
-    saved = store.load() if store is not None and resume and store.exists() else None
+    ranks = Ranks(next((w.device for w in model.parameters()), "cpu") if device is None else device)
+    first = ranks.rank == 0  # the one that writes and shows
+    store = Checkpoint(checkpoint) if checkpoint is not None and first else None
+    saved = ranks.first(store.load() if store is not None and resume and store.exists() else None)
     if seed is None:
-        seed = torch.Generator().seed() if saved is None else saved["config"]["seed"]
+        seed = ranks.first(torch.Generator().seed()) if saved is None else saved["config"]["seed"]
     generator = torch.Generator().manual_seed(_count("seed", seed, 0, 2**64 - 1))
 
     if device is not None:
         model.to(device)
+    named = dict(model.named_parameters())
+    ranks.copy_first(itertools.chain(named.values(), model.buffers()))
     samples = _samples(model, x, target, loss)
     held_out = None
     if isinstance(validation, (tuple, list)) and len(validation) == 2:
@@ -178,7 +194,7 @@ def fit(
         held_out, samples = _hold_out(validation, samples, generator)
     held_out_metric = None if held_out is None else objective.metric_for(held_out, loss)
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in named.values() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
     descent, descent_config = _descent(optimizer, parameters, lr, momentum, weight_decay, nesterov)
@@ -188,11 +204,23 @@ def fit(
         mean=reduction == "mean",
         total=total,
         metric=objective.metric_for(samples, loss),
+        ranks=ranks,
     )
-    unserved = native.refusal(model, samples, plan, descent) if engine != "autograd" else "not asked for"
-    if engine == "native" and unserved is not None:
-        raise ValueError(f"engine='native' cannot train this: {unserved}; engine='auto' falls back")
-    run_epoch = native.run_epoch if unserved is None else autograd.run_epoch
+    if min(plan.step_size, len(samples)) < ranks.size:
+        raise ValueError(
+            f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
+            f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
+        )
+    describe = functools.partial(native.Network, model, samples, plan, descent)
+    network = None
+    if engine != "autograd":
+        try:
+            network = describe()
+        except native.Refused as reason:
+            if engine == "native":
+                raise ValueError(
+                    f"engine='native' cannot train this: {reason}; engine='auto' falls back"
+                ) from None
     config = {
         "mode": mode,
         "samples_per_update": plan.step_size,
@@ -208,7 +236,7 @@ def fit(
         "x": samples.shapes[0],
         "target": samples.shapes[1],
         "model": str(model),
-        "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "parameters": {name: list(parameter.shape) for name, parameter in named.items()},
         "dtype": str(parameters[0].dtype),
     }
     run = _Run(model, descent, generator, History(config), _EarlyStopping(patience))
@@ -219,28 +247,36 @@ def fit(
                 f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(saved['epochs'])}"
             )
         run.load_state_dict(saved)
+        network = None if network is None else describe()  # the optimizer has other buffers now
     elif store is not None:
         store.save(run.state_dict())
     history, stopping = run.history, run.stopping
-    log = None if log_dir is None else Log(log_dir, history)
+    log = Log(log_dir, history) if log_dir is not None and first else None
 
-    with _training(model, descent), _Progress(progress, len(samples), epochs, len(history)) as bar:
+    with _training(model, descent), _Progress(progress and first, len(samples), epochs, len(history)) as bar:
         while len(history) < epochs and not stopping.due(len(history)):
             order = torch.arange(len(samples))
             if shuffle and mode != "batch":
                 order = torch.randperm(len(samples), generator=generator)
+            if callbacks and network is not None:
+                network = describe()  # they may have changed model or optimizer
             weights = _copy_weights(model)
             started = time.perf_counter()
             with _between_steps() as interrupted:
-                losses, score = run_epoch(model, samples, order, plan, descent, interrupted, bar.advance)
+                how = (samples, order, plan, descent, interrupted, bar.advance)
+                if network is None:
+                    losses, score = autograd.run_epoch(model, *how)
+                else:
+                    losses, score = native.run_epoch(network, *how)
             seconds = time.perf_counter() - started
+            ranks.copy_first(model.buffers())
 
             metrics = (
                 {} if plan.metric is None else {plan.metric.name: plan.metric.value(score, len(samples))}
             )
             trouble = _trouble(losses, parameters)
             if held_out is not None and trouble is None:
-                measured = objective.measure(model, held_out, total, held_out_metric)
+                measured = ranks.first(objective.measure(model, held_out, total, held_out_metric))
                 metrics |= {f"val_{name}": value for name, value in measured.items()}
                 if not math.isfinite(measured["loss"]):
                     trouble = f"the validation loss became {measured['loss']} after step {len(losses)}"
@@ -267,7 +303,7 @@ def fit(
             if log is not None:
                 log.append(epoch)
             answers = [callback(epoch) for callback in callbacks]
-            if any(answer is True or answer == "stop" for answer in answers):
+            if ranks.any(any(answer is True or answer == "stop" for answer in answers)):
                 break
     stopping.restore_best(model)
     return history
@@ -296,8 +332,10 @@ def fit_many(
         threads: models trained at a time; None takes torch.get_num_threads().
 
     Raises what `fit` raises, once the other models under way have stopped after the step that they were in;
-    ValueError for a model given twice or a wrong number of `each`.
+    ValueError for a model given twice, a wrong number of `each`, or several ranks (`fit` takes those).
     """
+    if (size := Ranks("cpu").size) > 1:
+        raise ValueError(f"fit_many takes one process, and this is one of {size} ranks; fit trains on them")
     if len({id(model) for model in models}) != len(models):
         raise ValueError("models: one is given twice; each must be a module of its own")
     if each is not None and len(each) != len(models):
@@ -407,7 +445,10 @@ class _Run:
         self.generator = generator
         self.history = history
         self.stopping = stopping
-        self._cuda = [weight.device for weight in model.parameters() if weight.is_cuda][:1]
+
+    @property
+    def _cuda(self) -> list[torch.device]:
+        return [weight.device for weight in self.model.parameters() if weight.is_cuda][:1]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -439,7 +480,7 @@ class _Run:
 
 def _samples(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
     """The data as the model takes it: in the dtype and on the device of its first floating-point weight."""
-    weights = [*model.parameters(), *model.buffers()]
+    weights = itertools.chain(model.parameters(), model.buffers())
     weight = next((weight for weight in weights if weight.is_floating_point()), torch.empty(0))
     samples = Samples(x, target, dtype=weight.dtype, device=weight.device, name=name)
     objective.prepare(model, samples, loss, name)
@@ -510,11 +551,10 @@ def _check_same_run(saved: dict[str, Any], config: dict[str, Any], where: str) -
 
 def _trouble(losses: Tensor, parameters: list[nn.Parameter]) -> str | None:
     """What is NaN or infinite after an epoch, and at which step."""
-    finite = losses.isfinite()
-    if not bool(finite.all()):
-        step = int((~finite).nonzero()[0])
+    if not all_finite(losses):
+        step = int((~losses.isfinite()).nonzero()[0])
         return f"the loss became {losses[step].item()} at step {step + 1}"
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+    if not all(map(all_finite, parameters)):
         return f"a weight became NaN or infinite at step {len(losses)} or shortly before"
     return None
 
@@ -584,31 +624,34 @@ class _Progress:
     """A bar over the samples of all epochs with loss and metrics; tqdm adds the samples per second."""
 
     def __init__(self, show: bool, samples: int, epochs: int, done: int) -> None:
-        # disable=None is tqdm's word for "unless stderr is a terminal".
-        self._bar = tqdm(
-            total=epochs * samples,
-            initial=done * samples,
-            unit=" samples",
-            unit_scale=True,
-            dynamic_ncols=True,
-            disable=None if show else True,
-        )
+        self._bar = None
+        if show:
+            self._bar = tqdm(
+                total=epochs * samples,
+                initial=done * samples,
+                unit=" samples",
+                unit_scale=True,
+                dynamic_ncols=True,
+                disable=None,  # tqdm's word for "unless stderr is a terminal"
+            )
         self._metrics: dict[str, float] = {}
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def advance(self, samples: int, error: float) -> None:
-        if not self._bar.disable:
+        if self._bar is not None and not self._bar.disable:
             self._bar.set_postfix({"loss": error, **self._metrics}, refresh=False)
             self._bar.update(samples)
 
     def end(self, epoch: Epoch) -> None:
         self._metrics = epoch.metrics
-        self._bar.set_description(f"epoch {epoch.epoch}", refresh=False)
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {epoch.epoch}", refresh=False)
 
 
 def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:

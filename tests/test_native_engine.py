@@ -198,3 +198,17 @@ def test_what_it_does_not_serve_is_said():
     with pytest.raises(ValueError, match="hooks"):
         trained("native", hooked, "numbers")
     assert len(trained("auto", hooked, "numbers")) == 3
+
+
+def test_a_callback_may_change_the_learning_rate():
+    models = [nn.MLP([9, 7, 4], "tanh", dtype=torch.float64) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, engine in zip(models, ("native", "autograd"), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+        def change(epoch, group=optimizer.param_groups[0]):
+            group["lr"] *= 0.5
+
+        trained(engine, model, "numbers", optimizer=optimizer, callbacks=[change], lr=0.0)
+    for ours, theirs in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=0)

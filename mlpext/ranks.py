@@ -1,0 +1,92 @@
+"""The processes that train one model together: torchrun's, through torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class Ranks:
+    """All processes of the default process group, or this one alone where there is none.
+
+    Joins the group that torchrun's environment (RANK, WORLD_SIZE, ...) describes if the process has not done
+    so: nccl for a model on CUDA, gloo otherwise. Every method but `share` has to be called by all ranks.
+
+        ranks = Ranks("cpu")
+        mean = ranks.sum(local_sum) / count
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.rank, self.size, self._device = 0, 1, torch.device("cpu")
+        if not dist.is_available():
+            return
+        if not dist.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+            backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+            if backend == "nccl":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            dist.init_process_group(backend)
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            if dist.get_backend() == "nccl":
+                self._device = torch.device("cuda", torch.cuda.current_device())
+
+    def share(self, rows: Tensor, step: int) -> tuple[Tensor, int | list[int]]:
+        """This rank's part of each `step` rows, and how many it has of each (in torch.split's terms)."""
+        if self.size == 1:
+            return rows, step
+        parts = [part.tensor_split(self.size)[self.rank] for part in torch.split(rows, step)]
+        return torch.cat(parts), [len(part) for part in parts]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of the ranks' `values`, of the same bits on each. RuntimeError where a rank has ended."""
+        if self.size == 1:
+            return values
+        total = values.to(self._device, copy=True)
+        try:
+            dist.all_reduce(total)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} cannot go on, because another rank has ended; with a "
+                "checkpoint, launch all ranks again with resume=True"
+            ) from error
+        return total.to(values.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)])) > 0)
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's `value`."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Rank 0's values in `tensors`."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            values = tensor.to(self._device).contiguous()
+            dist.broadcast(values, 0)
+            tensor.copy_(values)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Each gradient becomes the sum over the ranks; None counts as 0, and stays where all have it."""
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        present = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
+        message = self.sum(torch.cat([present, *gradients]))  # one a step, not one a parameter
+        flags, *sums = torch.split(message, [len(parameters), *(gradient.numel() for gradient in gradients)])
+        for parameter, some, total in zip(parameters, flags.tolist(), sums, strict=True):
+            if some:
+                parameter.grad = total.reshape(parameter.shape).to(parameter.dtype)

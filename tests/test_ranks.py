@@ -1,0 +1,177 @@
+"""`fit` on several ranks: gloo processes against one process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mlpext.nn import MLP
+from mlpext.training import fit, fit_many
+
+CASES = {
+    f"{mode}, {loss}, {name}": {"mode": mode, "loss": loss, **options}
+    for mode in ("mini-batch", "batch")
+    for loss in ("squared_error", "cross_entropy")
+    for name, options in {
+        "descent": {},
+        "momentum, sum": {"momentum": 0.5, "reduction": "sum", "lr": 1e-4},
+        "held out": {"validation": 0.25, "early_stopping": 2},
+    }.items()
+}
+
+
+def data(numbers=False):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1100, 6, generator=generator, dtype=torch.float64)  # more than a block
+    labels = torch.randint(3, (1100,), generator=generator)
+    return x, torch.randn(1100, 3, generator=generator, dtype=x.dtype) if numbers else labels
+
+
+def train(seed=0, numbers=False, rows=1100, **options):
+    torch.manual_seed(seed)
+    model = MLP([6, 5, 3], "tanh", dtype=torch.float64)
+    x, d = data(numbers)
+    # 16 a step: the last of 1089 samples is a step of one, of which the second rank has nothing.
+    options = {"batch_size": 16, "lr": 0.05, "epochs": 3, "seed": 0, "progress": True, **options}
+    return model, fit(model, x[:rows], d[:rows], **options)
+
+
+def result(model, history):
+    return {
+        "weights": [weight.detach().clone() for weight in model.parameters()],
+        "steps": history.step_losses,
+        "rows": [dict(row.metrics, loss=row.loss, updates=row.updates) for row in history.epochs],
+    }
+
+
+def as_rank(folder):
+    """What each rank of a launch does: every case, and what came of it into a file of its own."""
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    # Each has weights of its own at first; rank 0's count.
+    results = {name: result(*train(seed=rank, rows=1089, **options)) for name, options in CASES.items()}
+    results["numbers"] = result(*train(seed=rank, rows=1089, numbers=True))
+    files = {"checkpoint": f"{folder}/rank {rank}/checkpoint", "log_dir": f"{folder}/rank {rank}"}
+    train(**files)
+    results["stopped"] = result(*train(callbacks=[lambda epoch: rank == 1 and epoch.epoch == 2]))
+    errors = {}
+    for name, options in {"native": {"engine": "native"}, "stochastic": {"mode": "stochastic"}}.items():
+        with pytest.raises(ValueError) as caught:
+            train(**options)
+        errors[name] = str(caught.value)
+    with pytest.raises(ValueError, match=r"one of 2 ranks"):
+        fit_many([], *data())
+    torch.save({"results": results, "errors": errors}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def as_killed_rank(folder):
+    """The second rank dies in the third epoch."""
+    rank = int(os.environ["RANK"])
+    killing = folder.endswith("kill")
+
+    def kill(epoch):
+        if killing and rank == 1 and epoch.epoch == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    try:
+        model, _ = train(callbacks=[kill], epochs=5, checkpoint=f"{folder[:-5]}/saved", resume=not killing)
+    except RuntimeError as error:
+        sys.exit(str(error))
+    torch.save(result(model, _), f"{folder[:-5]}/{rank}.pt")
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr"]
+    torchrun += ["127.0.0.1", "--master-port", str(free_port()), __file__, "as_rank", str(folder)]
+    done = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def assert_like_one_process(ranks, one):
+    first, second = ranks
+    assert all(map(torch.equal, first["weights"], second["weights"]))
+    assert first["rows"] == second["rows"] and torch.equal(first["steps"], second["steps"])
+    for ours, theirs in zip(first["weights"], one["weights"], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-12, atol=1e-14)
+    for ours, theirs in zip(first["rows"], one["rows"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one_process(launched, name):
+    one = result(*train(rows=1089, engine="autograd", **CASES[name]))
+    assert_like_one_process([rank["results"][name] for rank in launched[1]], one)
+
+
+def test_two_ranks_on_numbers(launched):
+    one = result(*train(rows=1089, numbers=True, engine="autograd"))
+    assert_like_one_process([rank["results"]["numbers"] for rank in launched[1]], one)
+
+
+def test_rank_0_alone_writes(launched):
+    folder, _ = launched
+    assert (folder / "rank 0" / "checkpoint" / "checkpoint.json").exists()
+    assert len((folder / "rank 0" / "log.jsonl").read_text().splitlines()) == 3
+    assert not (folder / "rank 1").exists()
+
+
+def test_a_callback_of_any_rank_stops_all(launched):
+    assert [len(rank["results"]["stopped"]["rows"]) for rank in launched[1]] == [2, 2]
+
+
+def test_what_several_ranks_cannot_do(launched):
+    for rank in launched[1]:
+        assert "2 ranks add up their gradients" in rank["errors"]["native"]
+        assert "mode='stochastic' takes 1 samples a step" in rank["errors"]["stochastic"]
+
+
+def launch(folder):
+    variables = {
+        **environment(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "2",
+    }
+    command = [sys.executable, __file__, "as_killed_rank", str(folder)]
+    both = [
+        subprocess.Popen(command, env={**variables, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in (0, 1)
+    ]
+    messages = [process.communicate(timeout=120)[1] for process in both]
+    return [process.returncode for process in both], messages
+
+
+def test_a_killed_rank_is_named_and_the_run_resumes(tmp_path):
+    codes, messages = launch(tmp_path / "kill")
+    assert codes == [1, -signal.SIGKILL]
+    assert "another rank has ended" in messages[0] and "resume=True" in messages[0]
+    saved = json.loads((tmp_path / "saved" / "checkpoint.json").read_text())
+    assert len(saved["state"]["epochs"]) == 2
+    codes, messages = launch(tmp_path / "next")
+    assert codes == [0, 0], messages
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert_like_one_process(ranks, result(*train(epochs=5, engine="autograd")))
+
+
+if __name__ == "__main__":
+    {"as_rank": as_rank, "as_killed_rank": as_killed_rank}[sys.argv[1]](sys.argv[2])
