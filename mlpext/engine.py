@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, TypeAlias
@@ -115,7 +116,7 @@ def run_epoch(
     if stopped:
         raise KeyboardInterrupt
     losses = losses[:steps]
-    if d is not None and plan.metric is not None and bool(losses[-1].isfinite()):
+    if d is not None and plan.metric is not None and math.isfinite(losses[-1]):
         seen.append(d.index_select(0, order))
     add_score()
     if reported < count:

@@ -253,11 +253,12 @@ def fit(
     history, stopping = run.history, run.stopping
     log = Log(log_dir, history) if log_dir is not None and first else None
 
-    with _training(model, descent), _Progress(progress and first, len(samples), epochs, len(history)) as bar:
+    count = len(samples)
+    with _training(model, descent), _Progress(progress and first, count, epochs, len(history)) as bar:
         while len(history) < epochs and not stopping.due(len(history)):
-            order = torch.arange(len(samples))
+            order = torch.arange(count)
             if shuffle and mode != "batch":
-                order = torch.randperm(len(samples), generator=generator)
+                order = torch.randperm(count, generator=generator)
             if callbacks and network is not None:
                 network = describe()  # they may have changed model or optimizer
             weights = _copy_weights(model)
@@ -271,9 +272,7 @@ def fit(
             seconds = time.perf_counter() - started
             ranks.copy_first(model.buffers())
 
-            metrics = (
-                {} if plan.metric is None else {plan.metric.name: plan.metric.value(score, len(samples))}
-            )
+            metrics = {} if plan.metric is None else {plan.metric.name: plan.metric.value(score, count)}
             trouble = _trouble(losses, parameters)
             if held_out is not None and trouble is None:
                 measured = ranks.first(objective.measure(model, held_out, total, held_out_metric))
@@ -289,10 +288,10 @@ def fit(
             epoch = Epoch(
                 epoch=len(history) + 1,
                 updates=len(losses) + (history.epochs[-1].updates if len(history) else 0),
-                loss=_epoch_loss(losses, plan.step_size, len(samples)),
+                loss=_epoch_loss(losses, plan.step_size, count),
                 metrics=metrics,
                 seconds=seconds,
-                samples_per_second=len(samples) / seconds,
+                samples_per_second=count / seconds,
             )
             history.append(epoch, losses)
             bar.end(epoch)
