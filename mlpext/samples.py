@@ -134,6 +134,11 @@ class Samples:
         return data.detach().to(self._device, dtype)
 
     def _check_values(self) -> None:
+        if isinstance(self._x, Tensor) and isinstance(self._target, Tensor):
+            # All at once where all is in memory; what is wrong is then looked for by blocks.
+            numbered = self.has_classes and bool(self._target.min() >= 0)
+            if all_finite(self._x) and (numbered or (not self.has_classes and all_finite(self._target))):
+                return
         for rows in torch.split(torch.arange(len(self)), BLOCK):
             x, target = self[rows]
             _check_finite(f"{self._name}x", x, int(rows[0]))
