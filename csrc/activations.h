@@ -363,7 +363,7 @@ template <class A, class V> MLPEXT_FORMULA V chain(V grad_output, V derivative) 
 
 // Maxout: whether a further piece takes the place of the best so far. The first of equals stays, a NaN wins.
 template <class V> MLPEXT_FORMULA auto wins(V piece, V best) {
-  return !(piece <= best) & (best == best);  // a NaN is not <=
+  return (!(piece <= best)) & (best == best);  // a NaN is not <=
 }
 
 template <class A>

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -120,19 +121,22 @@ def test_ctrl_c_then_resume_ends_as_if_never_interrupted(tmp_path):
         "engine": "native",
     }
     models = [nn.MLP([9, 8, 4], "tanh")]
+    first_weights = copy.deepcopy(models[0].state_dict())
     models.append(copy.deepcopy(models[0]))
+    started = time.perf_counter()
     fit(models[0], x, x[:, :4].sin(), **options)
+    took = time.perf_counter() - started
     chance, interrupted = random.Random(2), 0
-    for attempt in range(30):
-        timer = threading.Timer(
-            chance.uniform(0.01, 0.15 * (attempt + 2)), os.kill, (os.getpid(), signal.SIGINT)
-        )
+    for _ in range(100):
+        timer = threading.Timer(chance.uniform(0.01, took), os.kill, (os.getpid(), signal.SIGINT))
         try:
             timer.start()
-            fit(models[1], x, x[:, :4].sin(), **options, checkpoint=tmp_path, resume=attempt > 0)
+            fit(models[1], x, x[:, :4].sin(), **options, checkpoint=tmp_path, resume=interrupted > 0)
             timer.cancel()
             timer.join()
-            break
+            if interrupted > 0:
+                break
+            models[1].load_state_dict(first_weights)  # it was through before the signal: once more
         except KeyboardInterrupt:
             interrupted += 1
     assert interrupted > 0
