@@ -209,7 +209,7 @@ def _pin(threads: int) -> list[int]:
 def _setting(cpus: list[int]) -> dict[str, Any]:
     load = os.getloadavg()[0]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "mlpext", "jax", "scikit-learn"):
+    for package in ("numpy", "mlpext", "jax", "zentorch", "scikit-learn"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
