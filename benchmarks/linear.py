@@ -145,7 +145,7 @@ def table(compiled: bool) -> Iterator[Case]:
                 flops = (6 if trains else 2) * math.prod(shape)
                 work = f"{str(dtype).removeprefix('torch.')} {'training' if trains else 'forward'} {shape}"
                 for name, call in contenders.items():
-                    yield Case(f"{work}, {name}", {name: call, OURS: mine}, wanted.get(name), flops)
+                    yield Case(f"{work}, {name}", {name: call, OURS: mine}, wanted.get(name), flops=flops)
     for pieces, target in MAXOUT_TRAINING.items():
         inputs = tensors(MAXOUT_SHAPE, torch.float32, (pieces,))
         calls = {**maxout_peers(pieces), OURS: MF.linear_maxout}
@@ -153,7 +153,7 @@ def table(compiled: bool) -> Iterator[Case]:
             f"float32 training {MAXOUT_SHAPE}, maxout of {pieces}",
             {name: training(call, inputs) for name, call in calls.items()},
             target,
-            6 * pieces * math.prod(MAXOUT_SHAPE),
+            flops=6 * pieces * math.prod(MAXOUT_SHAPE),
         )
 
 
