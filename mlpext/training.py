@@ -18,7 +18,6 @@ The mean, not the lecture's sum, so that one eta suits all three; `reduction="su
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 import numbers
@@ -211,11 +210,10 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    describe = functools.partial(native.Network, model, samples, plan, descent)
     network = None
     if engine != "autograd":
         try:
-            network = describe()
+            network = native.Network(model, samples, plan, descent)
         except native.Refused as reason:
             if engine == "native":
                 raise ValueError(
@@ -247,7 +245,7 @@ def fit(
                 f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(saved['epochs'])}"
             )
         run.load_state_dict(saved)
-        network = None if network is None else describe()  # the optimizer has other buffers now
+        network = None if network is None else network.renewed()  # the optimizer has other buffers now
     elif store is not None:
         store.save(run.state_dict())
     history, stopping = run.history, run.stopping
@@ -260,7 +258,7 @@ def fit(
             if shuffle and mode != "batch":
                 order = torch.randperm(count, generator=generator)
             if callbacks and network is not None:
-                network = describe()  # they may have changed model or optimizer
+                network = network.renewed()  # they may have changed model or optimizer
             weights = _copy_weights(model)
             started = time.perf_counter()
             with _between_steps() as interrupted:
