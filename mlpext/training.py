@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import captured, objective
 from . import descent as autograd
-from . import engine as native
-from . import objective
+from . import engine as cpu_engine
 from .checkpoint import Checkpoint
 from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
@@ -59,6 +59,9 @@ __all__ = [
 MODES = ("stochastic", "mini-batch", "batch")
 REDUCTIONS = ("mean", "sum")
 ENGINES = ("auto", "native", "autograd")
+
+# engine="native" by the type of device that the model is on.
+NATIVE: dict[str, Any] = {"cpu": cpu_engine, "cuda": captured}
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -210,11 +213,11 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    network = None
-    if engine != "autograd":
+    network, native = None, NATIVE.get(parameters[0].device.type, cpu_engine)
+    if engine == "native" or (engine == "auto" and native is cpu_engine):
         try:
             network = native.Network(model, samples, plan, descent)
-        except native.Refused as reason:
+        except cpu_engine.Refused as reason:
             if engine == "native":
                 raise ValueError(
                     f"engine='native' cannot train this: {reason}; engine='auto' falls back"
