@@ -38,8 +38,7 @@ class Network:
 
     def __init__(self, model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> None:
         self._of = (model, samples, plan, descent)
-        device = next((weight.device for weight in model.parameters()), torch.device("cpu"))
-        layers = engine.layers_of(model, device)
+        layers = engine.layers_of(model, next(model.parameters()).device)
         engine.check_rows(samples, plan, layers[0])
         self.model, self.descent = model, descent
         self.rule, states = engine.rule_and_states(descent, layers)
@@ -462,7 +461,10 @@ class Group:
             self._waiting[_thread.place] = job
             self._run_if_all_wait()
             while job.result is None:
-                self._change.wait()
+                if job.interrupted:
+                    del self._waiting[_thread.place]
+                    raise KeyboardInterrupt
+                self._change.wait(LOOK)
         if isinstance(job.result, BaseException):
             raise job.result
         return job.result

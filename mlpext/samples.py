@@ -129,11 +129,7 @@ class Samples:
         return self._convert(data[rows.cpu().numpy()], dtype)
 
     def _convert(self, data: Array, dtype: torch.dtype) -> Tensor:
-        if not isinstance(data, Tensor):
-            # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
-            data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
-            data = torch.from_numpy(data if data.flags.writeable else data.copy())
-        return data.detach().to(self._device, dtype)
+        return _convert(data, self._device, dtype)
 
     def _check_values(self) -> None:
         if isinstance(self._x, Tensor) and isinstance(self._target, Tensor):
@@ -151,6 +147,23 @@ class Samples:
                 raise ValueError(
                     f"{self._name}target[{row}] is {int(target.min())}; classes are numbered from 0"
                 )
+
+
+def as_held(data: Array, device: torch.device, dtype: torch.dtype) -> Array:
+    """`data` as Samples of this device and dtype hold it, for several of them to share."""
+    if not isinstance(data, (Tensor, np.ndarray)) or isinstance(data, np.memmap):
+        return data  # of the wrong type, or read where it is
+    if not (_is_float(data) or _is_integer(data)):
+        return data
+    return _convert(data, device, dtype if _is_float(data) else torch.int64)
+
+
+def _convert(data: Array, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not isinstance(data, Tensor):
+        # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
+        data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
+        data = torch.from_numpy(data if data.flags.writeable else data.copy())
+    return data.detach().to(device, dtype)
 
 
 def all_finite(values: Tensor) -> bool:

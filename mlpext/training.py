@@ -18,6 +18,7 @@ The mean, not the lecture's sum, so that one eta suits all three; `reduction="su
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import numbers
@@ -41,7 +42,7 @@ from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
 from .ranks import Ranks
-from .samples import Array, Samples, all_finite
+from .samples import Array, Samples, all_finite, as_held
 
 __all__ = [
     "ENGINES",
@@ -176,7 +177,7 @@ def fit(
             raise TypeError(f"callbacks must be functions of an Epoch, got {type(callback).__name__}")
     total = objective.total_loss(loss)
 
-    ranks = Ranks(next((w.device for w in model.parameters()), "cpu") if device is None else device)
+    ranks = Ranks(_device(model) if device is None else device)
     first = ranks.rank == 0  # the one that writes and shows
     store = Checkpoint(checkpoint) if checkpoint is not None and first else None
     saved = ranks.first(store.load() if store is not None and resume and store.exists() else None)
@@ -213,7 +214,7 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    network, native = None, NATIVE.get(parameters[0].device.type, cpu_engine)
+    network, native = None, NATIVE.get(_device(model).type, cpu_engine)
     if engine == "native" or (engine == "auto" and native is cpu_engine):
         try:
             network = native.Network(model, samples, plan, descent)
@@ -341,6 +342,17 @@ def fit_many(
     if each is not None and len(each) != len(models):
         raise ValueError(f"each has {len(each)} entries, expected one for each of {len(models)} models")
     threads = torch.get_num_threads() if threads is None else _count("threads", threads, 1)
+    devices = {_device(model) for model in models}
+    if options.get("device") is not None:
+        devices = {torch.device(options["device"])}
+    together = options.get("engine") == "native" and {NATIVE.get(d.type) for d in devices} == {captured}
+    group = captured.Group(len(models)) if together else None
+    if together:
+        threads = len(models)
+        dtypes = {weight.dtype for model in models for weight in model.parameters()}
+        if len(devices) == len(dtypes) == 1:
+            held = functools.partial(as_held, device=devices.pop(), dtype=dtypes.pop())
+            x, target = held(x), held(target)
     histories: list[History | None] = [None] * len(models)
     stop: list[int] = []
     errors: list[BaseException] = []
@@ -354,8 +366,9 @@ def fit_many(
                 for folder in ("checkpoint", "log_dir"):
                     if options.get(folder) is not None and own[folder] is options[folder]:
                         own[folder] = os.path.join(options[folder], str(index))
-                if not stop:
-                    histories[index] = fit(models[index], x, target, **own)
+                with contextlib.nullcontext() if group is None else group.member(index):
+                    if not stop:
+                        histories[index] = fit(models[index], x, target, **own)
         except BaseException as error:
             errors.append(error)
             stop.append(1)
@@ -476,6 +489,10 @@ class _Run:
         torch.set_rng_state(state["random"])
         for device, random in zip(self._cuda, state["random_cuda"], strict=False):
             torch.cuda.set_rng_state(random, device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
 
 
 def _samples(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
