@@ -321,17 +321,10 @@ class Job:
     def kind(self) -> tuple[object, ...]:
         """What jobs that go as one stack have in common."""
         layers = [
-            (
-                name,
-                params,
-                weight.shape,
-                weight.requires_grad,
-                bias is not None and bias.requires_grad,
-                bias is None,
-            )
-            for weight, bias, name, params, *_ in self.network.layers
+            (name, params, w.shape, w.requires_grad, None if b is None else b.requires_grad)
+            for w, b, name, params, *_ in self.network.layers
         ]
-        plan = dataclasses.replace(self.plan, metric=None)
+        plan = self.plan.mode, self.plan.step_size, self.plan.mean, self.plan.total
         weight = self.network.trained[0]
         rows = len(self.order), self.samples.one_hot, *self.samples.shapes
         return layers, plan, weight.dtype, weight.device, rows, len(self.network.states)
