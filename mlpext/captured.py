@@ -51,26 +51,23 @@ class Network:
         update = Update(self.rule, self.trained, self.states)
         self.steps = Steps(model, plan.total, self.trained, [update], plan, len(samples))
 
+        # What would be wrong in the graphs, were it another.
+        bound = {name: value for name, value in self.rule.items() if name not in _free(self.trained)}
+        self._taken_for_granted = bound, _identity(tuple(self.layers))
+
     def renewed(self) -> Network:
         """The same after a change of layers, options or buffers; with its graphs where they still hold."""
         other = Network(*self._of)
-        if other.taken_for_granted() == self.taken_for_granted():
+        if other._taken_for_granted == self._taken_for_granted:
             other.steps = self.steps
         return other
-
-    def taken_for_granted(self) -> list[Any]:
-        """What would be wrong in the graphs, were it another."""
-        return [
-            _identity(tuple(self.layers)),
-            {name: value for name, value in self.rule.items() if name not in _free(self.trained)},
-        ]
 
 
 def _identity(part: Any) -> Any:
     """What tells a tensor in a graph from another; other things are compared as they are."""
     if isinstance(part, tuple):
         return tuple(map(_identity, part))
-    return (part.data_ptr(), part.shape, part.requires_grad) if isinstance(part, Tensor) else part
+    return (id(part), part.data_ptr(), part.requires_grad) if isinstance(part, Tensor) else part
 
 
 def _free(weights: Sequence[Tensor]) -> tuple[str, ...]:
@@ -94,9 +91,8 @@ class Update:
         self._rule = rule
         self._weights = self._own(weights)
         self._states = [self._own(kind) for kind in states]
-        device = weights[0].device
-        self._steps = torch.zeros((), device=device)
-        self._lr = torch.zeros((), device=device) if "lr" in _free(weights) else rule["lr"]
+        self._steps = torch.zeros((), dtype=torch.float32, device=weights[0].device)
+        self._lr = torch.zeros_like(self._steps) if "lr" in _free(weights) else rule["lr"]
 
     def _own(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         tensors = [tensor.detach() for tensor in tensors]
@@ -290,13 +286,10 @@ _one_at_a_time = threading.Lock()
 
 def capture(function: Block, inputs: Sequence[Tensor]) -> Captured:
     """A CUDA graph of what `function` does to `inputs` on the current stream."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # made here where this thread has none: no graph can make it
-    stream = torch.cuda.current_stream()
-    with (
-        _one_at_a_time,
-        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
-    ):
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    # A thread's first product makes this, which cannot be done within a graph.
+    torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]
+    with _one_at_a_time, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = function(*inputs)
     return graph.replay, outputs
 

@@ -1,7 +1,7 @@
 """Captured steps against the PyTorch loop: the same weights after the same epochs.
 
-Blocks run as calls, and recorded operator by operator in the way of a CUDA graph; tests/test_cuda_training.py
-runs the same tests with graphs on a GPU.
+Blocks run as calls, recorded operator by operator in the way of a CUDA graph, and, with `pytest -m cuda`, as
+CUDA graphs on a GPU.
 """
 
 import copy
@@ -64,7 +64,18 @@ class Recorder(TorchDispatchMode):
                         old.copy_(new)
 
 
-graphs: list[Recorder] = []
+class Counter:
+    """A CUDA graph and how often it was replayed."""
+
+    def __init__(self, replay):
+        self.graph, self.replays = replay, 0
+
+    def replay(self):
+        self.replays += 1
+        self.graph()
+
+
+graphs: list[Recorder | Counter] = []
 
 
 def recorded(function, inputs):
@@ -76,23 +87,39 @@ def recorded(function, inputs):
     return recorder.replay, outputs
 
 
-@pytest.fixture(params=["calls", "recorded"])
+def counted(function, inputs):
+    replay, outputs = captured.capture(function, inputs)
+    graphs.append(Counter(replay))
+    return graphs[-1].replay, outputs
+
+
+on_gpu = torch.cuda.is_available() and mlpext._C.has_cuda()
+ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not on_gpu, reason="no GPU, or no CUDA in this build")]
+CUDA = pytest.param("cuda", marks=ON_GPU)
+
+
+@pytest.fixture(params=["calls", "recorded", CUDA])
 def device(request, monkeypatch):
     """Where the models of a test are, with captured steps: several blocks an epoch, in batch mode of several
     chunks, none of which divides 67 samples."""
+    where = "cuda" if request.param == "cuda" else "cpu"
     monkeypatch.setitem(training.NATIVE, "cpu", captured)
-    if request.param == "recorded":
-        monkeypatch.setitem(captured.CAPTURE, "cpu", recorded)
-        graphs.clear()
+    if request.param != "calls":
+        monkeypatch.setitem(captured.CAPTURE, where, recorded if where == "cpu" else counted)
+    graphs.clear()
     monkeypatch.setattr(captured, "STEPS", 2)
     monkeypatch.setattr(descent, "BLOCK", 20)
-    return "cpu"
+    return where
+
+
+# Where the operators of a graph are those of a call: a recording has torch's.
+SAME = pytest.mark.parametrize("device", ["calls", CUDA], indirect=True)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", [*mlpext.activations(), "maxout"])
-@pytest.mark.parametrize("device", ["calls"], indirect=True)
+@SAME
 def test_every_activation(activation, dtype, mode, device):
     params = {"pieces": 3} if activation == "maxout" else {}
     model = nn.MLP([9, 7, 5, 4], activation, dtype=dtype, device=device, **params)
@@ -174,11 +201,10 @@ def test_a_callback_may_change_rate_and_momentum(make, dtype, device):
         torch.testing.assert_close(ours, theirs, rtol=DTYPES[dtype], atol=0.01 * DTYPES[dtype])
 
 
+@pytest.mark.parametrize("device", ["recorded", CUDA], indirect=True)
 def test_graphs_are_replayed(device):
-    """67 samples are two blocks of 32 and one of 3. Each is captured at its second, a new rate needs none in
-    float32, and weight decay does."""
-    if device == "cpu" and "cpu" not in captured.CAPTURE:
-        pytest.skip("nothing is captured")
+    """67 samples are two blocks of 32 and one of 3. Each is captured when it comes again; in float32 another
+    rate goes on with the graphs, weight decay makes new ones."""
     model = nn.MLP([9, 7, 4], "tanh", device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     group = optimizer.param_groups[0]
@@ -196,7 +222,7 @@ def test_graphs_are_replayed(device):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("device", ["calls"], indirect=True)  # a recording has torch's operators
+@SAME
 def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(mode, device, tmp_path):
     def adam(parameters):
         return torch.optim.Adam(parameters, 0.01)
@@ -257,6 +283,45 @@ def test_progress_adds_up(device, monkeypatch):
     history = trained("native", nn.MLP([9, 7, 4], "tanh", device=device), "numbers", epochs=1)
     assert [rows for rows, _ in told] == [32, 32, 3]
     assert sum(rows * error for rows, error in told) / 67 == pytest.approx(history["loss"][0], rel=1e-6)
+
+
+@pytest.mark.parametrize("device", [CUDA], indirect=True)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("mode", MODES)
+def test_no_synchronisation_within_an_epoch(mode, target, device, monkeypatch):
+    """Once the graphs are made the host waits for the losses and for the metric, at the end."""
+    reads, epochs = [], []
+    read, run_epoch = captured._read, captured.run_epoch
+
+    def reading(values):
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        reads.append(len(epochs))
+        values = read(values)
+        torch.cuda.set_sync_debug_mode(mode)
+        return values
+
+    def running(*arguments):
+        epochs.append(0)
+        torch.cuda.set_sync_debug_mode("error" if len(epochs) > 2 else "default")
+        try:
+            return run_epoch(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(captured, "_read", reading)
+    monkeypatch.setattr(captured, "run_epoch", running)
+    monkeypatch.setattr(captured, "LOOK", 1e9)
+    model = nn.MLP([9, 7, 4], "tanh", device=device)
+    trained("native", model, target, mode=mode, epochs=5, validation=0.2, momentum=0.9)
+    assert reads == [epoch for epoch in range(1, 6) for _ in range(2)]
+
+
+def test_auto_takes_the_loop_until_graphs_are_measured(device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setitem(training.NATIVE, "cpu", captured)
+    monkeypatch.setattr(captured, "run_epoch", None)
+    trained("auto", nn.MLP([9, 7, 4], "tanh", device=device), "numbers")
 
 
 # ---------------------------------------------------------------- fit_many
