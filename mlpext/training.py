@@ -144,11 +144,12 @@ def fit(
         log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
         progress: show a bar on stderr where that is a terminal.
         device: move the model there first; None trains it where it is.
-        engine: "native", whole epochs in C++: for rows of LinearActivation and Maxout layers (an
-            `mlpext.nn.MLP`) in float32 or float64 on the CPU, a loss by name, and no optimizer or torch's
-            SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the PyTorch loop: any
-            model. "auto": native where it serves. Both give the same numbers, to rounding. Several ranks take
-            autograd: an epoch in C++ has no place to add up their gradients.
+        engine: "native", whole epochs in C++ on the CPU, steps in CUDA graphs on a GPU: for rows of
+            LinearActivation and Maxout layers (an `mlpext.nn.MLP`) in float32 or float64, a loss by name, and
+            no optimizer or torch's SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the
+            PyTorch loop: any model. "auto": native where it serves, on the CPU; graphs have not been measured
+            yet. Both give the same numbers, to rounding. Several ranks take autograd: an epoch of the native
+            engine has no place to add up their gradients.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run;
@@ -157,8 +158,8 @@ def fit(
         FloatingPointError: a loss or a weight became NaN or infinite; the message names epoch and step. The
             model gets back the weights that it had when that epoch began, and the checkpoint stays that of
             the epoch before.
-        KeyboardInterrupt: Ctrl-C, once the step under way is complete (in batch mode that step is dropped
-            instead); the checkpoint is that of the last complete epoch.
+        KeyboardInterrupt: Ctrl-C, once the step under way is complete, in CUDA graphs those of a graph (in
+            batch mode that step is dropped instead); the checkpoint is that of the last complete epoch.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -320,6 +321,7 @@ def fit_many(
     **options: Any,
 ) -> list[History]:
     """Train several models on the same data, each as `fit` would alone, to the same bits; several at a time.
+    On CUDA, engine="native" trains those of one shape as batched products; then it is to rounding.
 
         nets = [mlpext.nn.MLP([64, 64, 10], "tanh") for _ in range(64)]
         histories = fit_many(nets, x, labels, epochs=5, each=[{"lr": lr} for lr in rates])
@@ -330,7 +332,7 @@ def fit_many(
         x, target, options: as for `fit`. `checkpoint` and `log_dir` become a folder with one for each model:
             0, 1, ...
         each: the options of each model that are its own, one mapping a model.
-        threads: models trained at a time; None takes torch.get_num_threads().
+        threads: models trained at a time; None takes torch.get_num_threads(). Batched products take all.
 
     Raises what `fit` raises, once the other models under way have stopped after the step that they were in;
     ValueError for a model given twice, a wrong number of `each`, or several ranks (`fit` takes those).
