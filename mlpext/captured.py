@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import engine
+from . import engine, objective
 from .descent import Descent, Plan
 from .samples import Samples
 
@@ -137,7 +137,6 @@ class Steps:
         self.device = weights[0].device
         on_gpu = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._scales: dict[int, Tensor] = {}
         self._sums = [torch.zeros_like(weight) for weight in weights] if plan.mode == "batch" else []
         capture = CAPTURE.get(self.device.type)
         self.take: Block = self._take if capture is None else Replayed(self._take, capture)
@@ -168,28 +167,36 @@ class Steps:
     def _take(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of E over each chunk, and the outputs."""
         chunk = self._plan.chunk
-        totals, outputs = [], []
+        outputs = []
         for inputs, targets in zip(torch.split(x, chunk), torch.split(d, chunk), strict=True):
             with torch.enable_grad():
                 output = self._forward(inputs)
-                total = self._total(output, targets)
-            scale = self._scale(len(inputs)).expand_as(total)
-            gradients = torch.autograd.grad(total, self._weights, scale)
+            own = output.detach()
+            slope = objective.gradient(self._plan.total, own, targets) * self._scale(len(inputs))
+            gradients = torch.autograd.grad(output, self._weights, slope)
             if self._sums:
                 torch._foreach_add_(self._sums, gradients)
             else:
                 self.update(gradients)
-            totals.append(total.detach())
-            outputs.append(output.detach())
-        return torch.stack(totals), torch.cat(outputs)
+            outputs.append(own)
+        output = torch.cat(outputs)
+        return self._totals(output, d), output
 
-    def _scale(self, rows: int) -> Tensor:
+    def _totals(self, output: Tensor, d: Tensor) -> Tensor:
+        """The sum of E over each chunk, of all at once: no step waits for them."""
+        chunk = self._plan.chunk
+        whole = len(output) // chunk * chunk
+        totals = []
+        if whole:
+            chunks = (rows[:whole].reshape(-1, chunk, *rows.shape[1:]) for rows in (output, d))
+            totals.append(torch.vmap(self._total)(*chunks))
+        if whole < len(output):
+            totals.append(self._total(output[whole:], d[whole:]).unsqueeze(0))
+        return torch.cat(totals)
+
+    def _scale(self, rows: int) -> float:
         """What a step of so many rows minimises is the sum of E times this."""
-        if rows not in self._scales:  # before a graph asks for it: the first block of a length is a call
-            count = (self._samples if self._sums else rows) if self._plan.mean else 1
-            scale = torch.full((), 1 / count, dtype=self._weights[0].dtype, device=self.device)
-            self._scales[rows] = scale
-        return self._scales[rows]
+        return 1 / (self._samples if self._sums else rows) if self._plan.mean else 1.0
 
     def update(self, gradients: Sequence[Tensor] | None = None) -> None:
         """Move the weights; without gradients, by those added up."""
