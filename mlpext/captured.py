@@ -40,7 +40,7 @@ class Network:
         self._of = (model, samples, plan, descent)
         layers = engine.layers_of(model, next(model.parameters()).device)
         engine.check_rows(samples, plan, layers[0])
-        self.model, self.descent = model, descent
+        self.model = model
         self.rule, states = engine.rule_and_states(descent, layers)
         self.layers = [engine.describe(layer, states) for layer in layers]
         self.trained = engine.trained_of(layers)
@@ -144,7 +144,8 @@ class Steps:
     @contextlib.contextmanager
     def epoch(self, networks: Sequence[Network]) -> Iterator[None]:
         """Room for an epoch of these networks, on a stream that can be captured."""
-        with self._on_stream():
+        # As the engine in C++, it knows no autocast, whose copies of weights would outlive their update.
+        with self._on_stream(), torch.autocast(self.device.type, enabled=False):
             for update in self._updates:
                 update.begin(networks[update.members[0] if update.members else 0].rule)
             if self._sums:

@@ -215,7 +215,7 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    network, native = None, NATIVE.get(_device(model).type, cpu_engine)
+    network, native = None, NATIVE.get(parameters[0].device.type, cpu_engine)
     if engine == "native" or (engine == "auto" and native is cpu_engine):
         try:
             network = native.Network(model, samples, plan, descent)

@@ -183,6 +183,16 @@ def test_rows_of_a_memory_map(device, tmp_path):
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
 
 
+def test_autocast_is_left_aside(device):
+    models = [nn.MLP([9, 7, 4], "tanh", device=device) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    with torch.autocast(device, torch.bfloat16):
+        trained("native", models[0], "numbers")
+    trained("autograd", models[1], "numbers")
+    for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam], ids=["sgd", "adam"])
 def test_a_callback_may_change_rate_and_momentum(make, dtype, device):
