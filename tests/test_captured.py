@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 import mlpext
 from mlpext import captured, descent, nn, training
+from mlpext.samples import Samples, as_held
 from mlpext.training import fit, fit_many
 from test_native_engine import DTYPES, MODES, TARGETS, assert_engines_agree, trained
 
@@ -191,6 +192,30 @@ def test_autocast_is_left_aside(device):
     trained("autograd", models[1], "numbers")
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-7)
+
+
+def test_fit_moves_model_and_data(device):
+    models = [nn.MLP([9, 7, 4], "tanh") for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    x, d = np.random.default_rng(1).normal(size=(67, 9)), torch.randint(4, (67,)).numpy()
+    options = {"device": device, "seed": 1, "validation": (x, d), "progress": False}
+    fit(models[0], x, d, engine="native", **options)
+    fit_many(models[1:], x, d, engine="native", **options)
+    for model in models:
+        assert model[0].weight.device.type == device
+        for ours, theirs in zip(model.parameters(), models[0].parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize("kind", ["float64", "int32", ">f4", "bool"])
+def test_data_are_held_once_for_several(kind):
+    device = torch.device("cpu")
+    x, d = np.ones((7, 3)), np.ones((7, 2)[: 1 if kind in ("int32", "bool") else 2]).astype(kind)
+    held = [as_held(data, device, torch.float32) for data in (x, d)]
+    samples = Samples(*held, dtype=torch.float32, device=device)
+    assert [part.data_ptr() for part in samples.resident(torch.float32)[:2]] == [h.data_ptr() for h in held]
+    assert as_held([1.0], device, torch.float32) == [1.0]  # for fit to refuse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
