@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import captured, objective
+from . import _C, captured, objective
 from . import descent as autograd
 from . import engine as cpu_engine
 from .checkpoint import Checkpoint
@@ -42,7 +42,7 @@ from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
 from .ranks import Ranks
-from .samples import Array, Samples, all_finite, as_held
+from .samples import Array, Samples, as_held
 
 __all__ = [
     "ENGINES",
@@ -257,16 +257,20 @@ def fit(
     log = Log(log_dir, history) if log_dir is not None and first else None
 
     count = len(samples)
-    with _training(model, descent), _Progress(progress and first, count, epochs, len(history)) as bar:
+    own = _weights(model)
+    bar = _Progress(progress and first, count, epochs, len(history))
+    with _training(model, descent), bar, _Interrupts() as interrupts:
         while len(history) < epochs and not stopping.due(len(history)):
             order = torch.arange(count)
             if shuffle and mode != "batch":
                 order = torch.randperm(count, generator=generator)
             if callbacks and network is not None:
                 network = network.renewed()  # they may have changed model or optimizer
-            weights = _copy_weights(model)
+            if callbacks or network is None:  # a module may put other buffers in place of its own
+                own = _weights(model)
+            before = [weight.clone() for weight in own]
             started = time.perf_counter()
-            with _between_steps() as interrupted:
+            with interrupts.held() as interrupted:
                 how = (samples, order, plan, descent, interrupted, bar.advance)
                 if network is None:
                     losses, score = autograd.run_epoch(model, *how)
@@ -283,7 +287,7 @@ def fit(
                 if not math.isfinite(measured["loss"]):
                     trouble = f"the validation loss became {measured['loss']} after step {len(losses)}"
             if trouble is not None:
-                _put_back(model, weights)
+                _copy(before, _weights(model))
                 raise FloatingPointError(
                     f"{trouble} of epoch {len(history) + 1}; try a smaller lr. "
                     f"The model has its weights of the end of epoch {len(history)} again"
@@ -424,14 +428,14 @@ class _EarlyStopping:
         loss = epoch.metrics["val_loss"]
         if self.best_loss is None or loss < self.best_loss:
             self.best_epoch, self.best_loss = epoch.epoch, loss
-            self.weights = _copy_weights(model)
+            self.weights = [weight.clone() for weight in _weights(model)]
 
     def due(self, epoch: int) -> bool:
         return self.patience is not None and epoch - self.best_epoch >= self.patience
 
     def restore_best(self, model: nn.Module) -> None:
         if self.weights:
-            _put_back(model, self.weights)
+            _copy(self.weights, _weights(model))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_epoch": self.best_epoch, "best_loss": self.best_loss, "weights": self.weights}
@@ -570,29 +574,29 @@ def _check_same_run(saved: dict[str, Any], config: dict[str, Any], where: str) -
 
 def _trouble(losses: Tensor, parameters: list[nn.Parameter]) -> str | None:
     """What is NaN or infinite after an epoch, and at which step."""
-    if not all_finite(losses):
+    if not _C.all_finite([losses]):
         step = int((~losses.isfinite()).nonzero()[0])
         return f"the loss became {losses[step].item()} at step {step + 1}"
-    if not all(map(all_finite, parameters)):
+    if not _C.all_finite(parameters):
         return f"a weight became NaN or infinite at step {len(losses)} or shortly before"
     return None
 
 
 def _epoch_loss(losses: Tensor, step_size: int, samples: int) -> float:
     """The mean of E over an epoch's samples, from the means over its steps; the last may have fewer."""
-    sizes = torch.full_like(losses, step_size)
-    sizes[-1] = samples - step_size * (len(losses) - 1)
-    return float((losses * sizes).sum() / samples)
+    means = losses.numpy()
+    rest = samples - step_size * (len(means) - 1)
+    return float(means[:-1].sum() * step_size + means[-1] * rest) / samples
 
 
-def _copy_weights(model: nn.Module) -> list[Tensor]:
-    return [weight.detach().clone() for weight in (*model.parameters(), *model.buffers())]
+def _weights(model: nn.Module) -> list[Tensor]:
+    """All that training changes in a model: its parameters and buffers."""
+    return [weight.detach() for weight in (*model.parameters(), *model.buffers())]
 
 
-def _put_back(model: nn.Module, weights: list[Tensor]) -> None:
-    with torch.no_grad():
-        for weight, value in zip((*model.parameters(), *model.buffers()), weights, strict=True):
-            weight.copy_(value)
+def _copy(values: list[Tensor], weights: list[Tensor]) -> None:
+    for value, weight in zip(values, weights, strict=True):
+        weight.copy_(value)
 
 
 @contextlib.contextmanager
@@ -605,38 +609,49 @@ def _training(model: nn.Module, descent: Descent) -> Iterator[None]:
             descent.zero_grad()
 
 
-@contextlib.contextmanager
-def _between_steps() -> Iterator[list[int]]:
-    """Hold Ctrl-C back, so that it cannot cut a weight update in two: the list is not empty once it was
-    pressed.
+class _Interrupts:
+    """Holds Ctrl-C back while an epoch is under way, so that it cannot cut a weight update in two.
 
-    A second Ctrl-C is not held back. Python's own handler is the only one replaced, and only in the main
-    thread, where alone signals arrive.
+        with _Interrupts() as interrupts, interrupts.held() as pressed: ...
+
+    Python's own handler is the only one replaced (or that of a fit whose callback this is), and only in the
+    main thread, where alone signals arrive.
     """
-    pressed: list[int] = []
-    default = signal.default_int_handler
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not default
-    ):
-        elsewhere: list[int] = getattr(_stopped_by, "list", pressed)
-        yield elsewhere
-        if elsewhere:
-            raise KeyboardInterrupt
-        return
 
-    def note(number: int, frame: Any) -> None:
+    def __init__(self) -> None:
+        self._before = signal.getsignal(signal.SIGINT)
+        self._mine = threading.current_thread() is threading.main_thread() and (
+            self._before is signal.default_int_handler
+            or isinstance(getattr(self._before, "__self__", None), _Interrupts)
+        )
+        self._pressed: list[int] | None = None
+
+    def __enter__(self) -> _Interrupts:
+        if self._mine:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._mine and signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._pressed is None or self._pressed:  # between epochs, or the second time
+            signal.default_int_handler(number, frame)
+        else:
+            self._pressed.append(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """A list that is not empty once the run has to stop: by KeyboardInterrupt, when the block ends."""
+        pressed: list[int] = [] if self._mine else getattr(_stopped_by, "list", [])
+        self._pressed = pressed
+        try:
+            yield pressed
+        finally:
+            self._pressed = None
         if pressed:
-            default(number, frame)
-        pressed.append(number)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, default)
-    if pressed:
-        raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
 
 class _Progress:
