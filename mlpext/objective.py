@@ -26,6 +26,17 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target, reduction="sum")
 
 
+def gradient(total: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
+    """dE/do of each output under squared_error or cross_entropy, in two to five kernels on a GPU; outputs may
+    have dimensions more."""
+    if total is squared_error:
+        return output - target
+    softmax = output.softmax(-1)
+    if target.is_floating_point():
+        return softmax * target.sum(-1, keepdim=True) - target
+    return softmax - F.one_hot(target, output.shape[-1])
+
+
 def total_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     """The function (outputs, targets) -> sum of E over the samples, 0-d, that `loss` stands for.
 

@@ -82,14 +82,13 @@ class Samples:
         return len(self._x) if self._rows is None else len(self._rows)
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the inputs and targets of `rows`, int64 row numbers on the CPU."""
-        own = rows if self._rows is None else self._rows[rows]
-        return self._take(self._x, own, self._dtype), self.targets(rows)
+        """Copies of the inputs and targets of `rows`, int64 row numbers. With these on the data's device the
+        host waits for nothing, but a memory map."""
+        return self._take(self._x, self._own(rows), self._dtype), self.targets(rows)
 
     def targets(self, rows: Tensor) -> Tensor:
         """Copies of the targets alone."""
-        own = rows if self._rows is None else self._rows[rows]
-        target = self._take(self._target, own, self._target_dtype)
+        target = self._take(self._target, self._own(rows), self._target_dtype)
         if self.one_hot is not None:
             target = torch.nn.functional.one_hot(target, self.one_hot).to(self._dtype)
         return target
@@ -106,7 +105,7 @@ class Samples:
     def subset(self, rows: Tensor) -> Samples:
         """Samples of these rows alone, which share the memory of all of them."""
         part = copy.copy(self)
-        part._rows = rows if self._rows is None else self._rows[rows]
+        part._rows = self._own(rows).to(self._device)
         return part
 
     @property
@@ -122,17 +121,16 @@ class Samples:
         """The largest class number."""
         return int(self._target.max())
 
+    def _own(self, rows: Tensor) -> Tensor:
+        return rows if self._rows is None else self._rows.index_select(0, rows.to(self._rows.device))
+
     def _take(self, data: Array, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(data, Tensor):
             return data.index_select(0, rows.to(data.device))
-        return self._convert(data[rows.numpy()], dtype)
+        return self._convert(data[rows.cpu().numpy()], dtype)
 
     def _convert(self, data: Array, dtype: torch.dtype) -> Tensor:
-        if not isinstance(data, Tensor):
-            # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
-            data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
-            data = torch.from_numpy(data if data.flags.writeable else data.copy())
-        return data.detach().to(self._device, dtype)
+        return _convert(data, self._device, dtype)
 
     def _check_values(self) -> None:
         if isinstance(self._x, Tensor) and isinstance(self._target, Tensor):
@@ -150,6 +148,23 @@ class Samples:
                 raise ValueError(
                     f"{self._name}target[{row}] is {int(target.min())}; classes are numbered from 0"
                 )
+
+
+def as_held(data: Array, device: torch.device, dtype: torch.dtype) -> Array:
+    """`data` as Samples of this device and dtype hold it, for several of them to share."""
+    if not isinstance(data, (Tensor, np.ndarray)) or isinstance(data, np.memmap):
+        return data  # of the wrong type, or read where it is
+    if not (_is_float(data) or _is_integer(data)):
+        return data
+    return _convert(data, device, dtype if _is_float(data) else torch.int64)
+
+
+def _convert(data: Array, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not isinstance(data, Tensor):
+        # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
+        data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
+        data = torch.from_numpy(data if data.flags.writeable else data.copy())
+    return data.detach().to(device, dtype)
 
 
 def _check_finite(name: str, data: Tensor, first_row: int) -> None:

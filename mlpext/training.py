@@ -34,15 +34,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import _C, objective
+from . import _C, captured, objective
 from . import descent as autograd
-from . import engine as native
+from . import engine as cpu_engine
 from .checkpoint import Checkpoint
 from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
 from .ranks import Ranks
-from .samples import Array, Samples
+from .samples import Array, Samples, as_held
 
 __all__ = [
     "ENGINES",
@@ -60,6 +60,9 @@ __all__ = [
 MODES = ("stochastic", "mini-batch", "batch")
 REDUCTIONS = ("mean", "sum")
 ENGINES = ("auto", "native", "autograd")
+
+# engine="native" by the type of device that the model is on.
+NATIVE: dict[str, Any] = {"cpu": cpu_engine, "cuda": captured}
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -141,11 +144,12 @@ def fit(
         log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
         progress: show a bar on stderr where that is a terminal.
         device: move the model there first; None trains it where it is.
-        engine: "native", whole epochs in C++: for rows of LinearActivation and Maxout layers (an
-            `mlpext.nn.MLP`) in float32 or float64 on the CPU, a loss by name, and no optimizer or torch's
-            SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the PyTorch loop: any
-            model. "auto": native where it serves. Both give the same numbers, to rounding. Several ranks take
-            autograd: an epoch in C++ has no place to add up their gradients.
+        engine: "native", whole epochs in C++ on the CPU, steps in CUDA graphs on a GPU: for rows of
+            LinearActivation and Maxout layers (an `mlpext.nn.MLP`) in float32 or float64, a loss by name, and
+            no optimizer or torch's SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the
+            PyTorch loop: any model. "auto": native where it serves, on the CPU; graphs have not been measured
+            yet. Both give the same numbers, to rounding. Several ranks take autograd: an epoch of the native
+            engine has no place to add up their gradients.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run;
@@ -154,8 +158,8 @@ def fit(
         FloatingPointError: a loss or a weight became NaN or infinite; the message names epoch and step. The
             model gets back the weights that it had when that epoch began, and the checkpoint stays that of
             the epoch before.
-        KeyboardInterrupt: Ctrl-C, once the step under way is complete (in batch mode that step is dropped
-            instead); the checkpoint is that of the last complete epoch.
+        KeyboardInterrupt: Ctrl-C, once the step under way is complete, in CUDA graphs those of a graph (in
+            batch mode that step is dropped instead); the checkpoint is that of the last complete epoch.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -174,7 +178,7 @@ def fit(
             raise TypeError(f"callbacks must be functions of an Epoch, got {type(callback).__name__}")
     total = objective.total_loss(loss)
 
-    ranks = Ranks(next((w.device for w in model.parameters()), "cpu") if device is None else device)
+    ranks = Ranks(_device(model) if device is None else device)
     first = ranks.rank == 0  # the one that writes and shows
     store = Checkpoint(checkpoint) if checkpoint is not None and first else None
     saved = ranks.first(store.load() if store is not None and resume and store.exists() else None)
@@ -211,12 +215,11 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    describe = functools.partial(native.Network, model, samples, plan, descent)
-    network = None
-    if engine != "autograd":
+    network, native = None, NATIVE.get(parameters[0].device.type, cpu_engine)
+    if engine == "native" or (engine == "auto" and native is cpu_engine):
         try:
-            network = describe()
-        except native.Refused as reason:
+            network = native.Network(model, samples, plan, descent)
+        except cpu_engine.Refused as reason:
             if engine == "native":
                 raise ValueError(
                     f"engine='native' cannot train this: {reason}; engine='auto' falls back"
@@ -247,7 +250,7 @@ def fit(
                 f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(saved['epochs'])}"
             )
         run.load_state_dict(saved)
-        network = None if network is None else describe()  # the optimizer has other buffers now
+        network = None if network is None else network.renewed()  # the optimizer has other buffers now
     elif store is not None:
         store.save(run.state_dict())
     history, stopping = run.history, run.stopping
@@ -262,7 +265,7 @@ def fit(
             if shuffle and mode != "batch":
                 order = torch.randperm(count, generator=generator)
             if callbacks and network is not None:
-                network = describe()  # they may have changed model or optimizer
+                network = network.renewed()  # they may have changed model or optimizer
             if callbacks or network is None:  # a module may put other buffers in place of its own
                 own = _weights(model)
             before = [weight.clone() for weight in own]
@@ -322,6 +325,7 @@ def fit_many(
     **options: Any,
 ) -> list[History]:
     """Train several models on the same data, each as `fit` would alone, to the same bits; several at a time.
+    On CUDA, engine="native" trains those of one shape as batched products; then it is to rounding.
 
         nets = [mlpext.nn.MLP([64, 64, 10], "tanh") for _ in range(64)]
         histories = fit_many(nets, x, labels, epochs=5, each=[{"lr": lr} for lr in rates])
@@ -332,7 +336,7 @@ def fit_many(
         x, target, options: as for `fit`. `checkpoint` and `log_dir` become a folder with one for each model:
             0, 1, ...
         each: the options of each model that are its own, one mapping a model.
-        threads: models trained at a time; None takes torch.get_num_threads().
+        threads: models trained at a time; None takes torch.get_num_threads(). Batched products take all.
 
     Raises what `fit` raises, once the other models under way have stopped after the step that they were in;
     ValueError for a model given twice, a wrong number of `each`, or several ranks (`fit` takes those).
@@ -344,6 +348,17 @@ def fit_many(
     if each is not None and len(each) != len(models):
         raise ValueError(f"each has {len(each)} entries, expected one for each of {len(models)} models")
     threads = torch.get_num_threads() if threads is None else _count("threads", threads, 1)
+    devices = {_device(model) for model in models}
+    if options.get("device") is not None:
+        devices = {torch.device(options["device"])}
+    together = options.get("engine") == "native" and {NATIVE.get(d.type) for d in devices} == {captured}
+    group = captured.Group(len(models)) if together else None
+    if together:
+        threads = len(models)
+        dtypes = {weight.dtype for model in models for weight in model.parameters()}
+        if len(devices) == len(dtypes) == 1:
+            held = functools.partial(as_held, device=devices.pop(), dtype=dtypes.pop())
+            x, target = held(x), held(target)
     histories: list[History | None] = [None] * len(models)
     stop: list[int] = []
     errors: list[BaseException] = []
@@ -357,8 +372,9 @@ def fit_many(
                 for folder in ("checkpoint", "log_dir"):
                     if options.get(folder) is not None and own[folder] is options[folder]:
                         own[folder] = os.path.join(options[folder], str(index))
-                if not stop:
-                    histories[index] = fit(models[index], x, target, **own)
+                with contextlib.nullcontext() if group is None else group.member(index):
+                    if not stop:
+                        histories[index] = fit(models[index], x, target, **own)
         except BaseException as error:
             errors.append(error)
             stop.append(1)
@@ -479,6 +495,10 @@ class _Run:
         torch.set_rng_state(state["random"])
         for device, random in zip(self._cuda, state["random_cuda"], strict=False):
             torch.cuda.set_rng_state(random, device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
 
 
 def _samples(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
