@@ -1,5 +1,6 @@
 // How kernels are launched and how they reach memory: included by the files that are compiled once a dtype,
-// which set MLPEXT_ISA (a namespace), MLPEXT_MEMORY (the type in memory) and, for 16 bits, MLPEXT_APPROXIMATE.
+// which set MLPEXT_ISA (a namespace), MLPEXT_MEMORY (the type in memory) and, for 16 bits,
+// MLPEXT_APPROXIMATE.
 #pragma once
 #include "../scalar_math.h"
 #include "kernels.h"
@@ -26,8 +27,8 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStr
 template <class... Parameters, class... Arguments>
 cudaError_t launch_shared(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t bytes,
                           cudaStream_t stream, const Arguments&... arguments) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(bytes));
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
   kernel<<<grid, block, bytes, stream>>>(arguments...);
   return cudaGetLastError();

@@ -1,11 +1,12 @@
-// A network of at most 128 wide as one kernel forward and one backward: compiled once a dtype, see access.cuh;
-// MLPEXT_TABLE is the table's name. docs/cuda.md has the plan and what bounds it.
+// A network of at most 128 wide as one kernel forward and one backward: compiled once a dtype, see
+// access.cuh; MLPEXT_TABLE is the table's name. docs/cuda.md has the plan and what bounds it.
 //
 // A block takes a tile of rows through all the layers in shared memory, from one buffer to the next and back.
-// Its matrices there have rows of job.stride elements, widths rounded up to 16, and 0 wherever a matrix of the
-// network has no element. A warp makes a piece of a product at a time, 16 `high` rows by 16 columns, of which
-// a lane holds eight values for each 16 rows: element e is in row g + 8 (e / 2 % 2) and column 2 t + e % 2 + 8
-// (e / 4), with g and t quotient and remainder of the lane by 4. No atomics: each sum belongs to one lane.
+// Its matrices there have rows of job.stride elements, widths rounded up to 16, and 0 wherever a matrix of
+// the network has no element. A warp makes a piece of a product at a time, 16 `high` rows by 16 columns, of
+// which a lane holds eight values for each 16 rows: element e is in row g + 8 (e / 2 % 2) and column 2 t + e
+// % 2 + 8 (e / 4), with g and t quotient and remainder of the lane by 4. No atomics: each sum belongs to one
+// lane.
 #pragma once
 #include "../activation_info.h"
 #include "access.cuh"
@@ -28,10 +29,10 @@ __device__ __forceinline__ int column_of(int e) { return 2 * (lane() % 4) + e % 
 // 16 bytes without a way through registers; there after copies_done() and a barrier.
 __device__ __forceinline__ void copy_16_bytes(const M* from, M* to) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from))
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+      "l"(__cvta_generic_to_global(from))
+      : "memory");
 #else
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
 #endif
@@ -100,8 +101,8 @@ __device__ __forceinline__ void write_pair(V x, V y, M* to) {
 
 // ---- products
 
-// Four 8 x 8 matrices of 16 bits, lane l giving the address of row l % 8 of matrix l / 8; of each matrix a lane
-// receives elements 2 t and 2 t + 1 of row g, or, transposed, of column g.
+// Four 8 x 8 matrices of 16 bits, lane l giving the address of row l % 8 of matrix l / 8; of each matrix a
+// lane receives elements 2 t and 2 t + 1 of row g, or, transposed, of column g.
 template <bool transposed> __device__ __forceinline__ void load_matrices(const M* row, uint32_t (&to)[4]) {
 #ifdef __CUDACC__
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
@@ -238,8 +239,7 @@ __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b
 
 // ---- the activation that a layer names
 
-template <class Run>
-__device__ __forceinline__ void with_activation(const NarrowLayer& layer, Run run) {
+template <class Run> __device__ __forceinline__ void with_activation(const NarrowLayer& layer, Run run) {
   [&]<std::size_t... I>(std::index_sequence<I...>) {
     ((layer.activation == int(I) &&
       (run(with_params<std::tuple_element_t<I, Activations>>(layer.params)), true)) ||
@@ -265,7 +265,8 @@ __device__ __forceinline__ void clear(Piece& piece) {
 }
 
 // Writes the values of a piece that lie in a (rows, width) matrix, and 0 for the others.
-__device__ __forceinline__ void put(const Piece& piece, int m, int n, int rows, int width, int stride, M* to) {
+__device__ __forceinline__ void put(const Piece& piece, int m, int n, int rows, int width, int stride,
+                                    M* to) {
   for_pairs(m, n, [&](int i, int e, int row, int column) {
     const V x = row < rows && column < width ? piece[i][e] : V(0);
     const V y = row < rows && column + 1 < width ? piece[i][e + 1] : V(0);
@@ -277,7 +278,8 @@ __device__ __forceinline__ void put(const Piece& piece, int m, int n, int rows, 
 struct Pieces {
   int across_rows, count;
   __device__ __forceinline__ Pieces(int rows, int width)
-      : across_rows(static_cast<int>(ceil_div(rows, 16 * high))), count(across_rows * round_up(width, 16) / 16) {}
+      : across_rows(static_cast<int>(ceil_div(rows, 16 * high))),
+        count(across_rows * round_up(width, 16) / 16) {}
   __device__ __forceinline__ int m(int i) const { return i % across_rows * 16 * high; }
   __device__ __forceinline__ int n(int i) const { return i / across_rows * 16; }
 };
@@ -327,7 +329,8 @@ __global__ void __launch_bounds__(threads, 2) narrow_forward_kernel(const __grid
         const int m = pieces.m(i), n = pieces.n(i);
         Piece piece;
         clear(piece);
-        product<true, true>({x, stride}, {weight, stride}, m, n, round_up(layer.in, 16), high, piece, nullptr);
+        product<true, true>({x, stride}, {weight, stride}, m, n, round_up(layer.in, 16), high, piece,
+                            nullptr);
         if (layer.bias) {
           const M* const bias = static_cast<const M*>(layer.bias);
           for_pairs(m, n, [&](int i, int e, int, int column) {
@@ -359,11 +362,12 @@ cudaError_t narrow_forward(const Narrow& job, cudaStream_t stream) {
 
 // ---- backward
 
-// The gradient of x of the layer `from` at (m, n), of g itself behind the last one, times f' of the layer that
-// x comes from, if the gradient goes on to it.
+// The gradient of x of the layer `from` at (m, n), of g itself behind the last one, times f' of the layer
+// that x comes from, if the gradient goes on to it.
 __device__ __forceinline__ void gradient_piece(const Narrow& job, const NarrowLayer* from,
                                                const NarrowLayer* to, const M* dz, const M* weight,
-                                               const M* source, int m, int n, int rows, int width, M* result) {
+                                               const M* source, int m, int n, int rows, int width,
+                                               M* result) {
   Piece piece;
   clear(piece);
   if (from) {
@@ -470,8 +474,8 @@ __global__ void __launch_bounds__(threads, 2) narrow_backward_kernel(const __gri
         if (const int j = i - gradient.count; j >= 0)
           weight_piece(*from, dz, x, stride, product.m(j), product.n(j), rows, layer_sums);
         else
-          gradient_piece(job, from, to, dz, weight, from_output ? x : next, gradient.m(i), gradient.n(i), rows,
-                         width, next);
+          gradient_piece(job, from, to, dz, weight, from_output ? x : next, gradient.m(i), gradient.n(i),
+                         rows, width, next);
       }
       __syncthreads();
       if (!to && job.dx) {
@@ -512,9 +516,11 @@ __global__ void __launch_bounds__(threads) narrow_add_kernel(const __grid_consta
 }
 
 cudaError_t narrow_backward(const Narrow& job, cudaStream_t stream) {
-  const cudaError_t error = launch_shared(narrow_backward_kernel, job.blocks, threads, job.bytes, stream, job);
+  const cudaError_t error =
+      launch_shared(narrow_backward_kernel, job.blocks, threads, job.bytes, stream, job);
   if (error != cudaSuccess || job.sums == 0) return error;
-  return launch(narrow_add_kernel, static_cast<unsigned>(ceil_div(job.sums, add_across)), threads, stream, job);
+  return launch(narrow_add_kernel, static_cast<unsigned>(ceil_div(job.sums, add_across)), threads, stream,
+                job);
 }
 
 }  // namespace

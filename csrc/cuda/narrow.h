@@ -10,15 +10,15 @@ constexpr int round_up(int a, int b) { return (a + b - 1) / b * b; }
 
 // A layer y = f(z), z = x W' + b, whose x is the y of the one before.
 struct NarrowLayer {
-  int in, out;          // widths
-  int activation;       // its place in the list
+  int in, out;     // widths
+  int activation;  // its place in the list
   double params[2];
-  const void* weight;   // (out, in)
-  const void* bias;     // (out), or null
+  const void* weight;  // (out, in)
+  const void* bias;    // (out), or null
   // (rows, out), null where it is not stored (forward) or f' does not come from it (backward: from z if that
   // is there, else from y).
   void *y, *z;
-  void *dw, *db;        // backward: null where they are not asked for
+  void *dw, *db;  // backward: null where they are not asked for
 };
 
 struct Narrow {
@@ -28,7 +28,8 @@ struct Narrow {
   const void* x;  // (rows, in of the first layer)
   int depth;
   NarrowLayer layers[deepest];
-  // Backward. Layers below `lowest` have no gradients; dx is that of its input, null where it is not asked for.
+  // Backward. Layers below `lowest` have no gradients; dx is that of its input, null where it is not asked
+  // for.
   int lowest;
   const void* g;  // of the last y
   void* dx;
@@ -45,8 +46,8 @@ struct Narrow {
 
   // Rows of a tile, all of it in shared memory.
   static constexpr int tile(int value_size) { return value_size == 2 ? 64 : 32; }
-  // The sums of a layer are (out, sum_stride): dW, and db behind its columns. The padding keeps the rows that a
-  // warp adds to in different banks.
+  // The sums of a layer are (out, sum_stride): dW, and db behind its columns. The padding keeps the rows that
+  // a warp adds to in different banks.
   static constexpr int sum_stride(int in) { return round_up(in, 16) + 8; }
 
   // What a device offers.
@@ -100,7 +101,7 @@ extern const NarrowKernels narrow_float32_kernels, narrow_bfloat16_kernels, narr
 
 // There are none for float64.
 inline const NarrowKernels& narrow_kernels(Dtype dtype) {
-  return dtype == float32 ? narrow_float32_kernels
+  return dtype == float32    ? narrow_float32_kernels
          : dtype == bfloat16 ? narrow_bfloat16_kernels
                              : narrow_float16_kernels;
 }

@@ -72,9 +72,7 @@ struct Barrier {
 };
 inline Barrier block_barrier, warp_barriers[most_threads / warp_size];
 
-inline unsigned thread_index() {
-  return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
-}
+inline unsigned thread_index() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
 
 #ifdef __SANITIZE_THREAD__
 
@@ -209,11 +207,12 @@ template <class... Parameters, class... Arguments> cudaError_t launch(void (*ker
 }
 
 // Shared memory is an allocation that ends where it ends, filled with what is NaN in every dtype.
-template <class Kernel, class... Arguments>
-cudaError_t launch_shared(Kernel* kernel, dim3 grid, dim3 block, std::size_t bytes, cudaStream_t stream,
-                          const Arguments&... arguments) {
+template <class Kernel, class... Arguments> cudaError_t launch_shared(Kernel* kernel, dim3 grid, dim3 block,
+                                                                      std::size_t bytes, cudaStream_t stream,
+                                                                      const Arguments&... arguments) {
   if (bytes > 227 << 10) emulator::fail("a launch that CUDA refuses");
-  const std::unique_ptr<char, decltype(&std::free)> memory{static_cast<char*>(std::malloc(bytes)), &std::free};
+  const std::unique_ptr<char, decltype(&std::free)> memory{static_cast<char*>(std::malloc(bytes)),
+                                                           &std::free};
   std::memset(memory.get(), 0xff, bytes);
   emulator::shared_memory = memory.get();
   return launch(kernel, grid, block, stream, arguments...);
