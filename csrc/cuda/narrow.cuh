@@ -19,6 +19,7 @@ constexpr bool tensor_cores = sizeof(M) == 2;
 constexpr int high = tensor_cores ? 2 : 1;  // two use every value of the other factor twice
 constexpr int warps = threads / 32, tile_rows = Narrow::tile(sizeof(M));
 using Piece = V[high][8];
+using RowSums = V[high][4];
 
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int row_of(int e) { return lane() / 4 + 8 * (e / 2 % 2); }
@@ -170,11 +171,11 @@ template <bool along_k> struct Factor {
   }
 };
 
-// piece[:live] += the product from row m and column n on, summed over k < depth, a multiple of 16; and, where
-// they are wanted, the sums of the left factor over k, in elements 0 and 2 of row_sums.
+// piece[:live] += the product from row m and column n on, summed over k < depth, a multiple of 16; and, if
+// with_sums, the sums of the left factor over k, in elements 0 and 2 of row_sums.
 template <bool a_along_k, bool b_along_k>
 __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b, int m, int n, int depth,
-                                        int live, Piece& piece, V (*row_sums)[4]) {
+                                        int live, Piece& piece, RowSums& row_sums, bool with_sums) {
   if constexpr (tensor_cores) {
     // Where in the 16 x 16 values this lane's row of the four matrices starts.
     const int matrix = lane() / 8, row = lane() % 8;
@@ -191,7 +192,7 @@ __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b
         load_matrices<!a_along_k>(a.at(m + 16 * i + a_outer, k + a_k), left);
         multiply_add(piece[i], left, right[0], right[1]);
         multiply_add(piece[i] + 4, left, right[2], right[3]);
-        if (row_sums) multiply_add(row_sums[i], left, ones, ones);
+        if (with_sums) multiply_add(row_sums[i], left, ones, ones);
       }
     }
   } else {
@@ -228,13 +229,20 @@ __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b
 #pragma unroll
         for (int e = 0; e < 8; ++e)
           piece[0][e] = madd(widen(left[e / 2 % 2][j]), widen(right[e % 2 + e / 4 * 2][j]), piece[0][e]);
-        if (row_sums) {
+        if (with_sums) {
           row_sums[0][0] = row_sums[0][0] + widen(left[0][j]);
           row_sums[0][2] = row_sums[0][2] + widen(left[1][j]);
         }
       }
     }
   }
+}
+
+template <bool a_along_k, bool b_along_k>
+__device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b, int m, int n, int depth,
+                                        Piece& piece) {
+  RowSums none;
+  product(a, b, m, n, depth, high, piece, none, /*with_sums=*/false);
 }
 
 // ---- the activation that a layer names
@@ -256,11 +264,11 @@ template <class Run> __device__ __forceinline__ void for_pairs(int m, int n, Run
   }
 }
 
-__device__ __forceinline__ void clear(Piece& piece) {
+template <int n> __device__ __forceinline__ void clear(V (&sums)[high][n]) {
 #pragma unroll
   for (int i = 0; i < high; ++i) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) piece[i][e] = V(0);
+    for (int e = 0; e < n; ++e) sums[i][e] = V(0);
   }
 }
 
@@ -299,7 +307,7 @@ template <class T> __device__ __forceinline__ M* rows_from(T* matrix, int64_t fi
 
 // ---- forward
 
-__global__ void __launch_bounds__(threads, 2) narrow_forward_kernel(const __grid_constant__ Narrow job) {
+__global__ void __launch_bounds__(threads, 3) narrow_forward_kernel(const __grid_constant__ Narrow job) {
   const int stride = job.stride, warp = threadIdx.x / 32;
   M* const weights = reinterpret_cast<M*>(shared_memory());
   M* x = weights + job.weight_rows * stride;
@@ -329,8 +337,7 @@ __global__ void __launch_bounds__(threads, 2) narrow_forward_kernel(const __grid
         const int m = pieces.m(i), n = pieces.n(i);
         Piece piece;
         clear(piece);
-        product<true, true>({x, stride}, {weight, stride}, m, n, round_up(layer.in, 16), high, piece,
-                            nullptr);
+        product<true, true>({x, stride}, {weight, stride}, m, n, round_up(layer.in, 16), piece);
         if (layer.bias) {
           const M* const bias = static_cast<const M*>(layer.bias);
           for_pairs(m, n, [&](int i, int e, int, int column) {
@@ -371,8 +378,7 @@ __device__ __forceinline__ void gradient_piece(const Narrow& job, const NarrowLa
   Piece piece;
   clear(piece);
   if (from) {
-    product<true, false>({dz, job.stride}, {weight, job.stride}, m, n, round_up(from->out, 16), high, piece,
-                         nullptr);
+    product<true, false>({dz, job.stride}, {weight, job.stride}, m, n, round_up(from->out, 16), piece);
   } else {
     for_pairs(m, n, [&](int i, int e, int row, int column) {
       read_pair(dz + row * job.stride + column, piece[i][e], piece[i][e + 1]);
@@ -411,14 +417,10 @@ __device__ __forceinline__ void weight_piece(const NarrowLayer& layer, const M* 
                                              int m, int n, int rows, Scalar* sums) {
   Piece piece;
   clear(piece);
-  V row_sums[high][4];
-#pragma unroll
-  for (int i = 0; i < high; ++i) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) row_sums[i][e] = V(0);
-  }
+  RowSums row_sums;
+  clear(row_sums);
   product<false, false>({dz, stride}, {x, stride}, m, n, round_up(rows, 16),
-                        (round_up(layer.out, 16) - m) / 16, piece, n == 0 ? row_sums : nullptr);
+                        (round_up(layer.out, 16) - m) / 16, piece, row_sums, n == 0);
   const int sum_stride = Narrow::sum_stride(layer.in), bias_at = round_up(layer.in, 16);
   for_pairs(m, n, [&](int i, int e, int row, int column) {
     if (row >= layer.out) return;
