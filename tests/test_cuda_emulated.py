@@ -34,8 +34,8 @@ pytestmark = [
 
 
 def build(name, *flags, activations=None, plant=None, files=DTYPES):
-    """The program out of some of csrc/cuda/*.cu; with some activations only, or with a fault in the place of a
-    text in a file."""
+    """The program out of some of csrc/cuda/*.cu; with some activations only, or with a fault in the place of
+    a text in a file."""
     folder = ROOT / "build" / "cuda_emulator" / name
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted(p for top in (ROOT / "csrc", EMULATOR) for p in top.rglob("*") if p.is_file())

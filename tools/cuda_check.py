@@ -2,8 +2,8 @@
 
 Every .cu for sm_80 and sm_90 with the flags that torch and setup.py give nvcc, every .cpp with the headers of
 whatever torch is there. Prints registers and spills of the kernels, and fails beyond the budgets below, where
-a kernel has lost its 16-byte accesses, or one of a narrow network its tensor cores. Without nvcc it says so and
-passes.
+a kernel has lost its 16-byte accesses, or one of a narrow network its tensor cores. Without nvcc it says so
+and passes.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ARCHS = ("80", "90")
 REGISTERS = 84
 SPILLED_BYTES = 16
 STACK_BYTES = 64  # the reduction of a large argument of sin needs 40
-# Narrow networks: two blocks of 256 threads, no spills, and in each kernel what stands here of its PTX. mma.sync
-# becomes HMMA, which is looked for as well where a disassembler is at hand.
+# Narrow networks: two blocks of 256 threads, no spills, and in each kernel what stands here of its PTX.
+# mma.sync becomes HMMA, which is looked for as well where a disassembler is at hand.
 NARROW_REGISTERS = 128
 NARROW_PTX = {
     "forward": (r"cp\.async\.cg\.shared\.global", r"mma\.sync\.aligned\.m16n8k16", r"ldmatrix\S+x4\.shared"),

@@ -83,7 +83,7 @@ inline bool Narrow::plan(int value_size, bool backward, Device device) {
     return bytes <= limit;
   };
   if (!(fits(half, true, true) || fits(half, false, true) || fits(whole, true, true) ||
-        fits(whole, false, true) || fits(half, true, false) || fits(whole, false, false)))
+        fits(whole, false, true) || fits(whole, false, false)))
     return false;
   const int64_t together = std::min<int64_t>(4, (whole + 1024) / (bytes + 1024));  // on a multiprocessor
   int64_t most_blocks = std::max<int64_t>(1, together) * device.multiprocessors;

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -112,21 +113,25 @@ template <class Run> void run_blocks(uint64_t first, uint64_t last, unsigned thr
 
 #else
 
+using Jump = void* [5];
 struct Fiber {
   static constexpr std::size_t stack_size = 256 << 10;
-  ucontext_t context;
+  ucontext_t context;  // of its start
+  Jump jump;           // to where it waits
   std::unique_ptr<char[]> stack{new char[stack_size]};
   const Barrier* barrier;  // at which it waits, since this turn of it
   unsigned turn, warp_calls;
-  bool done;
+  bool started, done;
 
   bool waits() const { return barrier && barrier->turn == turn; }
 };
-inline ucontext_t scheduler;
+inline Jump scheduler;
 inline Fiber* current;
 inline std::function<void()> kernel_call;
 inline unsigned& warp_calls() { return current->warp_calls; }
 
+// The compiler's own jumps: those of the C library and swapcontext would ask the system for signal masks.
+inline void to_scheduler() { __builtin_longjmp(scheduler, 1); }
 inline void wait_at(Barrier& barrier) {
   if (++barrier.waiting == barrier.expected) {
     barrier.waiting = 0;
@@ -134,12 +139,21 @@ inline void wait_at(Barrier& barrier) {
     return;
   }
   current->barrier = &barrier, current->turn = barrier.turn;
-  swapcontext(&current->context, &scheduler);
+  if (__builtin_setjmp(current->jump) == 0) to_scheduler();
 }
 
 inline void enter() {
   kernel_call();
   current->done = true;
+  to_scheduler();
+}
+
+inline void go_on(Fiber& fiber) {
+  if (!std::exchange(fiber.started, true)) setcontext(&fiber.context);
+  __builtin_longjmp(fiber.jump, 1);
+}
+inline void run_until_it_waits(Fiber& fiber) {
+  if (__builtin_setjmp(scheduler) == 0) go_on(fiber);
 }
 
 template <class Run> void run_blocks(uint64_t first, uint64_t last, unsigned threads, Run run) {
@@ -148,11 +162,10 @@ template <class Run> void run_blocks(uint64_t first, uint64_t last, unsigned thr
   for (uint64_t b = first; b < last; ++b) {
     blockIdx = place(b, gridDim);
     for (Fiber& fiber : fibers) {
-      fiber.barrier = nullptr, fiber.warp_calls = 0, fiber.done = false;
+      fiber.barrier = nullptr, fiber.warp_calls = 0, fiber.started = fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.get();
       fiber.context.uc_stack.ss_size = Fiber::stack_size;
-      fiber.context.uc_link = &scheduler;
       makecontext(&fiber.context, enter, 0);
     }
     for (unsigned done = 0; done < threads;) {
@@ -162,7 +175,7 @@ template <class Run> void run_blocks(uint64_t first, uint64_t last, unsigned thr
         if (current->done || current->waits()) continue;
         threadIdx = place(t, blockDim);
         stuck = false;
-        swapcontext(&scheduler, &current->context);
+        run_until_it_waits(*current);
         done += current->done;
       }
       if (stuck) fail(divergence);
@@ -172,12 +185,16 @@ template <class Run> void run_blocks(uint64_t first, uint64_t last, unsigned thr
 
 #endif
 
+inline const void* what_warps_do[2][most_threads];
+
 // What every lane of the calling warp gives, by lane, until their next call.
 template <class T> const T* of_warp(const T& mine) {
   static T given[2][most_threads / warp_size][warp_size];
   const unsigned thread = thread_index(), warp = thread / warp_size, turn = warp_calls()++ % 2;
   given[turn][warp][thread % warp_size] = mine;
+  what_warps_do[turn][thread] = given;
   wait_at(warp_barriers[warp]);
+  if (what_warps_do[turn][warp * warp_size] != given) fail(divergence);
   return given[turn][warp];
 }
 
