@@ -182,6 +182,7 @@ __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b
     const int a_outer = matrix % 2 * 8 + (a_along_k ? row : 0), a_k = matrix / 2 * 8 + (a_along_k ? 0 : row);
     const int b_outer = matrix / 2 * 8 + (b_along_k ? row : 0), b_k = matrix % 2 * 8 + (b_along_k ? 0 : row);
     constexpr uint32_t ones = std::is_same_v<M, Half> ? 0x3c003c00 : 0x3f803f80;
+    __syncwarp();  // what follows wants all lanes at once, and lanes at an edge have gone their own way
 #pragma unroll 2
     for (int k = 0; k < depth; k += 16) {
       uint32_t right[4], left[4];
@@ -247,12 +248,13 @@ __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b
 
 // ---- the activation that a layer names
 
-template <class Run> __device__ __forceinline__ void with_activation(const NarrowLayer& layer, Run run) {
-  [&]<std::size_t... I>(std::index_sequence<I...>) {
-    ((layer.activation == int(I) &&
-      (run(with_params<std::tuple_element_t<I, Activations>>(layer.params)), true)) ||
-     ...);
-  }(std::make_index_sequence<activation_count>());
+// Calls run(f), found by halves: five branches, the same for all lanes.
+template <int first = 0, int last = activation_count, class Run>
+__device__ __forceinline__ void with_activation(const NarrowLayer& layer, Run run) {
+  constexpr int middle = (first + last) / 2;
+  if constexpr (last - first == 1) run(with_params<std::tuple_element_t<first, Activations>>(layer.params));
+  else if (layer.activation < middle) with_activation<first, middle>(layer, run);
+  else with_activation<middle, last>(layer, run);
 }
 
 // Calls run(i, e, row, column) for every second value of a piece at (m, n): for the first of two neighbours.

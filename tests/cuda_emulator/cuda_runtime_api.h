@@ -24,6 +24,8 @@
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks take turns
 #define __syncthreads() emulator::wait_at(emulator::block_barrier)
+#define __syncwarp() \
+  emulator::wait_at(emulator::warp_barriers[emulator::thread_index() / emulator::warp_size])
 
 struct dim3 {
   unsigned x, y, z;
