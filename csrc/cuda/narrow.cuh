@@ -309,7 +309,8 @@ template <class T> __device__ __forceinline__ M* rows_from(T* matrix, int64_t fi
 
 // ---- forward
 
-__global__ void __launch_bounds__(threads, 3) narrow_forward_kernel(const __grid_constant__ Narrow job) {
+__global__ void __launch_bounds__(threads, Narrow::blocks_together(false))
+    narrow_forward_kernel(const __grid_constant__ Narrow job) {
   const int stride = job.stride, warp = threadIdx.x / 32;
   M* const weights = reinterpret_cast<M*>(shared_memory());
   M* x = weights + job.weight_rows * stride;
@@ -423,7 +424,7 @@ __device__ __forceinline__ void weight_piece(const NarrowLayer& layer, const M* 
   clear(row_sums);
   product<false, false>({dz, stride}, {x, stride}, m, n, round_up(rows, 16),
                         (round_up(layer.out, 16) - m) / 16, piece, row_sums, n == 0);
-  const int sum_stride = Narrow::sum_stride(layer.in), bias_at = round_up(layer.in, 16);
+  const int sum_stride = layer.sum_stride(), bias_at = round_up(layer.in, 16);
   for_pairs(m, n, [&](int i, int e, int row, int column) {
     if (row >= layer.out) return;
     float2* const to = reinterpret_cast<float2*>(sums + row * sum_stride + column);
@@ -434,7 +435,8 @@ __device__ __forceinline__ void weight_piece(const NarrowLayer& layer, const M* 
   });
 }
 
-__global__ void __launch_bounds__(threads, 2) narrow_backward_kernel(const __grid_constant__ Narrow job) {
+__global__ void __launch_bounds__(threads, Narrow::blocks_together(true))
+    narrow_backward_kernel(const __grid_constant__ Narrow job) {
   const int stride = job.stride, warp = threadIdx.x / 32;
   M* const weights = reinterpret_cast<M*>(shared_memory());
   M* const x = weights + job.weight_rows * stride;
@@ -462,7 +464,7 @@ __global__ void __launch_bounds__(threads, 2) narrow_backward_kernel(const __gri
       const NarrowLayer* const from = l < job.depth ? &job.layers[l] : nullptr;
       const NarrowLayer* const to = l > job.lowest ? &job.layers[l - 1] : nullptr;
       const int width = from ? from->in : to->out;
-      const bool sums_wanted = from && (from->dw || from->db), goes_on = to || job.dx;
+      const bool sums_wanted = from && from->sums(), goes_on = to || job.dx;
       if (!from) load(rows_from(job.g, first, width), rows, width, tile_rows, stride, dz);
       else if (!job.resident && goes_on) load_weight(*from, stride, weights);
       const bool from_output = to && to->y && !to->z;
@@ -471,7 +473,7 @@ __global__ void __launch_bounds__(threads, 2) narrow_backward_kernel(const __gri
       if (to && to->z) load(rows_from(to->z, first, width), rows, width, tile_rows, stride, next);
       copies_done();
       __syncthreads();
-      if (from) layer_sums -= from->out * Narrow::sum_stride(from->in);
+      if (from) layer_sums -= from->sums();
       const Pieces gradient(goes_on ? rows : 0, width);
       const Pieces product(sums_wanted ? from->out : 0, width);
       for (int i = warp; i < gradient.count + product.count; i += warps) {
@@ -511,10 +513,10 @@ __global__ void __launch_bounds__(threads) narrow_add_kernel(const __grid_consta
   __syncthreads();
   if (deep > 0 || at >= job.sums) return;
   for (int i = 1; i < add_deep; ++i) sum += shared[threadIdx.x + i * add_across];
-  int l = job.lowest;
-  for (int size; at >= (size = job.layers[l].out * Narrow::sum_stride(job.layers[l].in)); ++l) at -= size;
+  int l = 0;
+  for (; at >= job.layers[l].sums(); ++l) at -= job.layers[l].sums();
   const NarrowLayer& layer = job.layers[l];
-  const int row = at / Narrow::sum_stride(layer.in), column = at - row * Narrow::sum_stride(layer.in);
+  const int row = at / layer.sum_stride(), column = at - row * layer.sum_stride();
   if (column < layer.in && layer.dw) static_cast<M*>(layer.dw)[row * layer.in + column] = narrow<M>(V(sum));
   if (column == round_up(layer.in, 16) && layer.db) static_cast<M*>(layer.db)[row] = narrow<M>(V(sum));
 }

@@ -19,6 +19,11 @@ struct NarrowLayer {
   // is there, else from y).
   void *y, *z;
   void *dw, *db;  // backward: null where they are not asked for
+
+  // The sums of a layer are (out, sum_stride): dW, and db behind its columns. The padding keeps the rows that
+  // a warp adds to in different banks.
+  constexpr int sum_stride() const { return round_up(in, 16) + 8; }
+  constexpr int sums() const { return dw || db ? out * sum_stride() : 0; }
 };
 
 struct Narrow {
@@ -46,9 +51,8 @@ struct Narrow {
 
   // Rows of a tile, all of it in shared memory.
   static constexpr int tile(int value_size) { return value_size == 2 ? 64 : 32; }
-  // The sums of a layer are (out, sum_stride): dW, and db behind its columns. The padding keeps the rows that
-  // a warp adds to in different banks.
-  static constexpr int sum_stride(int in) { return round_up(in, 16) + 8; }
+  // On a multiprocessor: as many as its registers serve.
+  static constexpr int blocks_together(bool backward) { return backward ? 2 : 3; }
 
   // What a device offers.
   struct Device {
@@ -70,7 +74,7 @@ inline bool Narrow::plan(int value_size, bool backward, Device device) {
     all += round_up(layer.out, 16);
     most = std::max(most, round_up(layer.out, 16));
     keeps_z = keeps_z || layer.z;
-    if (l >= lowest) sums += layer.out * sum_stride(layer.in);
+    sums += layer.sums();
   }
   stride = round_up(width, 16) + 16 / value_size;
   const std::size_t row = std::size_t(stride) * value_size;
@@ -85,10 +89,10 @@ inline bool Narrow::plan(int value_size, bool backward, Device device) {
   if (!(fits(half, true, true) || fits(half, false, true) || fits(whole, true, true) ||
         fits(whole, false, true) || fits(whole, false, false)))
     return false;
-  const int64_t together = std::min<int64_t>(4, (whole + 1024) / (bytes + 1024));  // on a multiprocessor
-  int64_t most_blocks = std::max<int64_t>(1, together) * device.multiprocessors;
+  const int64_t together = std::min<int64_t>(blocks_together(backward), (whole + 1024) / (bytes + 1024));
+  int64_t most_blocks = together * device.multiprocessors;
   if (backward)  // 64 MiB of partial sums at most
-    most_blocks = std::min(most_blocks, std::max<int64_t>(1, (16 << 20) / sums));
+    most_blocks = std::min(most_blocks, std::max<int64_t>(1, (16 << 20) / std::max(1, sums)));
   blocks = static_cast<int>(std::min(most_blocks, ceil_div(rows, tile(value_size))));
   return true;
 }
