@@ -264,6 +264,23 @@ def test_narrow_runs_two_kernels_and_one_for_the_sums(by_switch, dtype):
 
 
 @gpu_only
+def test_narrow_in_a_graph(monkeypatch):
+    monkeypatch.setenv("MLPEXT_CUDA_NARROW", "1")
+    leaves = narrow_leaves(torch.bfloat16, (20, 33, 24, 17, 9), 150)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = narrow_results(leaves, MIXED)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = narrow_results(leaves, MIXED)
+    graph.replay()
+    for a, b in zip(captured, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@gpu_only
 def test_narrow_switch():
     x, weights = torch.randn(3, 4, device=DEVICE), [torch.randn(5, 4, device=DEVICE)]
     with pytest.MonkeyPatch.context() as patch:
