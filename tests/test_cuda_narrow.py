@@ -397,6 +397,10 @@ def test_a_planted_fault_is_caught(fault):
 
 # Nothing is out of bounds: numbers are wrong, and the comparison shows it.
 WRONG = {
+    "copies that nobody waits for": (
+        "      copies_done();\n      __syncthreads();\n      const Pieces",
+        "      __syncthreads();\n      const Pieces",
+    ),
     "sums that begin with anything": (
         "i < job.sums; i += threads) sums[i] = 0;",
         "i < 0; i += threads) sums[i] = 0;",

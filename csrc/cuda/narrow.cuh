@@ -35,12 +35,14 @@ __device__ __forceinline__ void copy_16_bytes(const M* from, M* to) {
       "l"(__cvta_generic_to_global(from))
       : "memory");
 #else
-  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  emulator::copy_later(from, to);
 #endif
 }
 __device__ __forceinline__ void copies_done() {
 #ifdef __CUDACC__
   asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  emulator::copies_done();
 #endif
 }
 

@@ -200,6 +200,20 @@ template <class T> const T* of_warp(const T& mine) {
   return given[turn][warp];
 }
 
+// As cp.async: what a thread copies is there when it has waited for it, and not before.
+struct Copy {
+  const uint4* from;
+  uint4* to;
+};
+inline std::vector<Copy> copies[most_threads];
+inline void copy_later(const void* from, void* to) {
+  copies[thread_index()].push_back({static_cast<const uint4*>(from), static_cast<uint4*>(to)});
+}
+inline void copies_done() {
+  for (const Copy& copy : copies[thread_index()]) *copy.to = *copy.from;
+  copies[thread_index()].clear();
+}
+
 inline char* shared_memory = nullptr;
 
 }  // namespace emulator
