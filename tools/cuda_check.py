@@ -120,8 +120,8 @@ def compile_kernels(nvcc: Path, path: Path) -> tuple[str, str, str]:
     words = [nvcc, *nvcc_flags(), "-Xptxas", "-v", "--keep", "--keep-dir", keep, "-c", path]
     said = output([*words, "-o", keep / "kernels.o"])
     ptx = next(keep.glob("*90*.ptx")).read_text()
-    dump = nvcc.with_name("cuobjdump")
-    sass = output([dump, "-sass", "-arch", "sm_90", keep / "kernels.o"]) if dump.exists() else ""
+    dump = shutil.which("cuobjdump", path=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    sass = output([dump, "-sass", "-arch", "sm_90", keep / "kernels.o"]) if dump else ""
     shutil.rmtree(keep)
     return said, ptx, sass
 
