@@ -14,11 +14,13 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as TF
@@ -27,6 +29,8 @@ import mlpext
 import mlpext.functional as F
 from calls import bytes_kept
 from harness import OURS, RESULTS
+from mlpext.training import fit_many
+from training import LR, SIZES, check_same_error, naive, network, ours, train
 
 BF16 = torch.bfloat16
 
@@ -37,8 +41,9 @@ class Case:
     contenders: dict[str, Callable[[], object]]
     bytes: float = 0.0  # the least that has to move
     flops: float = 0.0
-    target: float | None = None  # ratio eager / ours
+    target: float | dict[str, float] | None = None  # ratio eager / ours, or of each peer
     target_tbps: float | None = None
+    units: dict[str, int] = field(default_factory=dict)  # what a call does several times
 
 
 def random(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> torch.Tensor:
@@ -186,6 +191,62 @@ def narrow() -> Iterator[Case]:
     os.environ.pop("MLPEXT_CUDA_NARROW", None)
 
 
+def graphed(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, d: torch.Tensor, batch: int
+) -> Callable[[], None]:
+    """An epoch of `naive`, its step in a CUDA graph as PyTorch's notes have it; it leaves the weights as they
+    are."""
+    inputs, wanted = x[:batch].clone(), d[:batch].clone()
+    before = [weight.detach().clone() for weight in model.parameters()]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            naive(model, optimizer, inputs, wanted, batch)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad()
+    with torch.cuda.graph(graph):
+        naive(model, optimizer, inputs, wanted, batch)
+    with torch.no_grad():
+        for weight, value in zip(model.parameters(), before, strict=True):
+            weight.copy_(value)
+
+    def epoch() -> None:
+        for next_inputs, next_wanted in zip(x.split(batch), d.split(batch), strict=True):
+            inputs.copy_(next_inputs)
+            wanted.copy_(next_wanted)
+            graph.replay()
+
+    return epoch
+
+
+def training_epochs(batch: int = 32, epochs: int = 50) -> Iterator[Case]:
+    """The native engine, by whole calls of fit, beside the loop that people write, plain and in a graph."""
+    for name, sizes in SIZES.items():
+        count = {"digits": 1792, "synthetic": 9984}[name]
+        x, d = random(count, sizes[0], dtype=torch.float32), random(count, sizes[-1], dtype=torch.float32)
+        start = network(sizes).cuda()
+        native = {"loop": deepcopy(start), "graphed loop": deepcopy(start)}
+        sgd = {peer: torch.optim.SGD(model.parameters(), lr=LR) for peer, model in native.items()}
+        nets = [ours(start, sizes).cuda() for _ in range(64)]
+        calls: dict[str, Callable[[], object]] = {
+            OURS: partial(train, nets[0], x, d, batch, 1),
+            "loop": partial(naive, native["loop"], sgd["loop"], x, d, batch),
+            "graphed loop": graphed(native["graphed loop"], sgd["graphed loop"], x, d, batch),
+        }
+        for call in calls.values():
+            call()
+        check_same_error({OURS: nets[0], **native}, x, d)
+        calls[OURS] = partial(train, nets[0], x, d, batch, epochs)
+        title = f"an epoch of {'-'.join(map(str, sizes))}, tanh, float32, {batch} a step"
+        targets = {"loop": 20.0, "graphed loop": 3.0}
+        yield Case(title, calls, target=targets, units={OURS: epochs})
+        options = {"batch_size": batch, "lr": LR, "epochs": 5, "shuffle": False, "seed": 0}
+        together = partial(fit_many, nets, x, d, engine="native", **options)
+        yield Case(f"{title}, of 64 networks", calls | {OURS: together}, units={OURS: 5 * len(nets)})
+
+
 def kept() -> dict[str, dict[str, float]]:
     """Bytes an output kept for backward, beside the inputs."""
     rows = {}
@@ -209,7 +270,9 @@ def microseconds(call: Callable[[], object], repeats: int) -> float:
     return 1e3 * start.elapsed_time(end) / repeats
 
 
-def measure(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def measure(
+    contenders: dict[str, Callable[[], object]], rounds: int, units: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, list[float]]:
     names, repeats = list(contenders), {}
     for name, call in contenders.items():
         microseconds(call, 3)
@@ -218,7 +281,7 @@ def measure(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
     for round_ in range(rounds):
         start = round_ % len(names)
         for name in names[start:] + names[:start]:
-            times[name].append(microseconds(contenders[name], repeats[name]))
+            times[name].append(microseconds(contenders[name], repeats[name]) / units.get(name, 1))
     return times
 
 
@@ -261,11 +324,19 @@ def main() -> None:
     limits = record["ceilings"]
     print(f"{gpu}: copy {limits['tbps']:.2f} TB/s, product {limits['tflops']:.0f} TFLOP/s", flush=True)
     n = 2**28
-    groups = (small(), narrow(), linear(options.autotune), linear_maxout(), maxout(n), elementwise(n))
+    groups = (
+        small(),
+        narrow(),
+        training_epochs(),
+        linear(options.autotune),
+        linear_maxout(),
+        maxout(n),
+        elementwise(n),
+    )
     for case in itertools.chain(*groups):
         if options.only not in case.name:
             continue
-        times = measure(case.contenders, options.rounds)
+        times = measure(case.contenders, options.rounds, case.units)
         ours = median(times[OURS])
         row = {"name": case.name, "us": {name: sorted(values) for name, values in times.items()}}
         row["median_us"] = {name: median(values) for name, values in times.items()}
@@ -303,13 +374,11 @@ def table(record: dict) -> str:
     ]
     for row in record["cases"]:
         ratios = ", ".join(f"{name} **{ratio:.2f}**" for name, ratio in row["ratio"].items())
-        target = (
-            f"{row['target']:g}"
-            if row["target"]
-            else f"{row['target_tbps']} TB/s"
-            if row["target_tbps"]
-            else "-"
-        )
+        wanted = row["target"] or row["target_tbps"]
+        if isinstance(wanted, dict):
+            target = ", ".join(f"{name} {ratio:g}" for name, ratio in wanted.items())
+        else:
+            target = f"{wanted:g}{'' if row['target'] else ' TB/s'}" if wanted else "-"
         rates = [f"{row[unit]:.2f}" if row[unit] else "-" for unit in ("tbps", "tflops")]
         lines.append(
             f"| {row['name']} | {row['median_us'][OURS]:.1f} | {' | '.join(rates)} | {ratios} | {target} |"

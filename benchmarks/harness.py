@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -59,6 +59,7 @@ class Case:
     name: str
     contenders: Mapping[str, Callable[[], Any]]
     target: float | Mapping[str, float] | None = None
+    _: KW_ONLY
     units: Mapping[str, int] | None = None
     flops: float | None = None
     bytes: float | None = None
@@ -209,7 +210,7 @@ def _pin(threads: int) -> list[int]:
 def _setting(cpus: list[int]) -> dict[str, Any]:
     load = os.getloadavg()[0]
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("numpy", "mlpext", "jax", "scikit-learn"):
+    for package in ("numpy", "mlpext", "jax", "zentorch", "scikit-learn"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

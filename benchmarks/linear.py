@@ -8,10 +8,12 @@ be 2.5 times as fast: there, read the share of the peak.
     python benchmarks/linear.py --compile       torch.compile as a peer too (minutes)
     python benchmarks/linear.py --sweep 200     random shapes, 1 to 8192, against native: the slowest ratio
 
-JAX is a peer where it is installed, with XLA_FLAGS=--xla_cpu_multi_thread_eigen=false.
+JAX (with XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) and zentorch (forward only) are peers where they are
+installed.
 """
 
 import argparse
+import importlib
 import math
 import random
 import sys
@@ -44,13 +46,14 @@ TRAINING: dict[Shape, dict[str, float]] = {
     (8192, 512, 2048): {"eager": 2.5, "JAX": 1.6},
 }
 HALF_FORWARD: dict[Shape, dict[str, float]] = {
-    (256, 784, 256): {"eager": 1.5},
-    (4096, 1024, 1024): {"eager": 1.3},
+    (256, 784, 256): {"eager": 1.5, "zentorch": 1.2},
+    (4096, 1024, 1024): {"eager": 1.3, "zentorch": 1.1},
 }
 HALF_TRAINING: dict[Shape, dict[str, float]] = {
     (256, 784, 256): {"eager": 1.5},
     (4096, 1024, 1024): {"eager": 1.4},
 }
+FORWARD_ONLY = ("oneDNN", "zentorch")
 MAXOUT_TRAINING = {2: 3.0, 4: 4.0}
 MAXOUT_SHAPE = (256, 784, 256)
 
@@ -65,6 +68,10 @@ def eager(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 def onednn(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return TF.elu_(torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], ""))
+
+
+def zentorch(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    return TF.elu_(torch.ops.zentorch.zentorch_linear_unary(x, w, b))
 
 
 def maxout_peers(pieces: int) -> dict[str, Call]:
@@ -116,6 +123,9 @@ def table(compiled: bool) -> Iterator[Case]:
         (torch.bfloat16, HALF_FORWARD, HALF_TRAINING),
     ):
         peers: dict[str, Call] = {"eager": eager, "oneDNN": onednn}
+        if find_spec("zentorch"):
+            importlib.import_module("zentorch")
+            peers["zentorch"] = zentorch
         if compiled:
             peers["torch.compile"] = torch.compile(eager)
         for trains, targets in ((False, forward), (True, train)):
@@ -127,7 +137,7 @@ def table(compiled: bool) -> Iterator[Case]:
                     else (lambda call, i=inputs: partial(call, *i))
                 )
                 contenders = {
-                    name: make(call) for name, call in peers.items() if not (trains and name == "oneDNN")
+                    name: make(call) for name, call in peers.items() if not (trains and name in FORWARD_ONLY)
                 }
                 if find_spec("jax") and dtype == torch.float32:
                     contenders["JAX"] = jax_calls(inputs)[trains]
@@ -135,7 +145,7 @@ def table(compiled: bool) -> Iterator[Case]:
                 flops = (6 if trains else 2) * math.prod(shape)
                 work = f"{str(dtype).removeprefix('torch.')} {'training' if trains else 'forward'} {shape}"
                 for name, call in contenders.items():
-                    yield Case(f"{work}, {name}", {name: call, OURS: mine}, wanted.get(name), flops)
+                    yield Case(f"{work}, {name}", {name: call, OURS: mine}, wanted.get(name), flops=flops)
     for pieces, target in MAXOUT_TRAINING.items():
         inputs = tensors(MAXOUT_SHAPE, torch.float32, (pieces,))
         calls = {**maxout_peers(pieces), OURS: MF.linear_maxout}
@@ -143,7 +153,7 @@ def table(compiled: bool) -> Iterator[Case]:
             f"float32 training {MAXOUT_SHAPE}, maxout of {pieces}",
             {name: training(call, inputs) for name, call in calls.items()},
             target,
-            6 * pieces * math.prod(MAXOUT_SHAPE),
+            flops=6 * pieces * math.prod(MAXOUT_SHAPE),
         )
 
 

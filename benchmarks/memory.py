@@ -4,8 +4,10 @@ Counted are the layer's output, which the next layer reads, and what autograd ho
 parameters. Results go to benchmarks/results/memory.md.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as TF
@@ -39,6 +41,9 @@ def maximum(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Bytes kept for backward")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    folder = parser.parse_args().out
     torch.manual_seed(0)
     lines = [
         "# Memory",
@@ -62,7 +67,7 @@ def main() -> None:
         verdict = "met" if after <= target else "missed"
         lines.append(f"| linear + {name} | {before:g} | {after:g} | {target:g} | {verdict} |")
     text = "\n".join(lines) + "\n"
-    (RESULTS / "memory.md").write_text(text)
+    (folder / "memory.md").write_text(text)
     print(text)
 
 

@@ -193,7 +193,7 @@ def training(name: str, batch: int, jax: Jax) -> Iterator[Case]:
     error = check_same_error(models, x, d)
     title = f"{'-'.join(map(str, SIZES[name]))}, {batch or 'all'} a step"
     print(f"  {title}: E = {error:.6f} after one epoch of {count} samples, the same for {', '.join(models)}")
-    yield Case(title, contenders, targets, units)
+    yield Case(title, contenders, targets, units=units)
 
 
 def modules() -> Iterator[Case]:
@@ -236,7 +236,8 @@ def many(count: int = 64) -> Iterator[Case]:
         "naive loop": lambda: naive(model, optimizer, x[:640], d[:640], 32),
         "mlpext": lambda: fit_many(nets, x, d, **options),
     }
-    yield Case(title, contenders, 30.0, {"naive loop": 640, "mlpext": count * 2 * len(x)})
+    units = {"naive loop": 640, "mlpext": count * 2 * len(x)}
+    yield Case(title, contenders, 30.0, units=units)
 
 
 def cases(jax: Jax) -> Iterator[Case]:

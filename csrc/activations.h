@@ -192,7 +192,7 @@ struct SiLU : Formula {  // x sigmoid(x) (Elfwing et al., 2017)
   static constexpr std::string_view name = "silu";
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     V n = select(x < V(0), exp(-abs(x), at_least(x, V(-1000))), x);
-    return n / (V(1) + exp(-abs(x)));
+    return over_one_plus(n, exp(-abs(x)));
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     return times_sigmoid_derivative(at_most(at_least(x, V(-1000)), V(1000)), -abs(x), V(1));

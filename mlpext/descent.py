@@ -90,6 +90,17 @@ class Plan:
     metric: Metric | None
     ranks: Ranks
 
+    @property
+    def chunk(self) -> int:
+        """The rows that the model takes at once: those of a step, in batch mode a part of them."""
+        return BLOCK if self.mode == "batch" else self.step_size
+
+    def sizes(self, rows: int) -> Tensor:
+        """The samples of each chunk of so many rows, float64; the last may have fewer."""
+        sizes = torch.full((-(-rows // self.chunk),), self.chunk, dtype=torch.float64)
+        sizes[-1] = rows - self.chunk * (len(sizes) - 1)
+        return sizes
+
 
 def run_epoch(
     model: nn.Module,
@@ -110,16 +121,14 @@ def run_epoch(
     """
     batch, ranks = plan.mode == "batch", plan.ranks
     # Rows are gathered, cast and moved, and losses and metric looked at, a block at a time, so that a step
-    # does nothing but its own work. In batch mode a block is also the chunk that the model takes at once.
-    chunk = BLOCK if batch else plan.step_size
-    block = max(BLOCK // chunk, 1) * chunk
+    # does nothing but its own work.
+    block = max(BLOCK // plan.chunk, 1) * plan.chunk
     score = torch.zeros((), dtype=torch.float64)
     losses: list[Tensor] = []
     descent.zero_grad()
     for rows in torch.split(order, block):
-        sizes = torch.full((-(-len(rows) // chunk),), chunk, dtype=torch.float64)
-        sizes[-1] = len(rows) - chunk * (len(sizes) - 1)
-        own, lengths = ranks.share(rows, chunk)
+        sizes = plan.sizes(len(rows))
+        own, lengths = ranks.share(rows, plan.chunk)
         x, d = samples[own]
         outputs, totals = [], []
         for inputs, targets, size in zip(

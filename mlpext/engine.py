@@ -38,15 +38,16 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> None:
-        if plan.ranks.size > 1:
-            raise Refused(
-                f"{plan.ranks.size} ranks add up their gradients at every step, for which it has no place"
-            )
-        layers = _layers(model)
-        _check_rows(samples, plan, layers[0])
-        self.rule, states = _states(descent, layers)
-        self.layers = [_describe(layer, states) for layer in layers]
+        self._of = (model, samples, plan, descent)
+        layers = layers_of(model, torch.device("cpu"))
+        check_rows(samples, plan, layers[0])
+        self.rule, states = rule_and_states(descent, layers)
+        self.layers = [describe(layer, states) for layer in layers]
         self.dtype = layers[0].weight.dtype
+
+    def renewed(self) -> Network:
+        """The same after such a change."""
+        return Network(*self._of)
 
 
 def run_epoch(
@@ -112,7 +113,7 @@ def run_epoch(
         outputs=outputs,
         poll=poll,
     )
-    _count_steps(descent, network, steps)
+    count_steps(descent, network.rule, steps)
     if stopped:
         raise KeyboardInterrupt
     losses = losses[:steps]
@@ -126,8 +127,8 @@ def run_epoch(
     return losses, score
 
 
-def _layers(model: nn.Module) -> list[Layer]:
-    """The layers of a network that the engine can run as it stands."""
+def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
+    """The layers of a network on `device` that the engine can run as it stands."""
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         raise Refused("torch has global module hooks")
     _check_module(model)
@@ -150,8 +151,10 @@ def _layers(model: nn.Module) -> list[Layer]:
                 continue
             if type(parameter) is not nn.Parameter:
                 raise Refused(f"a layer's {name} is a {type(parameter).__name__}, not a Parameter")
-            if parameter.device.type != "cpu" or parameter.dtype not in (torch.float32, torch.float64):
-                raise Refused(f"a {name} is {parameter.dtype} on {parameter.device}, not float32/64 on cpu")
+            if parameter.device != device or parameter.dtype not in (torch.float32, torch.float64):
+                raise Refused(
+                    f"a {name} is {parameter.dtype} on {parameter.device}, not float32/64 on {device}"
+                )
             if parameter.dtype != first.dtype:
                 raise Refused(f"weights of {first.dtype} and {parameter.dtype} are mixed")
             if not parameter.is_contiguous() or parameter.numel() == 0:
@@ -176,7 +179,12 @@ def _check_module(module: nn.Module) -> None:
         raise Refused(f"{type(module).__name__} has hooks or a forward of its own")
 
 
-def _check_rows(samples: Samples, plan: Plan, first: Layer) -> None:
+def check_rows(samples: Samples, plan: Plan, first: Layer) -> None:
+    """Refuses data, loss and ranks that it does not serve."""
+    if plan.ranks.size > 1:
+        raise Refused(
+            f"{plan.ranks.size} ranks add up their gradients at every step, for which it has no place"
+        )
     if plan.total not in LOSSES:
         raise Refused("loss is a function; it takes the names " + ", ".join(LOSSES.values()))
     x, d = samples.shapes
@@ -186,7 +194,8 @@ def _check_rows(samples: Samples, plan: Plan, first: Layer) -> None:
         raise Refused(f"x has {x[1]} columns, the first layer takes {first.weight.shape[-1]}")
 
 
-def _describe(layer: Layer, states: dict[int, tuple[Tensor, ...]]) -> tuple[Any, ...]:
+def describe(layer: Layer, states: dict[int, tuple[Tensor, ...]]) -> tuple[Any, ...]:
+    """Weight, bias, name and parameters of the activation, and the optimizer's buffers of the two."""
     weight, bias = layer.weight, layer.bias
     name, params = ("maxout", ()) if isinstance(layer, Maxout) else (layer.activation, layer.params.values())
     return (
@@ -199,9 +208,16 @@ def _describe(layer: Layer, states: dict[int, tuple[Tensor, ...]]) -> tuple[Any,
     )
 
 
-def _states(descent: Descent, layers: list[Layer]) -> tuple[dict[str, Any], dict[int, tuple[Tensor, ...]]]:
+def trained_of(layers: list[Layer]) -> list[nn.Parameter]:
+    """The parameters that require a gradient."""
+    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+
+
+def rule_and_states(
+    descent: Descent, layers: list[Layer]
+) -> tuple[dict[str, Any], dict[int, tuple[Tensor, ...]]]:
     """The update rule, and the optimizer's buffers of each parameter that it moves (made where missing)."""
-    trained = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    trained = trained_of(layers)
     if isinstance(descent, GradientDescent):
         if {id(p) for p in trained} != {id(p) for p in descent.parameters}:
             raise Refused("the optimizer does not hold exactly the parameters that require a gradient")
@@ -261,9 +277,10 @@ def _torch_states(
     return rule, states
 
 
-def _count_steps(descent: Descent, network: Network, steps: int) -> None:
-    if "steps" in network.rule:
-        network.rule["steps"] += steps
+def count_steps(descent: Descent, rule: dict[str, Any], steps: int) -> None:
+    """Tell rule and optimizer of so many steps more."""
+    if "steps" in rule:
+        rule["steps"] += steps
     if isinstance(descent, torch.optim.Optimizer):
         descent._opt_called = True  # type: ignore[attr-defined]  # schedulers warn unless step was called
         for parameter in descent.param_groups[0]["params"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeAlias
 
 import torch
@@ -24,6 +24,17 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """-log softmax(o)[target], summed over the samples; o (n, C), target (n,) or probabilities (n, C)."""
     return F.cross_entropy(output, target, reduction="sum")
+
+
+def gradient(total: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
+    """dE/do of each output under squared_error or cross_entropy, in two to five kernels on a GPU; outputs may
+    have dimensions more."""
+    if total is squared_error:
+        return output - target
+    softmax = output.softmax(-1)
+    if target.is_floating_point():
+        return softmax * target.sum(-1, keepdim=True) - target
+    return softmax - F.one_hot(target, output.shape[-1])
 
 
 def total_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
@@ -90,12 +101,10 @@ class R2:
 
     def __init__(self, samples: Samples) -> None:
         # Deviations from the first sample: sums of squares of the targets themselves would cancel.
-        origin: Tensor | None = None
+        origin = _flat(samples.targets(torch.tensor([0])))
         total = squares = torch.zeros(())
-        for rows in torch.split(torch.arange(len(samples)), BLOCK):
-            deviation = _flat(samples.targets(rows))
-            origin = deviation[0].clone() if origin is None else origin
-            deviation -= origin
+        for rows in _blocks(samples):
+            deviation = _flat(samples.targets(rows)) - origin
             total = total + deviation.sum(0)
             squares = squares + deviation.square().sum(0)
         self._spread = (squares - total.square() / len(samples)).clamp_min(0).cpu()
@@ -158,7 +167,7 @@ def measure(
     """Mean E ("loss") and metric of the samples under the model as it is, in eval() mode."""
     error, score = 0.0, torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), in_mode(model, training=False):
-        for rows in torch.split(torch.arange(len(samples)), BLOCK):
+        for rows in _blocks(samples):
             x, target = samples[rows]
             output = model(x)
             error += total(output, target).item()
@@ -172,13 +181,25 @@ def measure(
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model in train() or eval() mode, and afterwards each of its modules in the mode that it had."""
     flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
+    if all(type(module).train is nn.Module.train for module, _ in flags):
+        _set_mode((module, training) for module, _ in flags)
+    else:
+        model.train(training)
     try:
         yield
     finally:
-        for module, flag in flags:
-            if module.training != flag:  # an attribute of a module costs 2 us to set
-                module.training = flag
+        _set_mode(flags)
+
+
+def _set_mode(flags: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, flag in flags:
+        if module.training != flag:  # an attribute of a module costs 2 us to set
+            module.training = flag
+
+
+def _blocks(samples: Samples) -> Iterator[Tensor]:
+    for first in range(0, len(samples), BLOCK):
+        yield torch.arange(first, min(first + BLOCK, len(samples)))
 
 
 def _flat(rows: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import _C
 
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 
@@ -81,14 +82,13 @@ class Samples:
         return len(self._x) if self._rows is None else len(self._rows)
 
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the inputs and targets of `rows`, int64 row numbers on the CPU."""
-        own = rows if self._rows is None else self._rows[rows]
-        return self._take(self._x, own, self._dtype), self.targets(rows)
+        """Copies of the inputs and targets of `rows`, int64 row numbers. With these on the data's device the
+        host waits for nothing, but a memory map."""
+        return self._take(self._x, self._own(rows), self._dtype), self.targets(rows)
 
     def targets(self, rows: Tensor) -> Tensor:
         """Copies of the targets alone."""
-        own = rows if self._rows is None else self._rows[rows]
-        target = self._take(self._target, own, self._target_dtype)
+        target = self._take(self._target, self._own(rows), self._target_dtype)
         if self.one_hot is not None:
             target = torch.nn.functional.one_hot(target, self.one_hot).to(self._dtype)
         return target
@@ -105,7 +105,7 @@ class Samples:
     def subset(self, rows: Tensor) -> Samples:
         """Samples of these rows alone, which share the memory of all of them."""
         part = copy.copy(self)
-        part._rows = rows if self._rows is None else self._rows[rows]
+        part._rows = self._own(rows).to(self._device)
         return part
 
     @property
@@ -121,23 +121,22 @@ class Samples:
         """The largest class number."""
         return int(self._target.max())
 
+    def _own(self, rows: Tensor) -> Tensor:
+        return rows if self._rows is None else self._rows.index_select(0, rows.to(self._rows.device))
+
     def _take(self, data: Array, rows: Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(data, Tensor):
             return data.index_select(0, rows.to(data.device))
-        return self._convert(data[rows.numpy()], dtype)
+        return self._convert(data[rows.cpu().numpy()], dtype)
 
     def _convert(self, data: Array, dtype: torch.dtype) -> Tensor:
-        if not isinstance(data, Tensor):
-            # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
-            data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
-            data = torch.from_numpy(data if data.flags.writeable else data.copy())
-        return data.detach().to(self._device, dtype)
+        return _convert(data, self._device, dtype)
 
     def _check_values(self) -> None:
         if isinstance(self._x, Tensor) and isinstance(self._target, Tensor):
             # All at once where all is in memory; what is wrong is then looked for by blocks.
-            numbered = self.has_classes and bool(self._target.min() >= 0)
-            if all_finite(self._x) and (numbered or (not self.has_classes and all_finite(self._target))):
+            numbered = not self.has_classes or bool(self._target.min() >= 0)
+            if numbered and _C.all_finite([self._x, self._target]):
                 return
         for rows in torch.split(torch.arange(len(self)), BLOCK):
             x, target = self[rows]
@@ -151,14 +150,25 @@ class Samples:
                 )
 
 
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
-    # Finite values mostly have a finite sum, which takes a quarter of the time.
-    return math.isfinite(values.detach().sum()) or bool(values.isfinite().all())
+def as_held(data: Array, device: torch.device, dtype: torch.dtype) -> Array:
+    """`data` as Samples of this device and dtype hold it, for several of them to share."""
+    if not isinstance(data, (Tensor, np.ndarray)) or isinstance(data, np.memmap):
+        return data  # of the wrong type, or read where it is
+    if not (_is_float(data) or _is_integer(data)):
+        return data
+    return _convert(data, device, dtype if _is_float(data) else torch.int64)
+
+
+def _convert(data: Array, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if not isinstance(data, Tensor):
+        # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
+        data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
+        data = torch.from_numpy(data if data.flags.writeable else data.copy())
+    return data.detach().to(device, dtype)
 
 
 def _check_finite(name: str, data: Tensor, first_row: int) -> None:
-    if not all_finite(data):
+    if not _C.all_finite([data]):
         place = (~data.isfinite()).nonzero()[0].tolist()
         value = data[tuple(place)].item()
         place[0] += first_row

@@ -34,15 +34,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import _C, captured, objective
 from . import descent as autograd
-from . import engine as native
-from . import objective
+from . import engine as cpu_engine
 from .checkpoint import Checkpoint
 from .descent import Descent, GradientDescent, Plan
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
 from .ranks import Ranks
-from .samples import Array, Samples, all_finite
+from .samples import Array, Samples, as_held
 
 __all__ = [
     "ENGINES",
@@ -60,6 +60,9 @@ __all__ = [
 MODES = ("stochastic", "mini-batch", "batch")
 REDUCTIONS = ("mean", "sum")
 ENGINES = ("auto", "native", "autograd")
+
+# engine="native" by the type of device that the model is on.
+NATIVE: dict[str, Any] = {"cpu": cpu_engine, "cuda": captured}
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -141,11 +144,12 @@ def fit(
         log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
         progress: show a bar on stderr where that is a terminal.
         device: move the model there first; None trains it where it is.
-        engine: "native", whole epochs in C++: for rows of LinearActivation and Maxout layers (an
-            `mlpext.nn.MLP`) in float32 or float64 on the CPU, a loss by name, and no optimizer or torch's
-            SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the PyTorch loop: any
-            model. "auto": native where it serves. Both give the same numbers, to rounding. Several ranks take
-            autograd: an epoch in C++ has no place to add up their gradients.
+        engine: "native", whole epochs in C++ on the CPU, steps in CUDA graphs on a GPU: for rows of
+            LinearActivation and Maxout layers (an `mlpext.nn.MLP`) in float32 or float64, a loss by name, and
+            no optimizer or torch's SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the
+            PyTorch loop: any model. "auto": native where it serves, on the CPU; graphs have not been measured
+            yet. Both give the same numbers, to rounding. Several ranks take autograd: an epoch of the native
+            engine has no place to add up their gradients.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run;
@@ -154,8 +158,8 @@ def fit(
         FloatingPointError: a loss or a weight became NaN or infinite; the message names epoch and step. The
             model gets back the weights that it had when that epoch began, and the checkpoint stays that of
             the epoch before.
-        KeyboardInterrupt: Ctrl-C, once the step under way is complete (in batch mode that step is dropped
-            instead); the checkpoint is that of the last complete epoch.
+        KeyboardInterrupt: Ctrl-C, once the step under way is complete, in CUDA graphs those of a graph (in
+            batch mode that step is dropped instead); the checkpoint is that of the last complete epoch.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -174,7 +178,7 @@ def fit(
             raise TypeError(f"callbacks must be functions of an Epoch, got {type(callback).__name__}")
     total = objective.total_loss(loss)
 
-    ranks = Ranks(next((w.device for w in model.parameters()), "cpu") if device is None else device)
+    ranks = Ranks(_device(model) if device is None else device)
     first = ranks.rank == 0  # the one that writes and shows
     store = Checkpoint(checkpoint) if checkpoint is not None and first else None
     saved = ranks.first(store.load() if store is not None and resume and store.exists() else None)
@@ -211,12 +215,11 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    describe = functools.partial(native.Network, model, samples, plan, descent)
-    network = None
-    if engine != "autograd":
+    network, native = None, NATIVE.get(parameters[0].device.type, cpu_engine)
+    if engine == "native" or (engine == "auto" and native is cpu_engine):
         try:
-            network = describe()
-        except native.Refused as reason:
+            network = native.Network(model, samples, plan, descent)
+        except cpu_engine.Refused as reason:
             if engine == "native":
                 raise ValueError(
                     f"engine='native' cannot train this: {reason}; engine='auto' falls back"
@@ -247,23 +250,27 @@ def fit(
                 f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(saved['epochs'])}"
             )
         run.load_state_dict(saved)
-        network = None if network is None else describe()  # the optimizer has other buffers now
+        network = None if network is None else network.renewed()  # the optimizer has other buffers now
     elif store is not None:
         store.save(run.state_dict())
     history, stopping = run.history, run.stopping
     log = Log(log_dir, history) if log_dir is not None and first else None
 
     count = len(samples)
-    with _training(model, descent), _Progress(progress and first, count, epochs, len(history)) as bar:
+    own = _weights(model)
+    bar = _Progress(progress and first, count, epochs, len(history))
+    with _training(model, descent), bar, _Interrupts() as interrupts:
         while len(history) < epochs and not stopping.due(len(history)):
             order = torch.arange(count)
             if shuffle and mode != "batch":
                 order = torch.randperm(count, generator=generator)
             if callbacks and network is not None:
-                network = describe()  # they may have changed model or optimizer
-            weights = _copy_weights(model)
+                network = network.renewed()  # they may have changed model or optimizer
+            if callbacks or network is None:  # a module may put other buffers in place of its own
+                own = _weights(model)
+            before = [weight.clone() for weight in own]
             started = time.perf_counter()
-            with _between_steps() as interrupted:
+            with interrupts.held() as interrupted:
                 how = (samples, order, plan, descent, interrupted, bar.advance)
                 if network is None:
                     losses, score = autograd.run_epoch(model, *how)
@@ -280,7 +287,7 @@ def fit(
                 if not math.isfinite(measured["loss"]):
                     trouble = f"the validation loss became {measured['loss']} after step {len(losses)}"
             if trouble is not None:
-                _put_back(model, weights)
+                _copy(before, _weights(model))
                 raise FloatingPointError(
                     f"{trouble} of epoch {len(history) + 1}; try a smaller lr. "
                     f"The model has its weights of the end of epoch {len(history)} again"
@@ -318,6 +325,7 @@ def fit_many(
     **options: Any,
 ) -> list[History]:
     """Train several models on the same data, each as `fit` would alone, to the same bits; several at a time.
+    On CUDA, engine="native" trains those of one shape as batched products; then it is to rounding.
 
         nets = [mlpext.nn.MLP([64, 64, 10], "tanh") for _ in range(64)]
         histories = fit_many(nets, x, labels, epochs=5, each=[{"lr": lr} for lr in rates])
@@ -328,7 +336,7 @@ def fit_many(
         x, target, options: as for `fit`. `checkpoint` and `log_dir` become a folder with one for each model:
             0, 1, ...
         each: the options of each model that are its own, one mapping a model.
-        threads: models trained at a time; None takes torch.get_num_threads().
+        threads: models trained at a time; None takes torch.get_num_threads(). Batched products take all.
 
     Raises what `fit` raises, once the other models under way have stopped after the step that they were in;
     ValueError for a model given twice, a wrong number of `each`, or several ranks (`fit` takes those).
@@ -340,6 +348,17 @@ def fit_many(
     if each is not None and len(each) != len(models):
         raise ValueError(f"each has {len(each)} entries, expected one for each of {len(models)} models")
     threads = torch.get_num_threads() if threads is None else _count("threads", threads, 1)
+    devices = {_device(model) for model in models}
+    if options.get("device") is not None:
+        devices = {torch.device(options["device"])}
+    together = options.get("engine") == "native" and {NATIVE.get(d.type) for d in devices} == {captured}
+    group = captured.Group(len(models)) if together else None
+    if together:
+        threads = len(models)
+        dtypes = {weight.dtype for model in models for weight in model.parameters()}
+        if len(devices) == len(dtypes) == 1:
+            held = functools.partial(as_held, device=devices.pop(), dtype=dtypes.pop())
+            x, target = held(x), held(target)
     histories: list[History | None] = [None] * len(models)
     stop: list[int] = []
     errors: list[BaseException] = []
@@ -353,8 +372,9 @@ def fit_many(
                 for folder in ("checkpoint", "log_dir"):
                     if options.get(folder) is not None and own[folder] is options[folder]:
                         own[folder] = os.path.join(options[folder], str(index))
-                if not stop:
-                    histories[index] = fit(models[index], x, target, **own)
+                with contextlib.nullcontext() if group is None else group.member(index):
+                    if not stop:
+                        histories[index] = fit(models[index], x, target, **own)
         except BaseException as error:
             errors.append(error)
             stop.append(1)
@@ -408,14 +428,14 @@ class _EarlyStopping:
         loss = epoch.metrics["val_loss"]
         if self.best_loss is None or loss < self.best_loss:
             self.best_epoch, self.best_loss = epoch.epoch, loss
-            self.weights = _copy_weights(model)
+            self.weights = [weight.clone() for weight in _weights(model)]
 
     def due(self, epoch: int) -> bool:
         return self.patience is not None and epoch - self.best_epoch >= self.patience
 
     def restore_best(self, model: nn.Module) -> None:
         if self.weights:
-            _put_back(model, self.weights)
+            _copy(self.weights, _weights(model))
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_epoch": self.best_epoch, "best_loss": self.best_loss, "weights": self.weights}
@@ -475,6 +495,10 @@ class _Run:
         torch.set_rng_state(state["random"])
         for device, random in zip(self._cuda, state["random_cuda"], strict=False):
             torch.cuda.set_rng_state(random, device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
 
 
 def _samples(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
@@ -550,29 +574,29 @@ def _check_same_run(saved: dict[str, Any], config: dict[str, Any], where: str) -
 
 def _trouble(losses: Tensor, parameters: list[nn.Parameter]) -> str | None:
     """What is NaN or infinite after an epoch, and at which step."""
-    if not all_finite(losses):
+    if not _C.all_finite([losses]):
         step = int((~losses.isfinite()).nonzero()[0])
         return f"the loss became {losses[step].item()} at step {step + 1}"
-    if not all(map(all_finite, parameters)):
+    if not _C.all_finite(parameters):
         return f"a weight became NaN or infinite at step {len(losses)} or shortly before"
     return None
 
 
 def _epoch_loss(losses: Tensor, step_size: int, samples: int) -> float:
     """The mean of E over an epoch's samples, from the means over its steps; the last may have fewer."""
-    sizes = torch.full_like(losses, step_size)
-    sizes[-1] = samples - step_size * (len(losses) - 1)
-    return float((losses * sizes).sum() / samples)
+    means = losses.numpy()
+    rest = samples - step_size * (len(means) - 1)
+    return float(means[:-1].sum() * step_size + means[-1] * rest) / samples
 
 
-def _copy_weights(model: nn.Module) -> list[Tensor]:
-    return [weight.detach().clone() for weight in (*model.parameters(), *model.buffers())]
+def _weights(model: nn.Module) -> list[Tensor]:
+    """All that training changes in a model: its parameters and buffers."""
+    return [weight.detach() for weight in (*model.parameters(), *model.buffers())]
 
 
-def _put_back(model: nn.Module, weights: list[Tensor]) -> None:
-    with torch.no_grad():
-        for weight, value in zip((*model.parameters(), *model.buffers()), weights, strict=True):
-            weight.copy_(value)
+def _copy(values: list[Tensor], weights: list[Tensor]) -> None:
+    for value, weight in zip(values, weights, strict=True):
+        weight.copy_(value)
 
 
 @contextlib.contextmanager
@@ -585,38 +609,49 @@ def _training(model: nn.Module, descent: Descent) -> Iterator[None]:
             descent.zero_grad()
 
 
-@contextlib.contextmanager
-def _between_steps() -> Iterator[list[int]]:
-    """Hold Ctrl-C back, so that it cannot cut a weight update in two: the list is not empty once it was
-    pressed.
+class _Interrupts:
+    """Holds Ctrl-C back while an epoch is under way, so that it cannot cut a weight update in two.
 
-    A second Ctrl-C is not held back. Python's own handler is the only one replaced, and only in the main
-    thread, where alone signals arrive.
+        with _Interrupts() as interrupts, interrupts.held() as pressed: ...
+
+    Python's own handler is the only one replaced (or that of a fit whose callback this is), and only in the
+    main thread, where alone signals arrive.
     """
-    pressed: list[int] = []
-    default = signal.default_int_handler
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not default
-    ):
-        elsewhere: list[int] = getattr(_stopped_by, "list", pressed)
-        yield elsewhere
-        if elsewhere:
-            raise KeyboardInterrupt
-        return
 
-    def note(number: int, frame: Any) -> None:
+    def __init__(self) -> None:
+        self._before = signal.getsignal(signal.SIGINT)
+        self._mine = threading.current_thread() is threading.main_thread() and (
+            self._before is signal.default_int_handler
+            or isinstance(getattr(self._before, "__self__", None), _Interrupts)
+        )
+        self._pressed: list[int] | None = None
+
+    def __enter__(self) -> _Interrupts:
+        if self._mine:
+            signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._mine and signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._pressed is None or self._pressed:  # between epochs, or the second time
+            signal.default_int_handler(number, frame)
+        else:
+            self._pressed.append(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[list[int]]:
+        """A list that is not empty once the run has to stop: by KeyboardInterrupt, when the block ends."""
+        pressed: list[int] = [] if self._mine else getattr(_stopped_by, "list", [])
+        self._pressed = pressed
+        try:
+            yield pressed
+        finally:
+            self._pressed = None
         if pressed:
-            default(number, frame)
-        pressed.append(number)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, default)
-    if pressed:
-        raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
 
 class _Progress:

@@ -33,9 +33,9 @@ VALUE = {
     **dict.fromkeys(("identity", "relu", "relu6", "hardtanh", "hardshrink", "softshrink"), (0.5, 0.5)),
     **dict.fromkeys(("leaky_relu", "elu", "celu", "hardsigmoid"), (1.0, 1.0)),
     **dict.fromkeys(("selu", "softplus", "logsigmoid", "tanh", "softsign"), (1.7, 1.8)),
-    **dict.fromkeys(("gelu", "gelu_tanh", "hardswish", "tanhshrink"), (2.0, 3.0)),
+    **dict.fromkeys(("gelu", "gelu_tanh", "silu", "hardswish", "tanhshrink"), (2.0, 3.0)),
     "sigmoid": (2.4, 2.4),
-    **dict.fromkeys(("silu", "mish"), (2.8, 3.0)),
+    "mish": (2.8, 3.0),
     "sine": (1.3, 2.5),
     "squareplus": (2.8, 2.8),
 }

@@ -43,7 +43,7 @@ def train(seed=0, numbers=False, rows=1100, **options):
 
 def result(model, history):
     return {
-        "weights": [weight.detach().clone() for weight in model.parameters()],
+        "weights": [weight.detach().to("cpu", copy=True) for weight in model.parameters()],
         "steps": history.step_losses,
         "rows": [dict(row.metrics, loss=row.loss, updates=row.updates) for row in history.epochs],
     }
@@ -67,6 +67,18 @@ def as_rank(folder):
     with pytest.raises(ValueError, match=r"one of 2 ranks"):
         fit_many([], *data())
     torch.save({"results": results, "errors": errors}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def as_nccl_rank(folder):
+    """Each rank on a GPU of its own."""
+    rank = int(os.environ["RANK"])
+    results = {
+        name: result(*train(seed=rank, rows=1089, device="cuda", **options))
+        for name, options in CASES.items()
+    }
+    assert torch.distributed.get_backend() == "nccl"
+    torch.save(results, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -96,25 +108,30 @@ def free_port():
         return free.getsockname()[1]
 
 
+def torchrun(function, folder, ranks=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    command += [__file__, function.__name__, str(folder)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr"]
-    torchrun += ["127.0.0.1", "--master-port", str(free_port()), __file__, "as_rank", str(folder)]
-    done = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return folder, torchrun(as_rank, folder)
 
 
-def assert_like_one_process(ranks, one):
+def assert_like_one_process(ranks, one, bound=1e-12):
     first, second = ranks
     assert all(map(torch.equal, first["weights"], second["weights"]))
     assert first["rows"] == second["rows"] and torch.equal(first["steps"], second["steps"])
     for ours, theirs in zip(first["weights"], one["weights"], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(first["steps"], one["steps"], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(ours, theirs, rtol=bound, atol=0.01 * bound)
+    torch.testing.assert_close(first["steps"], one["steps"], rtol=bound, atol=0.01 * bound)
     for ours, theirs in zip(first["rows"], one["rows"], strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-12)
+        assert ours == pytest.approx(theirs, rel=bound)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -143,6 +160,15 @@ def test_what_several_ranks_cannot_do(launched):
     for rank in launched[1]:
         assert "2 ranks add up their gradients" in rank["errors"]["native"]
         assert "mode='stochastic' takes 1 samples a step" in rank["errors"]["stochastic"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_ranks_on_gpus_are_one_process(tmp_path):
+    ranks = torchrun(as_nccl_rank, tmp_path, min(2, torch.cuda.device_count()))
+    for name, options in CASES.items():
+        one = result(*train(rows=1089, engine="autograd", **options))
+        assert_like_one_process([rank[name] for rank in (ranks * 2)[:2]], one, 1e-9)
 
 
 def launch(folder):
@@ -174,4 +200,4 @@ def test_a_killed_rank_is_named_and_the_run_resumes(tmp_path):
 
 
 if __name__ == "__main__":
-    {"as_rank": as_rank, "as_killed_rank": as_killed_rank}[sys.argv[1]](sys.argv[2])
+    globals()[sys.argv[1]](sys.argv[2])

@@ -19,7 +19,7 @@ $python -c 'import mlpext; assert mlpext._C.has_cuda()'
 failed=0
 step "tests"
 timeout 240 $python -m pytest -q -m cuda --maxfail=20 -p no:cacheprovider -n "${WORKERS:-6}" \
-    tests/test_cuda.py tests/test_cuda_samples.py \
+    tests/test_cuda.py tests/test_cuda_samples.py tests/test_captured.py tests/test_ranks.py \
     2>&1 | tee "$out/test.log" | tail -n 30 || failed=1
 
 step "benchmarks"

@@ -195,7 +195,9 @@ template <Dtype dtype, bool pairs = false> struct Product {
   //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
   //   sums(i, j)            where they are kept; null to keep them in scratch memory
   //   finish(Tile, Sums)
-  // Columns are those of the product; the panel has `pieces` sums for each.
+  // Columns are those of the product; the panel has `pieces` sums for each. All panels meet a group of rows
+  // of a, which the caches hold, before the next group: the other way round a came from memory once for 64
+  // columns, which at (4096, 1024, 1024) cost 18 % of the time.
   template <class LoadA, class LoadB, class Start, class Sums, class Finish>
   static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, Blocks blocks,
                        LoadA load_a, LoadB load_b, Start start, Sums sums, Finish finish) {
@@ -209,10 +211,10 @@ template <Dtype dtype, bool pairs = false> struct Product {
                         scratch<0>((panel_size + block_size * widens + group_size) * sizeof(T)));
                     T* const block = panel + panel_size;
                     T* const group = block + block_size * widens;
-                    for (int64_t j = first_column; j < last_column; j += step) {
-                      const int64_t width = std::min(step, last_column - j);
-                      for (int64_t g = first_row; g < last_row; g += group_rows) {
-                        const int64_t end = std::min(g + group_rows, last_row);
+                    for (int64_t g = first_row; g < last_row; g += group_rows) {
+                      const int64_t end = std::min(g + group_rows, last_row);
+                      for (int64_t j = first_column; j < last_column; j += step) {
+                        const int64_t width = std::min(step, last_column - j);
                         int64_t t = 0;
                         do {  // once where there are no terms
                           const int64_t depth = std::min(blocks.terms, terms - t);
