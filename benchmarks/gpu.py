@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
@@ -155,6 +156,41 @@ def linear_maxout() -> Iterator[Case]:
     )
 
 
+def narrow() -> Iterator[Case]:
+    """Networks of 64 wide and 4 layers as one kernel, which is off unless asked for."""
+
+    def switched(choice: str, call: Callable[[], object]) -> Callable[[], object]:
+        def run() -> object:
+            os.environ["MLPEXT_CUDA_NARROW"] = choice
+            return call()
+
+        return run
+
+    net = mlpext.nn.MLP([64] * 5, "relu", device="cuda", dtype=BF16)
+    peer = torch.nn.Sequential(
+        *[m for _ in range(4) for m in (torch.nn.Linear(64, 64), torch.nn.ReLU())][:-1]
+    )
+    peer = peer.to("cuda", BF16)
+    functions = {OURS: (net, "1"), "layer by layer": (net, "0"), "eager": (peer, "0")}
+    functions["compile"] = (torch.compile(peer, dynamic=False), "0")
+    products = 4 * 64 * 64
+    for rows, target in ((2**14, 5.0), (2**20, 2.0)):
+        x, g = random(rows, 64), random(rows, 64)
+        what = f"MLP 64 wide, 4 layers, bfloat16, 2^{rows.bit_length() - 1}"
+        contenders = {
+            name: switched(choice, torch.no_grad()(calling(f, x))) for name, (f, choice) in functions.items()
+        }
+        yield Case(f"{what}, inference", contenders, 2 * x.nbytes, 2.0 * rows * products)
+        contenders = {
+            name: switched(choice, training(lambda *_, f=f, x=x: f(x), list(f.parameters()), g))
+            for name, (f, choice) in functions.items()
+        }
+        # Forward reads x and writes four outputs; backward reads x, three of them and g, and makes no dx.
+        flops = 2.0 * rows * (3 * products - 64 * 64)
+        yield Case(f"{what}, training", contenders, 10 * x.nbytes, flops, target=target)
+    os.environ.pop("MLPEXT_CUDA_NARROW", None)
+
+
 def graphed(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, d: torch.Tensor, batch: int
 ) -> Callable[[], None]:
@@ -290,6 +326,7 @@ def main() -> None:
     n = 2**28
     groups = (
         small(),
+        narrow(),
         training_epochs(),
         linear(options.autotune),
         linear_maxout(),

@@ -1,6 +1,7 @@
 """The compile-only check of CUDA (tools/cuda_check.py, part of `make check`): that it can fail, and skip."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,39 @@ def test_lost_wide_accesses_and_an_unknown_report():
     assert cuda_check.judge("float32", "nothing that it knows", PTX)[1]
 
 
+NARROW = (
+    ".entry narrow_forward(p)\n cp.async.cg.shared.global \n ldmatrix.sync.aligned.m8n8.x4.shared.b16 \n"
+    " mma.sync.aligned.m16n8k16.row.col \n"
+    ".entry narrow_backward(p)\n cp.async.cg.shared.global \n ldmatrix.sync.aligned.m8n8.x4.shared.b16 \n"
+    " ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 \n mma.sync.aligned.m16n8k16.row.col \n"
+    ".func library_sin(p)\n st.local.u64 \n"
+)
+
+
+def test_narrow_networks_within_the_budget():
+    line, faults = cuda_check.judge_narrow("narrow_float16", ptxas(128), NARROW, "HMMA.16816.F32 R0")
+    assert "1 HMMA" in line and not faults
+    line, faults = cuda_check.judge_narrow("narrow_float16", ptxas(128), NARROW, "")
+    assert "no disassembler" in line and not faults
+
+
+@pytest.mark.parametrize(
+    "said, ptx, sass, what",
+    [
+        (ptxas(129), NARROW, "", "129 registers"),
+        (ptxas(spilled=4), NARROW, "", "4 bytes spilled"),
+        (ptxas(), NARROW.replace("mma.sync", "fma", 1), "", "mma.* in narrow_forward"),
+        (ptxas(), NARROW.replace(".trans", ""), "", "trans.* in narrow_backward"),
+        (ptxas(), NARROW.replace("narrow_backward", "other"), "", "0 kernels narrow_backward"),
+        (ptxas(), NARROW.replace(".func", "ld.local.f32\n.func"), "", "local memory in narrow_backward"),
+        (ptxas(), NARROW, "FFMA R0", "no HMMA"),
+    ],
+)
+def test_narrow_networks_beyond_the_budget(said, ptx, sass, what):
+    faults = cuda_check.judge_narrow("narrow_bfloat16", said, ptx, sass)[1]
+    assert any(re.search(what, fault) for fault in faults), faults
+
+
 def test_without_nvcc_it_says_so_and_passes(monkeypatch, capsys):
     monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
     cuda_check.main()
@@ -59,4 +93,6 @@ def test_an_error_of_the_compiler_is_a_fault(monkeypatch):
     monkeypatch.setattr(cuda_check, "compile_kernels", fail)
     monkeypatch.setattr(cuda_check, "compile_binding", lambda *_: None)
     faults = cuda_check.check(Path("/nowhere/bin/nvcc"))[1]
-    assert len(faults) == 4 and "expected a ';'" in faults[0]
+    assert (
+        len(faults) == len(list(TOOL.parent.parent.glob("csrc/cuda/*.cu"))) and "expected a ';'" in faults[0]
+    )

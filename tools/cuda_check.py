@@ -1,8 +1,9 @@
 """Compiles everything in csrc/cuda without a GPU, and without a CUDA build of torch: `make check` runs this.
 
 Every .cu for sm_80 and sm_90 with the flags that torch and setup.py give nvcc, every .cpp with the headers of
-whatever torch is there. Prints registers and spills of the kernels, and fails beyond the budgets below, or
-where a kernel has lost its 16-byte accesses. Without nvcc it says so and passes.
+whatever torch is there. Prints registers and spills of the kernels, and fails beyond the budgets below, where
+a kernel has lost its 16-byte accesses, or one of a narrow network its tensor cores. Without nvcc it says so
+and passes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ ARCHS = ("80", "90")
 REGISTERS = 84
 SPILLED_BYTES = 16
 STACK_BYTES = 64  # the reduction of a large argument of sin needs 40
+# Narrow networks: two blocks of 256 threads, no spills, and in each kernel what stands here of its PTX.
+# mma.sync becomes HMMA, which is looked for as well where a disassembler is at hand.
+NARROW_REGISTERS = 128
+NARROW_PTX = {
+    "forward": (r"cp\.async\.cg\.shared\.global", r"mma\.sync\.aligned\.m16n8k16", r"ldmatrix\S+x4\.shared"),
+    "backward": (
+        *(r"cp\.async\.cg\.shared\.global", r"mma\.sync\.aligned\.m16n8k16"),
+        *(r"ldmatrix\S+x4\.shared", r"ldmatrix\S+x4\.trans\.shared"),
+    ),
+}
 
 
 def main() -> None:
@@ -88,7 +99,7 @@ def check(nvcc: Path) -> tuple[list[str], list[str]]:
                 faults.append(str(error))
                 continue
             if path in compiled:
-                line, wrong = judge(path.stem, *result)
+                line, wrong = (judge_narrow if "narrow" in path.stem else judge)(path.stem, *result)
                 report.append(line)
                 faults += wrong
     report.append(f"bindings: {', '.join(path.name for path in bindings)}")
@@ -101,16 +112,18 @@ def nvcc_flags() -> list[str]:
     return [*cpp_extension.COMMON_NVCC_FLAGS, *ast.literal_eval(own), *archs, "--compiler-options", "-fPIC"]
 
 
-def compile_kernels(nvcc: Path, path: Path) -> tuple[str, str]:
-    """What ptxas says of the kernels, and their PTX."""
+def compile_kernels(nvcc: Path, path: Path) -> tuple[str, str, str]:
+    """What ptxas says of the kernels, their PTX, and their SASS where there is a disassembler."""
     keep = FOLDER / path.stem
     shutil.rmtree(keep, ignore_errors=True)
     keep.mkdir()
     words = [nvcc, *nvcc_flags(), "-Xptxas", "-v", "--keep", "--keep-dir", keep, "-c", path]
     said = output([*words, "-o", keep / "kernels.o"])
     ptx = next(keep.glob("*90*.ptx")).read_text()
+    dump = shutil.which("cuobjdump", path=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    sass = output([dump, "-sass", "-arch", "sm_90", keep / "kernels.o"]) if dump else ""
     shutil.rmtree(keep)
-    return said, ptx
+    return said, ptx, sass
 
 
 def compile_binding(nvcc: Path, path: Path) -> None:
@@ -132,31 +145,65 @@ def compile_binding(nvcc: Path, path: Path) -> None:
     )
 
 
-def judge(dtype: str, ptxas: str, ptx: str) -> tuple[str, list[str]]:
-    """A line on the kernels of a dtype, and those beyond the budget."""
+def budget(name: str, ptxas: str, registers: int, spilled: int) -> tuple[str, list[str]]:
+    """A line on what ptxas says of the kernels in a file, and those beyond the budget."""
     pattern = (
         r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores.*?Used (\d+) registers"
     )
     found = re.findall(pattern, ptxas, re.DOTALL)
-    faults = [f"{dtype}: ptxas reports no kernels"] if not found else []
-    for name, arch, stack, spilled, registers in found:
-        for what, value, most in (
-            ("registers", registers, REGISTERS),
-            ("bytes spilled", spilled, SPILLED_BYTES),
-            ("bytes of stack", stack, STACK_BYTES),
+    faults = [f"{name}: ptxas reports no kernels"] if not found else []
+    for kernel, arch, *values in found:
+        for what, value, most in zip(
+            ("bytes of stack", "bytes spilled", "registers"),
+            map(int, values),
+            (STACK_BYTES, spilled, registers),
+            strict=True,
         ):
-            if int(value) > most:
-                faults.append(f"{dtype}, {arch}: {value} {what}, at most {most} allowed: {name}")
-    narrow = [entry for entry in ptx.split(".entry ")[1:] if "add_partial" not in entry.partition("(")[0]]
-    narrow = [
-        entry for entry in narrow if not re.search(r"ld\.global\.v\d", entry) or "st.global.wb.v" not in entry
+            if value > most:
+                faults.append(f"{name}, {arch}: {value} {what}, at most {most} allowed: {kernel}")
+    used = max((int(registers) for *_, registers in found), default=0)
+    spilling = sum(int(bytes_) > 0 for *_, bytes_, _ in found)
+    line = f"{name}: {len(found)} kernels for {len(ARCHS)} architectures, at most {used} registers"
+    return f"{line}, {spilling} with spills of at most {spilled} bytes", faults
+
+
+def entries(ptx: str) -> dict[str, str]:
+    """The kernels' names and bodies: what follows a kernel and is not one belongs to neither."""
+    parts = re.findall(r"\.entry ([^\s(]+)(.*?)(?=\.entry |\.func |\Z)", ptx, re.DOTALL)
+    return dict(parts)
+
+
+def judge(dtype: str, ptxas: str, ptx: str, sass: str = "") -> tuple[str, list[str]]:
+    """A line on the kernels of a dtype, and what is wrong with them."""
+    line, faults = budget(dtype, ptxas, REGISTERS, SPILLED_BYTES)
+    for kernel, body in entries(ptx).items():
+        wide = re.search(r"ld\.global\.v\d", body) and "st.global.wb.v" in body
+        if not wide and "add_partial" not in kernel:
+            faults.append(f"{dtype}: no wide loads or stores in {kernel}")
+    return line, faults
+
+
+def judge_narrow(name: str, ptxas: str, ptx: str, sass: str) -> tuple[str, list[str]]:
+    """The same of narrow networks."""
+    line, faults = budget(name, ptxas, NARROW_REGISTERS, 0)
+    bodies = entries(ptx)
+    for direction, patterns in NARROW_PTX.items():
+        found = [body for kernel, body in bodies.items() if f"narrow_{direction}" in kernel]
+        if len(found) != 1:
+            faults.append(f"{name}: {len(found)} kernels narrow_{direction}")
+            continue
+        for pattern in (patterns[0], r"fma\.rn\.f32") if "float32" in name else patterns:
+            if not re.search(pattern, found[0]):
+                faults.append(f"{name}: nothing like {pattern} in narrow_{direction}")
+    faults += [
+        f"{name}: local memory in {k}" for k, body in bodies.items() if re.search(r"[ls][dt]\.local", body)
     ]
-    faults += [f"{dtype}: no wide loads or stores in {entry.partition('(')[0]}" for entry in narrow]
-    most = max((int(registers) for *_, registers in found), default=0)
-    spilling = sum(int(spilled) > 0 for *_, spilled, _ in found)
-    line = f"{dtype}: {len(found)} kernels for {len(ARCHS)} architectures, at most {most} registers"
-    return f"{line}, {spilling} with spills of at most {SPILLED_BYTES} bytes", faults
+    tensor_cores = sass.count("HMMA.16816.F32")
+    if sass and "float32" not in name and not tensor_cores:
+        faults.append(f"{name}: no HMMA in the SASS")
+    seen = f"{tensor_cores} HMMA" if sass else "no disassembler, its PTX has what becomes them"
+    return line if "float32" in name else f"{line}; tensor cores: {seen}", faults
 
 
 if __name__ == "__main__":

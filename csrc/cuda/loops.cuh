@@ -7,63 +7,12 @@
 // the shape alone.
 #pragma once
 #include "../activation_info.h"
-#include "../scalar_math.h"
-#include "kernels.h"
+#include "access.cuh"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-using namespace cuda;
-using M = MLPEXT_MEMORY;
-using V = decltype(widen(M()));
-using Scalar = V::Scalar;
-
-constexpr int values = 16 / sizeof(M);  // of one access
-constexpr int unroll = 2;               // accesses in flight, of each input
-
-#ifdef __CUDACC__  // elsewhere the emulator launches
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  kernel<<<grid, block, 0, stream>>>(arguments...);
-  return cudaGetLastError();
-}
-#endif
-
-// n neighbours go in accesses of 16 bytes, or in one of 8 or 4, at an address that is a multiple of it; fewer
-// bytes one by one.
-template <int bytes> using Word =
-    std::conditional_t<bytes >= 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
-template <class T, int n> using WordOf = std::conditional_t<n * sizeof(T) < 4, T, Word<n* int(sizeof(T))>>;
-
-template <int n, class T> __device__ __forceinline__ void read(const T* from, T* to) {
-  using W = WordOf<T, n>;
-#pragma unroll
-  for (int k = 0; k < int(n * sizeof(T) / sizeof(W)); ++k) {
-    const W word = reinterpret_cast<const W*>(from)[k];
-    memcpy(reinterpret_cast<char*>(to) + k * sizeof(W), &word, sizeof(W));
-  }
-}
-
-// __stwb, the plain store as an intrinsic: the compiler would merge an assignment with the single elements
-// that another branch stores.
-template <int n, class T> __device__ __forceinline__ void write(const T* from, T* to) {
-  using W = WordOf<T, n>;
-  if constexpr (n * sizeof(T) < 4) {
-#pragma unroll
-    for (int k = 0; k < n; ++k) to[k] = from[k];
-  } else {
-#pragma unroll
-    for (int k = 0; k < int(n * sizeof(T) / sizeof(W)); ++k) {
-      W word;
-      memcpy(&word, reinterpret_cast<const char*>(from) + k * sizeof(W), sizeof(W));
-      __stwb(reinterpret_cast<W*>(to) + k, word);
-    }
-  }
-}
-template <class T, int n = values> bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % sizeof(WordOf<T, n>) == 0;
-}
+constexpr int unroll = 2;  // accesses in flight, of each input
 
 // 64-bit division costs as much as a formula.
 __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {

@@ -9,10 +9,25 @@ namespace mlpext::cuda {
 
 using Layers = Mlp<linear_maxout, linear_maxout_forward, linear_activation_forward>;
 
+namespace {
+
+// A narrow network as one kernel where that serves, else its layers one by one.
+template <auto narrow, auto layers> struct Either;
+template <class Result, class... Arguments, std::optional<Result> (*narrow)(Arguments...),
+          Result (*layers)(Arguments...)>
+struct Either<narrow, layers> {
+  static Result run(Arguments... arguments) {
+    if (auto result = narrow(arguments...)) return *std::move(result);
+    return layers(arguments...);
+  }
+};
+
+}  // namespace
+
 TORCH_LIBRARY_IMPL(mlpext, CUDA, m) {
-  m.impl("mlp", Layers::mlp);
-  m.impl("mlp_forward", Layers::mlp_forward);
-  m.impl("mlp_backward", Layers::mlp_backward);
+  m.impl("mlp", Either<narrow_mlp, Layers::mlp>::run);
+  m.impl("mlp_forward", Either<narrow_mlp_forward, Layers::mlp_forward>::run);
+  m.impl("mlp_backward", Either<narrow_mlp_backward, Layers::mlp_backward>::run);
 }
 
 }  // namespace mlpext::cuda

@@ -45,4 +45,18 @@ Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTe
 void run_forward(const Tensor& x, const OptionalTensor& bias, const Tensor& y, std::size_t index,
                  Params params);
 
+// Those of a whole network by narrow.cuh's kernels, where they are switched on and serve it.
+OptionalTensor narrow_mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
+                          std::string_view names, Params params);
+std::optional<std::tuple<Tensor, Tensor, std::vector<Tensor>>> narrow_mlp_forward(const Tensor& input,
+                                                                                  at::TensorList weights,
+                                                                                  at::TensorList biases,
+                                                                                  std::string_view names,
+                                                                                  Params params);
+std::optional<std::vector<Tensor>> narrow_mlp_backward(const Tensor& grad_output, const Tensor& input,
+                                                       at::TensorList weights, at::TensorList biases,
+                                                       at::TensorList kept, const OptionalTensor& last,
+                                                       bool last_is_output, std::string_view names,
+                                                       Params params, at::IntArrayRef output_mask);
+
 }  // namespace mlpext::cuda

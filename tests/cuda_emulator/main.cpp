@@ -9,12 +9,15 @@
 
 #include "activation_info.h"
 #include "cuda/kernels.h"
+#include "cuda/narrow.h"
 
 namespace mlpext::cuda {
 
 // A program may be linked with some of them only.
 extern const Kernels float64_kernels __attribute__((weak)), float32_kernels __attribute__((weak)),
     bfloat16_kernels __attribute__((weak)), float16_kernels __attribute__((weak));
+extern const NarrowKernels narrow_float32_kernels __attribute__((weak)),
+    narrow_bfloat16_kernels __attribute__((weak)), narrow_float16_kernels __attribute__((weak));
 
 }  // namespace mlpext::cuda
 
@@ -45,10 +48,13 @@ std::vector<Buffer> buffers() {
   return all;
 }
 
-const ActivationKernels& activation(const Kernels& table, const std::string& name) {
+std::size_t index_of(const std::string& name) {
   for (std::size_t i = 0; i < activation_count; ++i)
-    if (activation_infos[i].name == name) return table.activations[i];
+    if (activation_infos[i].name == name) return i;
   std::exit(2);
+}
+const ActivationKernels& activation(const Kernels& table, const std::string& name) {
+  return table.activations[index_of(name)];
 }
 
 void elementwise(const Kernels& table) {
@@ -123,13 +129,47 @@ void last_of_many(const Kernels& table) {
   munmap(x, n * size), munmap(y, n * size);
 }
 
+// A whole network. The first buffer receives how the plan lets it run: resident, shared_sums, blocks.
+void narrow(Dtype dtype) {
+  const bool backward = next();
+  Narrow::Device device{next<int>(), next<int>()};
+  Narrow job{};
+  job.rows = next(), job.lowest = next<int>(), job.depth = next<int>();
+  for (int l = 0; l < job.depth; ++l) {
+    NarrowLayer& layer = job.layers[l];
+    layer.in = next<int>(), layer.out = next<int>();
+    layer.activation = static_cast<int>(index_of(next<std::string>()));
+    for (double& param : layer.params) param = next<double>();
+  }
+  const auto all = buffers();
+  auto buffer = all.begin();
+  char* const plan = buffer++->data();
+  job.x = buffer++->data(), job.g = buffer++->data(), job.dx = buffer++->data();
+  for (int l = 0; l < job.depth; ++l) {
+    NarrowLayer& layer = job.layers[l];
+    layer.weight = buffer++->data(), layer.bias = buffer++->data();
+    layer.y = buffer++->data(), layer.z = buffer++->data();
+    layer.dw = buffer++->data(), layer.db = buffer++->data();
+  }
+  if (!job.plan(dtype == float32 ? 4 : 2, backward, device)) std::exit(4);
+  const int64_t how[] = {job.resident, job.shared_sums, job.blocks};
+  std::memcpy(plan, how, sizeof(how));
+  const auto partial = std::make_unique_for_overwrite<float[]>(std::size_t(job.blocks) * job.sums);
+  job.partial = partial.get();
+  const NarrowKernels& table = narrow_kernels(dtype);
+  (backward ? table.backward : table.forward)(job, nullptr);
+  for (const Buffer& buffer : all) std::cout.write(buffer.data(), buffer.bytes);
+}
+
 }  // namespace
 
 int main() {
   std::ios::sync_with_stdio(false);
   for (std::string request; std::cin >> request; std::cout.flush()) {
-    const Kernels& table = kernels(static_cast<Dtype>(next()));
-    if (request == "elementwise") elementwise(table);
+    const auto dtype = static_cast<Dtype>(next());
+    const Kernels& table = kernels(dtype);
+    if (request == "narrow") narrow(dtype);
+    else if (request == "elementwise") elementwise(table);
     else if (request == "rows") rows(table);
     else if (request == "maxout") maxout(table, false);
     else if (request == "maxout_backward") maxout(table, true);
