@@ -49,6 +49,7 @@ def package():
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
     extension = folder / "mlpext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     command([*COMPILER, "-shared", *map(str, objects), *libraries, "-o", str(extension)])
+    # cuda: whether torch must have it.
     build = f'version = "0"\ntorch_version = "{torch.__version__}"\ncuda = False\ncuda_archs = ""\n'
     (folder / "mlpext" / "_build.py").write_text(build)
     return folder
@@ -63,9 +64,9 @@ def test_the_tests_for_a_gpu(package, cublaslt):
         "MLPEXT_CUBLASLT": cublaslt,
     }
     wanted = "epilogue or switch or plans or expanded or frozen or layouts"
-    words = "-m pytest -q -rs -m cuda -p no:cacheprovider".split()
+    words = ["-q", "-rs", "-m", "cuda", "-k", wanted, "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     run = subprocess.run(
-        [sys.executable, *words, "-k", wanted, "--rootdir", str(ROOT), str(ROOT / "tests" / "test_cuda.py")],
+        [sys.executable, "-m", "pytest", *words, str(ROOT / "tests" / "test_cuda.py")],
         capture_output=True,
         text=True,
         env=environment,
