@@ -53,15 +53,18 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
     return Layers::mlp_backward(grad_output, input, weights, biases, kept, last, last_is_output, names,
                                 params, output_mask);
   const Kept all{network, input, kept, last, last_is_output};
-  const bool has_signs = static_cast<int64_t>(kept.size()) > all.end() + all.more_from(0);
+  const auto signs_below = [&](int64_t l) {
+    int64_t count = 0;
+    for (int64_t below = 0; below < l; ++below) count += wants_signs(network, below);
+    return count;
+  };
+  const auto size = static_cast<int64_t>(kept.size());
+  const bool has_signs = size == all.end() + signs_below(all.end()) + all.more_from(0);
   // What the derivative of layer l comes from in the product above it; undefined: that product does not take
   // it.
   const auto aux = [&](int64_t l) {
     if (network.layers[l].name == GELUTanh::name) return rows_of(*all.source(l));
-    if (!has_signs || !wants_signs(network, l)) return Tensor();
-    int64_t at = all.end();
-    for (int64_t below = 0; below < l; ++below) at += wants_signs(network, below);
-    return kept[at];
+    return has_signs && wants_signs(network, l) ? kept[all.end() + signs_below(l)] : Tensor();
   };
 
   bool is_dz = false;  // whether the layer above has made dz, not dy, and db
