@@ -61,6 +61,14 @@ extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
 extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
 # torch's headers become system headers: a warning in them is not ours to mend.
 system = [f"-isystem{path}" for path in extension.include_dirs]
+if cuda and not os.path.exists(f"{cpp_extension.CUDA_HOME}/include/cublasLt.h"):
+    # A toolkit may come without cuBLAS, whose headers then lie in a wheel that torch depends on. The library
+    # itself needs no -l flag: libtorch_cuda brings it.
+    wheels = [f"{path}/nvidia/{folder}/include" for path in sys.path for folder in ("cu13", "cublas")]
+    found = [path for path in wheels if os.path.exists(f"{path}/cublasLt.h")]
+    if not found:
+        stop(f"cublasLt.h is neither in {cpp_extension.CUDA_HOME}/include nor in a package nvidia-cublas")
+    system.append(f"-idirafter{found[0]}")
 extension.include_dirs = [os.path.abspath("csrc")]
 # -fmad=false: as -ffp-contract=off. The kernels ask for multiply-adds where they want them.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false"]

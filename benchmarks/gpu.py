@@ -10,6 +10,7 @@ Without a GPU, or without CUDA in this build, it says so and ends.
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -139,6 +140,109 @@ def linear(autotune: bool) -> Iterator[Case]:
             yield Case(f"{what}, forward", forward, flops=flops, target=1.0)
             steps = {k: training(f, leaves, g) for k, f in functions.items()}
             yield Case(f"{what}, training", steps, flops=3 * flops, target=target)
+
+
+EPILOGUES = {"identity": lambda z: z, "relu": TF.relu, "gelu_tanh": partial(TF.gelu, approximate="tanh")}
+# What the fused layer is to reach against eager in training.
+EPILOGUE_TARGETS = {(8192, 4096, 4096): 1.05, (8192, 4096, 1024): 1.3, (65536, 256, 256): 1.5}
+WIDTHS = ((8192, 4096), (8192, 1024), (65536, 256))  # rows, width
+
+
+def with_cublaslt(call: Callable[[], object]) -> Callable[[], object]:
+    """The same with cuBLASLt's epilogues switched on, backward included: it runs within the call."""
+
+    def switched() -> object:
+        mlpext._C.set_cublaslt(True)
+        try:
+            return call()
+        finally:
+            mlpext._C.set_cublaslt(False)
+
+    return switched
+
+
+def switched_cases(
+    what: str, functions: dict[str, tuple[Callable, list]], g: torch.Tensor, flops: float, target: float
+) -> Iterator[Case]:
+    """Forward and training of functions with their leaves; ours with the epilogues, and by passes."""
+    forward = {k: calling(f, *(t.detach() for t in leaves)) for k, (f, leaves) in functions.items()}
+    steps = {k: training(f, leaves, g) for k, (f, leaves) in functions.items()}
+    for kind, calls, factor, wanted in (("forward", forward, 1, 1.0), ("training", steps, 3, target)):
+        contenders = {OURS: with_cublaslt(calls[OURS]), "mlpext by passes": calls.pop(OURS), **calls}
+        yield Case(f"{what}, {kind}", contenders, flops=factor * flops, target=wanted)
+
+
+def epilogues(autotune: bool) -> Iterator[Case]:
+    for rows, n_out, n_in in (shape for shape in SHAPES if shape[0] > 32):
+        leaves = [random(rows, n_in, grad=True), random(n_out, n_in, grad=True), random(n_out, grad=True)]
+        for name, f in EPILOGUES.items():
+            ours = lambda x, w, b, name=name: F.linear_activation(x, w, b, activation=name)  # noqa: E731
+            native = lambda x, w, b, f=f: f(TF.linear(x, w, b))  # noqa: E731
+            peers = compiled(native, autotune and name == "relu") if name != "identity" else {}
+            functions = {OURS: ours, "eager": native, **peers}
+            yield from switched_cases(
+                f"cuBLASLt: linear + {name}, bfloat16, {rows} x {n_out} x {n_in}",
+                {k: (function, leaves) for k, function in functions.items()},
+                random(rows, n_out),
+                2.0 * rows * n_out * n_in,
+                EPILOGUE_TARGETS.get((rows, n_out, n_in), 1.0),
+            )
+
+
+def chains() -> Iterator[Case]:
+    """Four layers of one width: f' and the bias' gradient go with the product of the layer above."""
+    for rows, n in WIDTHS:
+        for name in ("relu", "gelu_tanh"):
+            net = mlpext.nn.MLP([n] * 5, name, device="cuda", dtype=BF16)
+            x = random(rows, n, grad=True)
+
+            def native(
+                x: torch.Tensor, *tensors: torch.Tensor, f: Callable = EPILOGUES[name]
+            ) -> torch.Tensor:
+                for w, b in zip(tensors[:-2:2], tensors[1:-2:2], strict=True):
+                    x = f(TF.linear(x, w, b))
+                return TF.linear(x, *tensors[-2:])
+
+            leaves = [x, *net.parameters()]
+            functions = {
+                OURS: (lambda x, *_, net=net: net(x), leaves),
+                "eager": (native, leaves),
+                "compile": (torch.compile(native, dynamic=False), leaves),
+                **other_networks(name, x, n),
+            }
+            yield from switched_cases(
+                f"cuBLASLt: MLP {n} x 4, {name}, bfloat16, {rows} rows",
+                functions,
+                random(rows, n),
+                8.0 * rows * n * n,
+                1.0,
+            )
+
+
+def other_networks(name: str, x: torch.Tensor, n: int) -> dict[str, tuple[Callable, list]]:
+    """Fused networks of other packages, where they are installed and take this one."""
+
+    def apex() -> torch.nn.Module:
+        return importlib.import_module("apex.mlp").MLP([n] * 5, bias=True, activation=name).to("cuda", BF16)
+
+    def tiny_cuda_nn() -> torch.nn.Module:  # float16, no biases
+        wide = {"otype": "CutlassMLP", "n_neurons": n, "n_hidden_layers": 3}
+        wide |= {"activation": "ReLU", "output_activation": "None"}
+        return importlib.import_module("tinycudann").Network(n, n, wide)
+
+    found = {}
+    for package, make in {"apex": apex, "tiny-cuda-nn": tiny_cuda_nn}.items() if name == "relu" else ():
+        try:
+            module = make()
+            leaves = [x, *module.parameters()]
+            function = lambda x, *_, module=module: module(x).to(BF16)  # noqa: E731
+            training(function, leaves, torch.ones_like(x))()
+            found[package] = (function, leaves)
+        except ImportError:
+            print(f"  {package}: absent")
+        except Exception as error:
+            print(f"  {package}: left out, {type(error).__name__}: {error}")
+    return found
 
 
 def linear_maxout() -> Iterator[Case]:
@@ -307,6 +411,7 @@ def main() -> None:
         print("cuda benchmark: skipped, there is no GPU or no CUDA in this build")
         return
     torch.manual_seed(0)
+    mlpext._C.set_cublaslt(False)  # whatever the environment says: its cases switch it on
     gpu = torch.cuda.get_device_name()
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -321,17 +426,13 @@ def main() -> None:
         "kept_bytes_per_output": kept(),
         "cases": [],
     }
+    stem = RESULTS / f"cuda-{gpu.lower().replace(' ', '-')}"
     limits = record["ceilings"]
     print(f"{gpu}: copy {limits['tbps']:.2f} TB/s, product {limits['tflops']:.0f} TFLOP/s", flush=True)
     n = 2**28
     groups = (
-        small(),
-        narrow(),
-        training_epochs(),
-        linear(options.autotune),
-        linear_maxout(),
-        maxout(n),
-        elementwise(n),
+        *(small(), narrow(), training_epochs(), linear(options.autotune), epilogues(options.autotune)),
+        *(chains(), linear_maxout(), maxout(n), elementwise(n)),
     )
     for case in itertools.chain(*groups):
         if options.only not in case.name:
@@ -349,9 +450,9 @@ def main() -> None:
         row["target"], row["target_tbps"] = case.target, case.target_tbps
         record["cases"].append(row)
         print(line(row), flush=True)
-    stem = RESULTS / f"cuda-{gpu.lower().replace(' ', '-')}"
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(table(record))
+        # At every case: tools/gpu_check.sh may run out of time.
+        stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        stem.with_suffix(".md").write_text(table(record))
     print(f"written: {stem}.json, .md")
 
 

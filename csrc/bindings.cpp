@@ -264,6 +264,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_pool_limit", cpu::set_pool_limit, py::arg("bytes"));
   m.def("pool_bytes", cpu::pool_bytes);
   m.def("has_cuda", [] { return has_cuda; });
-  m.def("all_finite", all_finite, py::arg("tensors"), "Whether no value of these tensors is NaN or infinite.");
+  m.def("all_finite", all_finite, py::arg("tensors"),
+        "Whether no value of these tensors is NaN or infinite.");
+  m.def("cublaslt", [] {
+    HANDLE_TH_ERRORS
+    return cublaslt();
+    END_HANDLE_TH_ERRORS_PYBIND
+  });
+  m.def(
+      "set_cublaslt",
+      [](bool on) {
+        HANDLE_TH_ERRORS
+        set_cublaslt(on);
+        END_HANDLE_TH_ERRORS_PYBIND
+      },
+      py::arg("on"));
+  m.def("cublaslt_plans", [] {
+    if constexpr (has_cuda) return cuda::cublaslt_plans();
+    return int64_t(0);
+  });
   training::bind(m);
 }

@@ -7,6 +7,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstdlib>
 
 #include "composites.h"
 
@@ -39,8 +41,9 @@ TORCH_LIBRARY(mlpext, m) {
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
   m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases, str names, float[] params) -> Tensor");
-  // `kept` are the outputs of all layers but the last, then, of those of them that need it, preactivations
-  // and indices of the winner; `last` is that of the last layer.
+  // `kept` are the outputs of all layers but the last, then what a device may add for its own backward (CUDA:
+  // cuda/mlp.cpp), then, of those of them that need it, preactivations and indices of the winner; `last` is
+  // that of the last layer.
   m.def(
       "mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases, str names, float[] params) -> "
       "(Tensor output, Tensor last, Tensor[] kept)");
@@ -63,6 +66,27 @@ std::size_t activation_index(std::string_view name, Params params) {
   for (const ActivationInfo& info : activation_infos)
     known += (known.empty() ? "" : ", ") + std::string(info.name);
   TORCH_CHECK_VALUE(false, "activation: unknown name '", name, "', expected one of ", known);
+}
+
+namespace {
+
+std::atomic<bool>& cublaslt_switch() {
+  static std::atomic<bool> on = [] {
+    const char* wanted = std::getenv("MLPEXT_CUBLASLT");
+    const std::string_view value = wanted ? wanted : "0";
+    TORCH_CHECK_VALUE(value == "0" || value == "1", "MLPEXT_CUBLASLT: '", value, "', expected 0 or 1");
+    return value == "1";
+  }();
+  return on;
+}
+
+}  // namespace
+
+bool cublaslt() { return cublaslt_switch(); }
+
+void set_cublaslt(bool on) {
+  TORCH_CHECK(has_cuda || !on, "set_cublaslt: this build of mlpext has no CUDA");
+  cublaslt_switch() = on;
 }
 
 bool served(const Tensor& tensor) {

@@ -132,6 +132,14 @@ inline constexpr bool has_cuda = true;
 inline constexpr bool has_cuda = false;
 #endif
 
+// Whether linear layers on CUDA in 16 bits take cuBLASLt's epilogues: MLPEXT_CUBLASLT, 0 or 1, until it is
+// set.
+bool cublaslt();
+void set_cublaslt(bool on);
+namespace cuda {
+int64_t cublaslt_plans();  // products that it has been found an algorithm for, at most 256
+}
+
 // Whether there is a kernel for this tensor: dense float64, float32, bfloat16 or float16, on the CPU or,
 // where it is built in, on CUDA. The rest is native's.
 bool served(const Tensor& tensor);

@@ -3,6 +3,7 @@
 MLPEXT_TEST_DEVICE=cpu runs the tests themselves on a CPU, to see that they are right.
 """
 
+import concurrent.futures
 import itertools
 import os
 
@@ -454,3 +455,228 @@ def test_kernels_of_ours_run():
         F.elu(x)
         torch.cuda.synchronize()
     assert any("elementwise_kernel" in e.key and "mlpext" in e.key for e in profile.key_averages())
+
+
+# ---------------------------------------------------------------- cuBLASLt's epilogues
+
+needs_switch = pytest.mark.skipif(not mlpext._C.has_cuda(), reason="no CUDA in this build")
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+
+
+@pytest.fixture
+def cublaslt():
+    """The switch on. A build without CUDA has none: there the tests run as if it were off."""
+    if not mlpext._C.has_cuda():
+        yield
+        return
+    before = mlpext._C.cublaslt()
+    mlpext._C.set_cublaslt(True)
+    yield
+    mlpext._C.set_cublaslt(before)
+
+
+@pytest.fixture
+def served(cublaslt):
+    """The switch on; calls what it is given, and fails unless the library is found to serve something new."""
+
+    def grows(call, *arguments):
+        before = mlpext._C.cublaslt_plans()
+        result = call(*arguments)
+        assert mlpext._C.cublaslt_plans() != before, "no epilogue was used"
+        return result
+
+    return grows
+
+
+def chain(names, bias=True):
+    """A network as a function of x, its weights and its biases."""
+    count = len(names)
+
+    def call(x, *tensors):
+        weights, biases = tensors[:count], tensors[count:] if bias else []
+        return OPERATORS.mlp(x, weights, biases, ",".join(names), [])
+
+    def wide(x, *tensors):
+        for i, name in enumerate(names):
+            b = tensors[count + i] if bias else None
+            w = tensors[i]
+            x = F.linear_maxout(x, w, b) if name == "maxout" else native(name, {})(TF.linear(x, w, b))
+        return x
+
+    return call, wide
+
+
+def chain_inputs(names, sizes, dtype, bias=True, rows=96):
+    x = torch.randn(rows, sizes[0])
+    pairs = list(zip(names, sizes[:-1], sizes[1:], strict=True))
+    stacks = [(2,) if name == "maxout" else () for name in names]
+    weights = [torch.randn(*s, n, m) / m**0.5 for s, (_, m, n) in zip(stacks, pairs, strict=True)]
+    biases = [torch.randn(*s, n) for s, (_, _, n) in zip(stacks, pairs, strict=True)] if bias else []
+    return [t.to(DEVICE, dtype).requires_grad_() for t in (x, *weights, *biases)]
+
+
+def assert_near(actual, exact, what, most=0.12):
+    """By norms: in 16 bits some z are rounded to the other side of a kink, which moves gradients by 7 %."""
+    for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
+        error = (a.double() - e).norm() / e.norm()
+        assert error < most, (what, i, error)
+
+
+def widened(tensors):
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@HALF
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("name", ["identity", "relu", "gelu_tanh"])
+def test_epilogues_of_a_layer(name, bias, dtype, cublaslt):
+    """Also where the library may refuse: rows of z, leading dimensions and addresses that are odd."""
+    for rows, n_in, n_out in ((512, 256, 128), (1, 64, 32), (77, 33, 20), (300, 8, 7)):
+        x, w, b = chain_inputs([name], [n_in, n_out], dtype, rows=rows)
+        tensors = [x, w, b][: 2 + bias]
+        ours = lambda *t: F.linear_activation(*t, activation=name)  # noqa: E731
+        again = gradients(ours, tensors)
+        exact = gradients(lambda *t: native(name, {})(TF.linear(*t)), widened(tensors))
+        for a, e in zip(gradients(ours, tensors), again, strict=True):
+            assert_same_bits(a, e, "the same from run to run")
+        assert_near(again, exact, (name, rows, n_in, n_out))
+        shifted = [
+            torch.cat([t.detach().flatten()[:1], t.detach().flatten()])[1:].view_as(t) for t in tensors
+        ]
+        turned = [x.detach().t().contiguous().t(), w.detach().t().contiguous().t(), *tensors[2:]]
+        for others in (shifted, turned):
+            others = [t.detach().requires_grad_() for t in others]
+            assert_near(gradients(ours, others), exact, (name, rows, n_in, n_out, "layout"))
+
+
+CHAINS = {
+    "relu": (["relu", "relu", "identity"], [64, 128, 96, 40]),
+    "gelu_tanh": (["gelu_tanh", "gelu_tanh", "identity"], [64, 128, 96, 40]),
+    "mixed": (["relu", "gelu_tanh", "tanh", "relu", "relu"], [64, 128, 96, 64, 128, 32]),
+    "maxout above and below": (["relu", "maxout", "relu", "gelu_tanh", "maxout"], [64, 128, 96, 64, 32, 16]),
+    "odd widths": (["relu", "gelu_tanh", "relu", "identity"], [33, 100, 20, 7, 5]),
+}
+
+
+@HALF
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("case", CHAINS)
+def test_epilogues_in_a_network(case, bias, dtype, cublaslt):
+    names, sizes = CHAINS[case]
+    call, wide = chain(names, bias)
+    tensors = chain_inputs(names, sizes, dtype, bias)
+    exact = gradients(wide, widened(tensors))
+    assert_near(gradients(call, tensors), exact, case)
+    deep = [tensors[0].detach().view(4, 8, 3, -1).requires_grad_(), *tensors[1:]]
+    results = gradients(call, deep)
+    assert results[0].shape == (4, 8, 3, sizes[-1])
+    for free in range(len(tensors)):  # what is frozen has no gradient, and the rest the same one
+        some = [t.detach().requires_grad_(i == free) for i, t in enumerate(tensors)]
+        assert_near(gradients(call, some)[1:], [exact[1 + free]], (case, free))
+
+
+@needs_switch
+def test_the_switch_may_change_between_forward_and_backward(cublaslt):
+    names, sizes = CHAINS["mixed"]
+    call, wide = chain(names)
+    tensors = chain_inputs(names, sizes, torch.bfloat16)
+    exact = gradients(wide, widened(tensors))
+    for forward, backward in ((True, False), (False, True)):
+        mlpext._C.set_cublaslt(forward)
+        y = call(*tensors)
+        mlpext._C.set_cublaslt(backward)
+        g = torch.linspace(-1, 2, y.numel(), device=DEVICE).view(y.shape).to(y.dtype)
+        assert_near([y, *torch.autograd.grad(y, tensors, g)], exact, (forward, backward))
+
+
+@needs_switch
+@pytest.mark.parametrize("name", ["identity", "relu", "gelu_tanh"])
+def test_epilogues_are_used(name, served):
+    """Otherwise everything here would only test the other path. Shapes that no other test has."""
+    x, w, b = chain_inputs([name], [136, 264], torch.bfloat16, rows=200)
+    y = served(lambda: F.linear_activation(x, w, b, activation=name))
+    if name == "identity":
+        served(torch.autograd.grad, y, [w, b], torch.ones_like(y))
+    else:
+        call, _ = chain([name, "tanh"])
+        tensors = chain_inputs([name, "tanh"], [72, 136, 264], torch.bfloat16)
+        y = served(call, *tensors)
+        served(torch.autograd.grad, y, tensors[:2], torch.ones_like(y))
+
+
+@pytest.mark.parametrize("names", [["relu", "tanh"], ["gelu_tanh", "gelu_tanh", "identity"]], ids=str)
+def test_derivatives_with_epilogues_on(names, cublaslt):
+    """float64 is served by the other path; in 16 bits a graph of the backward goes forward again."""
+    call, wide = chain(names)
+    tensors = chain_inputs(names, [4, *[6] * len(names)], torch.float64, rows=2)
+    assert gradcheck(call, tensors) and gradgradcheck(call, tensors)
+
+    def second(f, tensors):
+        (slope,) = torch.autograd.grad(f(*tensors).square().sum(), tensors[0], create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), tensors)
+
+    half = chain_inputs(names, [16, *[32] * len(names)], torch.bfloat16)
+    assert_near(second(call, half), second(wide, widened(half)), names, most=0.1)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu_tanh", "identity"])
+def test_nan_stays_nan_with_epilogues(name, cublaslt):
+    x, w, b = (t.detach() for t in chain_inputs([name], [64, 128], torch.bfloat16, rows=64))
+    x[3, 5] = torch.nan
+    y = F.linear_activation(x, w, b, activation=name)
+    assert y[3].isnan().all() and not y[:3].isnan().any() and not y[4:].isnan().any()
+
+
+@gpu_only
+def test_epilogues_in_graphs_streams_and_without_synchronisation(cublaslt):
+    """The plans of a shape are made in the capture itself."""
+    names = ["relu", "gelu_tanh", "identity"]
+    call, _ = chain(names)
+    tensors = chain_inputs(names, [64, 144, 80, 48], torch.bfloat16, rows=168)
+    g = torch.randn(168, 48, device=DEVICE).to(torch.bfloat16)
+
+    def step():
+        y = call(*tensors)
+        return [y.detach(), *torch.autograd.grad(y, tensors, g)]
+
+    other = chain_inputs(names, [64, 144, 80, 48], torch.bfloat16, rows=8)
+    gradients(call, other)  # the library's own start, with another shape
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    sides = []
+    for _ in range(20):
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                sides.append(step())
+    torch.cuda.synchronize()
+    for results in (captured, *sides):
+        for a, e in zip(results, expected, strict=True):
+            assert_same_bits(a, e)
+
+
+@needs_switch
+def test_threads_share_the_plans(cublaslt):
+    """More shapes than are held, from four threads: the plans are forgotten and made again all the time."""
+    x, w, b = (t.detach() for t in chain_inputs(["relu"], [16, 32], torch.bfloat16, rows=320))
+    expected = [F.linear_activation(x[:rows], w, b, activation="relu") for rows in range(1, 321)]
+    assert 0 < mlpext._C.cublaslt_plans() <= 256
+
+    def work(first):
+        for i in range(320):
+            rows = (first + i) % 320 + 1
+            y = F.linear_activation(x[:rows], w, b, activation="relu")
+            assert_same_bits(y, expected[rows - 1])
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work, 80 * t) for t in range(4)]:
+            future.result()
+    assert mlpext._C.cublaslt_plans() <= 256

@@ -93,6 +93,22 @@ def test_an_error_of_the_compiler_is_a_fault(monkeypatch):
     monkeypatch.setattr(cuda_check, "compile_kernels", fail)
     monkeypatch.setattr(cuda_check, "compile_binding", lambda *_: None)
     faults = cuda_check.check(Path("/nowhere/bin/nvcc"))[1]
-    assert (
-        len(faults) == len(list(TOOL.parent.parent.glob("csrc/cuda/*.cu"))) and "expected a ';'" in faults[0]
+    kernels = list(TOOL.parent.parent.glob("csrc/cuda/*.cu"))
+    assert len(faults) == len(kernels) and "expected a ';'" in faults[0]
+
+
+def test_without_the_headers_of_cublas_it_names_what_it_leaves_out(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(
+        cuda_check,
+        "compile_kernels",
+        lambda _, path: (ptxas(), NARROW if path.stem.startswith("narrow") else PTX, ""),
     )
+    monkeypatch.setattr(cuda_check, "compile_binding", lambda _, path: compiled.append(path.name))
+    for headers, left_out in ((Path("/somewhere"), False), (None, True)):
+        compiled.clear()
+        monkeypatch.setattr(cuda_check, "cublas_headers", lambda _, headers=headers: headers)
+        report, faults = cuda_check.check(Path("/nowhere/bin/nvcc"))
+        assert not faults and "linear.cpp" in compiled
+        assert ("cublaslt.cpp" in compiled) == ("epilogues.cpp" in compiled) == (not left_out)
+        assert any("NOT compiled" in line and "cublaslt.cpp" in line for line in report) == left_out

@@ -33,20 +33,22 @@ pytestmark = [
 ]
 
 
-def build(name, *flags, activations=None, plant=None, files=DTYPES):
-    """The program out of some of csrc/cuda/*.cu; with some activations only, or with a fault in the place of
-    a text in a file."""
+KERNELS = tuple(f"{dtype}.cu" for dtype in DTYPES)
+
+
+def build(name, *flags, activations=None, plant=None, sources=KERNELS, main="main.cpp"):
+    """The program; with some activations only, or with a fault in the place of a text in a file."""
     folder = ROOT / "build" / "cuda_emulator" / name
     folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted(p for top in (ROOT / "csrc", EMULATOR) for p in top.rglob("*") if p.is_file())
-    key = hashlib.sha256(repr((COMPILER, flags, activations, plant, files)).encode())
-    for path in sources:
+    everything = sorted(p for top in (ROOT / "csrc", EMULATOR) for p in top.rglob("*") if p.is_file())
+    key = hashlib.sha256(repr((COMPILER, flags, activations, plant, sources)).encode())
+    for path in everything:
         key.update(path.read_bytes())
     with open(folder / "lock", "w") as lock:  # several workers run these tests: one builds, the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = folder / "stamp"
         if not stamp.exists() or stamp.read_text() != key.hexdigest():
-            compile_and_link(folder, flags, activations, plant, files)
+            compile_and_link(folder, flags, activations, plant, sources, main)
             stamp.write_text(key.hexdigest())
     return Emulator(folder / "emulator")
 
@@ -57,7 +59,7 @@ COMPILER = [
 ]
 
 
-def compile_and_link(folder, flags, activations, plant, files):
+def compile_and_link(folder, flags, activations, plant, sources, main):
     shutil.rmtree(folder / "csrc", ignore_errors=True)
     source = shutil.copytree(ROOT / "csrc", folder / "csrc")
     if activations:
@@ -65,11 +67,11 @@ def compile_and_link(folder, flags, activations, plant, files):
     if plant:
         file, text, fault = plant
         edit(source / file, re.escape(text), fault)
-    sources = [*(source / "cuda" / f"{file}.cu" for file in files), EMULATOR / "main.cpp"]
-    objects = [str(folder / f"{file.stem}.o") for file in sources]
+    files = [*(source / "cuda" / name for name in sources), EMULATOR / main]
+    objects = [str(folder / f"{file.parent.name}-{file.stem}.o") for file in files]
     compile_ = [*COMPILER, *flags, f"-I{source}", "-x", "c++", "-c"]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        jobs = [[*compile_, str(f), "-o", o] for f, o in zip(sources, objects, strict=True)]
+        jobs = [[*compile_, str(f), "-o", o] for f, o in zip(files, objects, strict=True)]
         list(pool.map(command, jobs))
     command([*COMPILER, *flags, "-pthread", *objects, "-o", str(folder / "emulator")])
 
@@ -182,7 +184,7 @@ def checked():
 @pytest.fixture(scope="module")
 def raced():
     """One activation, under TSan."""
-    return build("raced", *RACES, activations="std::tuple<ELU>", files=("float64", "bfloat16"))
+    return build("raced", *RACES, activations="std::tuple<ELU>", sources=("float64.cu", "bfloat16.cu"))
 
 
 # ---------------------------------------------------------------- the numbers
@@ -387,7 +389,7 @@ def test_no_races(raced):
             assert_same_bits(a, b, "the same from run to run")
 
 
-ONE = {"activations": "std::tuple<ELU>", "files": ("float32",)}
+ONE = {"activations": "std::tuple<ELU>", "sources": ("float32.cu",)}
 # file, text, what stands there instead; the sanitizer and its message
 FAULTS = {
     "a write out of bounds": (

@@ -19,7 +19,7 @@ from test_cuda_emulated import OF_OUTPUT, RACES, SANITIZED, Fault, build, poison
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_narrow_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-FILES = tuple(f"narrow_{str(dtype)[6:]}" for dtype in DTYPES)
+FILES = tuple(f"narrow_{str(dtype)[6:]}.cu" for dtype in DTYPES)
 H100 = (132, 227 << 10)  # multiprocessors, bytes of shared memory for a block
 UNOPTIMISED = SANITIZED[1:]  # a third of the time to compile
 FEW = "std::tuple<Identity, ReLU, ELU, SiLU>"
@@ -28,19 +28,19 @@ FEW = "std::tuple<Identity, ReLU, ELU, SiLU>"
 @pytest.fixture(scope="module")
 def plain():
     """Every activation, no sanitizer."""
-    return build("narrow", files=FILES)
+    return build("narrow", sources=FILES)
 
 
 @pytest.fixture(scope="module")
 def checked():
     """A few activations, under ASan and UBSan."""
-    return build("narrow_checked", *UNOPTIMISED, activations=FEW, files=FILES)
+    return build("narrow_checked", *UNOPTIMISED, activations=FEW, sources=FILES)
 
 
 @pytest.fixture(scope="module")
 def raced():
     """A few activations, under TSan."""
-    return build("narrow_raced", *RACES, activations=FEW, files=FILES[:2])
+    return build("narrow_raced", *RACES, activations=FEW, sources=FILES[:2])
 
 
 @dataclass
@@ -356,7 +356,7 @@ def test_no_races(raced):
         assert_backward(layers, x, ys, zs, g, dx, dws, dbs)
 
 
-ONE = {"activations": "std::tuple<Identity, ReLU>", "files": ("narrow_bfloat16",)}
+ONE = {"activations": "std::tuple<Identity, ReLU>", "sources": ("narrow_bfloat16.cu",)}
 # text of narrow.cuh, what stands there instead; the sanitizer and its message
 FAULTS = {
     "a write behind the last row": (

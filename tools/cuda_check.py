@@ -1,9 +1,10 @@
 """Compiles everything in csrc/cuda without a GPU, and without a CUDA build of torch: `make check` runs this.
 
 Every .cu for sm_80 and sm_90 with the flags that torch and setup.py give nvcc, every .cpp with the headers of
-whatever torch is there. Prints registers and spills of the kernels, and fails beyond the budgets below, where
-a kernel has lost its 16-byte accesses, or one of a narrow network its tensor cores. Without nvcc it says so
-and passes.
+whatever torch is there, and of cuBLAS in the toolkit or a package nvidia-cublas. Prints registers and spills
+of the kernels, and fails beyond the budgets below, where a kernel has lost its 16-byte accesses, or one of a
+narrow network its tensor cores. Without nvcc it says so and passes; without the headers of cuBLAS it names
+the files that it leaves out.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def output(command: list) -> str:
 
 
 def digest(nvcc: Path) -> str:
-    key = hashlib.sha256(f"{torch.__version__} {output([nvcc, '--version'])}".encode())
+    key = hashlib.sha256(f"{torch.__version__} {output([nvcc, '--version'])} {cublas_headers(nvcc)}".encode())
     for path in [Path(__file__), ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))]:
         key.update(path.read_bytes())
     return key.hexdigest()
@@ -89,6 +90,11 @@ def check(nvcc: Path) -> tuple[list[str], list[str]]:
     kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
     bindings = sorted(ROOT.glob("csrc/cuda/*.cpp"))
     report, faults = [], []
+    if cublas_headers(nvcc) is None:
+        skipped = [path for path in bindings if '#include "cublaslt.h"' in path.read_text()]
+        bindings = [path for path in bindings if path not in skipped]
+        names = ", ".join(path.name for path in skipped)
+        report.append(f"NOT compiled, no cublasLt.h in the toolkit or a package nvidia-cublas: {names}")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = {path: pool.submit(compile_kernels, nvcc, path) for path in kernels}
         checked = {path: pool.submit(compile_binding, nvcc, path) for path in bindings}
@@ -126,11 +132,18 @@ def compile_kernels(nvcc: Path, path: Path) -> tuple[str, str, str]:
     return said, ptx, sass
 
 
+def cublas_headers(nvcc: Path) -> Path | None:
+    wheels = [Path(path) / "nvidia" / name / "include" for path in sys.path for name in ("cu13", "cublas")]
+    places = [nvcc.parent.parent / "include", *wheels]
+    return next((place for place in places if (place / "cublasLt.h").exists()), None)
+
+
 def compile_binding(nvcc: Path, path: Path) -> None:
     system = [
         *cpp_extension.include_paths(),
         sysconfig.get_path("include"),
         nvcc.parent.parent / "include",
+        *filter(None, [cublas_headers(nvcc)]),
     ]
     output(
         [

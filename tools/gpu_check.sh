@@ -17,10 +17,13 @@ TORCH_CUDA_ARCH_LIST=$capability MLPEXT_CUDA=1 $python setup.py -q build_ext --i
 $python -c 'import mlpext; assert mlpext._C.has_cuda()'
 
 failed=0
-step "tests"
-timeout 240 $python -m pytest -q -m cuda --maxfail=20 -p no:cacheprovider -n "${WORKERS:-6}" \
-    tests/test_cuda.py tests/test_cuda_samples.py tests/test_captured.py tests/test_ranks.py \
-    2>&1 | tee "$out/test.log" | tail -n 30 || failed=1
+check() { # the switch of cuBLASLt's epilogues, seconds, files
+    step "tests with MLPEXT_CUBLASLT=$1"
+    MLPEXT_CUBLASLT=$1 timeout "$2" $python -m pytest -q -m cuda --maxfail=20 -p no:cacheprovider \
+        -n "${WORKERS:-6}" "${@:3}" 2>&1 | tee "$out/test-$1.log" | tail -n 30 || failed=1
+}
+check 0 240 tests/test_cuda.py tests/test_cuda_samples.py tests/test_captured.py tests/test_ranks.py
+check 1 120 tests/test_cuda.py
 
 step "benchmarks"
 left=$((570 - SECONDS))

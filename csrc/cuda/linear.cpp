@@ -1,4 +1,5 @@
-// Linear + activation and linear + maxout on CUDA: native's product, and one pass for everything around it.
+// Linear + activation and linear + maxout on CUDA: native's product, and one pass for everything around it;
+// or, where the switch is on (ops.h), cuBLASLt's product with what its epilogue can do.
 #include <ATen/ops/addmm_cuda_dispatch.h>
 #include <ATen/ops/mm_cuda_dispatch.h>
 #include <ATen/ops/sum_cuda_dispatch.h>
@@ -18,15 +19,6 @@ Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 // Whether the bias is added by the activation's pass instead. In 16 bits the product would be rounded once
 // more.
 bool bias_in_pass(const Tensor& x) { return x.element_size() > 2; }
-
-// Gradients of the product from dz (rows, out_features) except that of the bias; only those asked for.
-std::tuple<Tensor, Tensor> product_backward(const Tensor& dz, const OptionalTensor& x,
-                                            const OptionalTensor& weight, Mask mask) {
-  return {mask[0] ? at::cuda::mm(dz, *weight) : Tensor(),
-          mask[1] ? at::cuda::mm(dz.t(), rows_of(*x)) : Tensor()};
-}
-
-Matrix matrix(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
 // dz, whose columns are `pieces` times those of dy, and its column sums, in one pass.
 std::tuple<Tensor, Tensor> dz_and_sums(LaunchRows launcher, Params params, const Tensor& dy,
@@ -55,6 +47,10 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
   const bool identity = name == Identity::name;
+  if (!keep_preactivation || name == GELUTanh::name) {  // of relu the library keeps no z
+    const auto [y, z] = epilogue_forward(x, weight, bias, name, /*keep=*/keep_preactivation);
+    if (y.defined()) return {shaped(y, input), shaped(z, input)};
+  }
   if (bias && !identity && !keep_preactivation && bias_in_pass(x)) {
     const Tensor y = product(x, weight, std::nullopt);
     run_forward(y, bias->contiguous(), y, index, params);
@@ -66,6 +62,30 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   const Tensor y = keep_preactivation ? fresh_like(z) : z;
   run_forward(z, std::nullopt, y, index, params);
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
+}
+
+std::tuple<Tensor, Tensor> activation_backward_rows(const Tensor& grad_output, const OptionalTensor& saved,
+                                                    std::string_view name, Params params, bool from_output,
+                                                    bool with_sums) {
+  if (name == Identity::name) return {rows_of(grad_output), Tensor()};
+  if (!with_sums)
+    return {rows_of(activation_backward(grad_output, *saved, name, params, from_output)), Tensor()};
+  const ActivationKernels& table = kernels(dtype_of(grad_output)).activations[activation_index(name, params)];
+  return dz_and_sums(from_output ? table.backward_rows_from_output : table.backward_rows, params,
+                     rows_of(grad_output), rows_of(*saved), /*pieces=*/1);
+}
+
+std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& dz, const OptionalTensor& x,
+                                                    const OptionalTensor& weight, Mask mask) {
+  Tensor dx, dw, db;
+  if (mask[0]) dx = at::cuda::mm(dz, *weight);
+  if (mask[1]) {
+    const Tensor rows = rows_of(*x);
+    if (mask[2]) std::tie(dw, db) = epilogue_weight_gradient(dz, rows);
+    if (!dw.defined()) dw = at::cuda::mm(dz.t(), rows);
+  }
+  if (mask[2] && !db.defined()) db = at::cuda::sum(dz, at::OptionalIntArrayRef(0));
+  return {dx, dw, db};
 }
 
 namespace {
@@ -88,18 +108,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
                      (from_output && !info.output_suffices(params.data())))))
     return composite::linear_activation_backward(grad_output, input, weight, saved, name, params, from_output,
                                                  output_mask);
-  Tensor dz, db;
-  if (identity || !output_mask[2]) {
-    dz =
-        rows_of(identity ? grad_output : activation_backward(grad_output, *saved, name, params, from_output));
-    if (output_mask[2]) db = at::cuda::sum(dz, at::OptionalIntArrayRef(0));
-  } else {
-    const ActivationKernels& table = kernels(dtype_of(grad_output)).activations[index];
-    std::tie(dz, db) = dz_and_sums(from_output ? table.backward_rows_from_output : table.backward_rows,
-                                   params, rows_of(grad_output), rows_of(*saved), /*pieces=*/1);
-  }
-  auto [dx, dw] = product_backward(dz, input, weight, output_mask);
-  return {shaped(dx, grad_output), dw, db};
+  const auto [dz, sums] =
+      activation_backward_rows(grad_output, saved, name, params, from_output, output_mask[2]);
+  if (sums.defined()) output_mask[2] = false;
+  auto [dx, dw, db] = product_backward(dz, input, weight, output_mask);
+  return {shaped(dx, grad_output), dw, sums.defined() ? sums : db};
 }
 
 std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& weight,
@@ -145,7 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
   } else {
     dz = maxout_backward(dy, winners, pieces, 1);
   }
-  auto [dx, dw] = product_backward(dz, input, w, output_mask);
+  output_mask[2] = false;
+  auto [dx, dw, none] = product_backward(dz, input, w, output_mask);
   if (dw.defined()) dw = dw.unflatten(0, {pieces, -1});
   return {shaped(dx, grad_output), dw, db};
 }

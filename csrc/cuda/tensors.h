@@ -28,6 +28,10 @@ inline Tensor fresh_like(const Tensor& dense) {
                                         /*device=*/std::nullopt);
 }
 
+inline Matrix matrix(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
+}
+
 Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,
                            Params params, bool from_output);
 std::tuple<Tensor, Tensor> maxout_forward(const Tensor& input, int64_t pieces, int64_t dim);
@@ -40,6 +44,28 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias);
 Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+
+// What cuBLASLt's epilogues can do (epilogues.cpp), on matrices; undefined where they are switched off or do
+// not serve the case.
+//
+// y = f(x weight' + bias) and, to keep, what epilogue_input_gradient wants of it: relu's signs, gelu_tanh's
+// z.
+std::tuple<Tensor, Tensor> epilogue_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                            std::string_view name, bool keep);
+// (dz weight) f'(aux), f that of the layer below, and its sums over the rows.
+std::tuple<Tensor, Tensor> epilogue_input_gradient(const Tensor& dz, const Tensor& weight,
+                                                   std::string_view name, const Tensor& aux, bool with_sums);
+// dz' x, and the sums of dz over the rows.
+std::tuple<Tensor, Tensor> epilogue_weight_gradient(const Tensor& dz, const Tensor& x);
+
+// The parts of linear_activation_backward, on matrices. From dy dz and, if one pass makes both, db; of
+// identity dz is dy.
+std::tuple<Tensor, Tensor> activation_backward_rows(const Tensor& grad_output, const OptionalTensor& saved,
+                                                    std::string_view name, Params params, bool from_output,
+                                                    bool with_sums);
+// From dz those gradients of input, weight and bias that are asked for.
+std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& dz, const OptionalTensor& x,
+                                                    const OptionalTensor& weight, Mask mask);
 
 // y = f(x + bias) on a dense pair; y may be x. A bias wants x contiguous, with as many columns.
 void run_forward(const Tensor& x, const OptionalTensor& bias, const Tensor& y, std::size_t index,

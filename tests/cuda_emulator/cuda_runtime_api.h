@@ -46,6 +46,12 @@ struct alignas(8) float2 {
 
 enum cudaError_t { cudaSuccess };
 using cudaStream_t = void*;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  static thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
+  std::swap(current, *mode);
+  return cudaSuccess;
+}
 using std::min;
 
 namespace emulator {

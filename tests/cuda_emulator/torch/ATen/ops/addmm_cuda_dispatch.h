@@ -1,0 +1,6 @@
+#pragma once
+#include <ATen/ops/addmm.h>
+
+namespace at::cuda {
+using at::addmm;
+}

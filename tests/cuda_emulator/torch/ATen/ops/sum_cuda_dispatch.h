@@ -1,0 +1,6 @@
+#pragma once
+#include <ATen/ops/sum.h>
+
+namespace at::cuda {
+using at::sum;
+}
