@@ -99,11 +99,9 @@ def test_an_error_of_the_compiler_is_a_fault(monkeypatch):
 
 def test_without_the_headers_of_cublas_it_names_what_it_leaves_out(monkeypatch):
     compiled = []
-    monkeypatch.setattr(
-        cuda_check,
-        "compile_kernels",
-        lambda _, path: (ptxas(), NARROW if path.stem.startswith("narrow") else PTX, ""),
-    )
+    monkeypatch.setattr(cuda_check, "compile_kernels", lambda *_: ("", "", ""))
+    for judge in ("judge", "judge_narrow"):
+        monkeypatch.setattr(cuda_check, judge, lambda name, *_: (name, []))
     monkeypatch.setattr(cuda_check, "compile_binding", lambda _, path: compiled.append(path.name))
     for headers, left_out in ((Path("/somewhere"), False), (None, True)):
         compiled.clear()
