@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .samples import BLOCK, Samples
+from .samples import Samples
 
 Loss: TypeAlias = "str | Callable[[Tensor, Tensor], Tensor]"
 LOSSES = ("squared_error", "cross_entropy")
@@ -103,7 +103,7 @@ class R2:
         # Deviations from the first sample: sums of squares of the targets themselves would cancel.
         origin = _flat(samples.targets(torch.tensor([0])))
         total = squares = torch.zeros(())
-        for rows in _blocks(samples):
+        for rows in samples.blocks():
             deviation = _flat(samples.targets(rows)) - origin
             total = total + deviation.sum(0)
             squares = squares + deviation.square().sum(0)
@@ -167,7 +167,7 @@ def measure(
     """Mean E ("loss") and metric of the samples under the model as it is, in eval() mode."""
     error, score = 0.0, torch.zeros((), dtype=torch.float64)
     with torch.no_grad(), in_mode(model, training=False):
-        for rows in _blocks(samples):
+        for rows in samples.blocks():
             x, target = samples[rows]
             output = model(x)
             error += total(output, target).item()
@@ -195,11 +195,6 @@ def _set_mode(flags: Iterable[tuple[nn.Module, bool]]) -> None:
     for module, flag in flags:
         if module.training != flag:  # an attribute of a module costs 2 us to set
             module.training = flag
-
-
-def _blocks(samples: Samples) -> Iterator[Tensor]:
-    for first in range(0, len(samples), BLOCK):
-        yield torch.arange(first, min(first + BLOCK, len(samples)))
 
 
 def _flat(rows: Tensor) -> Tensor:

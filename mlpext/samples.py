@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -102,6 +103,11 @@ class Samples:
         assert isinstance(self._x, Tensor) and isinstance(self._target, Tensor)
         return self._x, self._target, self._rows
 
+    def blocks(self) -> Iterator[Tensor]:
+        """The row numbers of all samples in order, a block at a time."""
+        for first in range(0, len(self), BLOCK):
+            yield torch.arange(first, min(first + BLOCK, len(self)))
+
     def subset(self, rows: Tensor) -> Samples:
         """Samples of these rows alone, which share the memory of all of them."""
         part = copy.copy(self)
@@ -138,7 +144,7 @@ class Samples:
             numbered = not self.has_classes or bool(self._target.min() >= 0)
             if numbered and _C.all_finite([self._x, self._target]):
                 return
-        for rows in torch.split(torch.arange(len(self)), BLOCK):
+        for rows in self.blocks():
             x, target = self[rows]
             _check_finite(f"{self._name}x", x, int(rows[0]))
             if not self.has_classes:
