@@ -18,13 +18,14 @@ TOLERANCE = {torch.float64: 3e-14, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 
 # (rows, in, out): one value, few rows (dot products), steps of 6 rows and 16 columns, panels of 64 columns,
 # blocks of 60 rows and 512 terms (1024 in pairs of bfloat16), groups of 1020 rows, wide strips for 6 rows
-# (2048 columns, 16 terms) and for 8 terms (8192 values), nothing at all.
+# (2048 columns, 16 terms) and for 8 terms (8192 values), weights of 2, 4 and 8 columns, nothing at all.
 SHAPES = [
     *((1, 1, 1), (1, 64, 64), (2, 1, 3), (3, 17, 5), (4, 100, 16), (5, 8, 15), (6, 6, 17), (7, 129, 31)),
     *((8, 513, 33), (11, 66, 63), (12, 65, 64), (13, 64, 65), (59, 31, 127), (60, 32, 128), (61, 33, 129)),
     *((64, 511, 20), (65, 512, 21), (66, 513, 22), (67, 1023, 6), (90, 1024, 7), (121, 1025, 8)),
     *((1019, 9, 66), (1020, 10, 16), (1021, 11, 1), (2049, 3, 2), (3, 2, 700), (70, 200, 3)),
     *((6, 2049, 17), (18, 2049, 6), (7, 2731, 3), (8, 1025, 9), (9, 1030, 7), (1, 8200, 7)),
+    *((3, 2, 37), (2, 4, 70), (5, 8, 39), (7, 16, 33), (2, 3, 40), (27, 40, 2), (40, 33, 2)),
     *((0, 3, 4), (3, 0, 5), (4, 5, 0), (0, 0, 0)),
 ]
 

@@ -39,12 +39,54 @@ template <int block = 1, class V> MLPEXT_INLINE V sum_each(V* rows) {
   else return rows[0];
 }
 
+// Every other lane of a and b, from the first (odd = 0) or the second.
+template <int odd, class V> MLPEXT_INLINE V alternate(V a, V b) {
+  return [&]<int... i>(std::integer_sequence<int, i...>) MLPEXT_LAMBDA {
+    return V(__builtin_shufflevector(a.v, b.v, (2 * i + odd)...));
+  }(std::make_integer_sequence<int, V::size>());
+}
+
+// The transpose of dense rows of n values, n a power of two: n log2(n) shuffles for V::size rows.
+template <class M, int n>
+MLPEXT_INLINE void transpose_narrow(const M* from, M* to, int64_t to_stride, int64_t rows) {
+  using V = LanesOf<M>;
+  for (int64_t i = 0; i < rows; i += V::size) {
+    V in[n], out[n];
+#pragma GCC unroll 8
+    for (int r = 0; r < n; ++r) out[r] = load<V>(from + i * n + r * V::size);
+#pragma GCC unroll 4
+    for (int step = 1; step < n; step *= 2) {
+#pragma GCC unroll 8
+      for (int r = 0; r < n; ++r) in[r] = out[r];
+#pragma GCC unroll 4
+      for (int r = 0; r < n / 2; ++r) {
+        out[r] = alternate<0>(in[2 * r], in[2 * r + 1]);
+        out[n / 2 + r] = alternate<1>(in[2 * r], in[2 * r + 1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < n; ++r) store(to + r * to_stride + i, out[r]);
+  }
+}
+
 // to[j to_stride + i] = from[i from_stride + j] for i < rows, j < columns.
 template <class M> void transpose(const void* from_, int64_t from_stride, void* to_, int64_t to_stride,
                                   int64_t rows, int64_t columns) {
   using V = LanesOf<M>;
   const M* from = static_cast<const M*>(from_);
   M* to = static_cast<M*>(to_);
+  if (from_stride == columns && rows >= V::size && (columns == 2 || columns == 4 || columns == 8)) {
+    const int64_t whole = rows / V::size * V::size;
+    if (columns == 2) transpose_narrow<M, 2>(from, to, to_stride, whole);
+    else if (columns == 4) transpose_narrow<M, 4>(from, to, to_stride, whole);
+    else transpose_narrow<M, 8>(from, to, to_stride, whole);
+    from += whole * columns, to += whole, rows -= whole;
+  }
+  if (columns <= V::size / 4) {  // a square would be mostly padding
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t i = 0; i < rows; ++i) to[j * to_stride + i] = from[i * from_stride + j];
+    return;
+  }
   V square[V::size];
   for (int64_t i = 0; i < rows; i += V::size) {
     const int high = static_cast<int>(rows - i < V::size ? rows - i : V::size);
@@ -117,7 +159,7 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
 #pragma GCC unroll 16
         for (int c = 0; c < wide; ++c) {
           const V weight = load_some(row[c]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
           for (int r = 0; r < rows; ++r)
             sums[r * wide + c] = add_product<pairs>(in[r], weight, sums[r * wide + c]);
         }
@@ -149,7 +191,7 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
       if (bias) z = z + load_some(bias + j);
       store_some(y + r * y_stride + j, z);
     };
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       if (wide == V::size && count == V::size)
         finish(
@@ -172,10 +214,11 @@ void dots(const void* x, int64_t x_stride, const void* w, int64_t w_stride, cons
                                   w_stride, static_cast<const M*>(bias), static_cast<M*>(y) + i * y_stride,
                                   y_stride, columns, depth);
   };
-  // One column would leave 3 of 4 sums unused.
+  // One column would leave 3 of 4 sums unused, two columns half of them.
   if (columns == 1) in_steps<V::size, 1>(0, rows, run);
-  else if constexpr (V::size >= 4) in_steps<4, 2, 1>(0, rows, run);
-  else in_steps<2, 1>(0, rows, run);
+  else if constexpr (V::size < 4) in_steps<2, 1>(0, rows, run);
+  else if (columns == 2) in_steps<(V::size > 8 ? V::size / 2 : 4), 4, 2, 1>(0, rows, run);
+  else in_steps<4, 2, 1>(0, rows, run);
 }
 
 // c[i, :] = start[i, :] + the sum over t of a[i, t] b[t, :], for a block of c in registers. `start` may be
