@@ -86,9 +86,10 @@ def test_shapes_around_the_blocks(shape, dtype):
 @every_float
 @pytest.mark.parametrize("pieces", [1, 2, 3, 4, 5, 9, 64, 65, 300])
 def test_maxout_around_the_blocks(pieces, dtype):
-    for shape in ((1, 8, 5), (7, 65, 33), (61, 513, 17), (0, 3, 4), (3, 0, 2)):
-        if pieces > 9 and shape[1] > 65:
-            continue
+    shapes = [(1, 8, 5), (7, 65, 33), (0, 3, 4), (3, 0, 2)]
+    if pieces <= 9:
+        shapes += [(61, 513, 17), (65, 130, 50), (130, 129, 49), (300, 97, 70), (49, 48, 3)]
+    for shape in shapes:
         x, w, b, g = tensors(*shape, dtype, pieces)
         for inputs in ([x, w, b], [x, w]):
             # Which piece wins is decided in the dtype at hand; after that, only sums differ.
@@ -142,11 +143,18 @@ def test_layouts(shape, dtype):
                 else:
                     inputs[i] = other
                 compare(layer(name), native_layer(name), inputs, cotangent, dtype, f"{name}: {what} {i}")
-    pieces = tensors(*shape, dtype, pieces=2)
-    for what, other in layouts(pieces[3]):
-        got = results(F.linear_maxout, pieces[:3], other)
-        for a, e in zip(got, results(F.linear_maxout, pieces[:3], pieces[3]), strict=True):
+    *pieces, g = tensors(*shape, dtype, pieces=2)
+    expected = results(F.linear_maxout, pieces, g)
+    for what, other in layouts(g):
+        for a, e in zip(results(F.linear_maxout, pieces, other), expected, strict=True):
             torch.testing.assert_close(a, e, msg=what)
+    for what, other in layouts(pieces[0]):
+        for a, e in zip(results(F.linear_maxout, [other, *pieces[1:]], g), expected, strict=True):
+            torch.testing.assert_close(a, e, msg=what)
+    for axes in ((0, 2, 1), (1, 0, 2), (2, 1, 0)):
+        other = pieces[1].permute(axes).contiguous().permute([axes.index(i) for i in range(3)])
+        for a, e in zip(results(F.linear_maxout, [pieces[0], other, pieces[2]], g), expected, strict=True):
+            torch.testing.assert_close(a, e, msg=str(axes))
 
 
 @every_float
@@ -171,6 +179,20 @@ def test_many_rows_are_taken_in_chunks():
     ):
         x, w, b, g = tensors(5000, 6, 901, dtype)
         compare(layer(name), native_layer(name), [x, w, b], g, dtype, f"{name} {dtype}")
+    for shape in ((5000, 50, 901), (70, 50, 7001)):
+        x, w, b, g = tensors(*shape, torch.float32, pieces=2)
+        compare(F.linear_maxout, native_linear_maxout, [x, w, b], g, torch.float32, f"maxout, {shape}")
+
+
+@pytest.mark.isa
+def test_an_index_beyond_the_pieces_has_no_gradient():
+    x, w, _, g = tensors(70, 60, 50, torch.float32, pieces=3)
+    index = torch.randint(0, 3, g.shape, dtype=torch.uint8)
+    operator = torch.ops.mlpext.linear_maxout_backward
+    expected = operator(g.where(index < 2, 0), x, w, index, 3, (True, True, True))
+    beyond = index.where(index < 2, torch.tensor(200, dtype=torch.uint8))
+    for a, e in zip(operator(g, x, w, beyond, 3, (True, True, True)), expected, strict=True):
+        torch.testing.assert_close(a, e)
 
 
 @pytest.mark.isa
@@ -197,6 +219,15 @@ def test_the_same_bits_again_and_with_two_threads(dtype):
             assert_same_bits(two, one, f"{shape} again")
             if "avx" in os.environ.get("MLPEXT_CPU_ISA", "avx"):  # native's product is not held to this
                 assert_same_bits(three, one, f"{shape} with two threads")
+    for shape in ((300, 130, 200), (1500, 100, 30), (30, 500, 150)):
+        x, w, b, g = tensors(*shape, dtype, pieces=3)
+        first = results(F.linear_maxout, [x, w, b], g)
+        torch.set_num_threads(2)
+        threads = results(F.linear_maxout, [x, w, b], g)
+        torch.set_num_threads(1)
+        for one, two in zip(first, threads, strict=True):
+            if "avx" in os.environ.get("MLPEXT_CPU_ISA", "avx"):
+                assert_same_bits(two, one, f"maxout {shape} with two threads")
 
 
 @every_float

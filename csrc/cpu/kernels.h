@@ -58,6 +58,19 @@ struct ProductKernels {
                            const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
                            int64_t columns, int64_t terms);
   PerDtype<Combine> combine;
+  // Gradients of maxout, where one piece of each output has one, for float and double. c[i] gets, or with
+  // `add` is added, the sum over t of factors[i, t] b[t, index[i, t]]: rows of b are `b_term` apart by t and
+  // `b_piece` by index.
+  using CombineWinners = void (*)(const void* factors, int64_t factor_stride, const uint8_t* index,
+                                  int64_t index_stride, const void* b, int64_t b_term, int64_t b_piece,
+                                  void* c, int64_t c_stride, int64_t rows, int64_t columns, int64_t terms,
+                                  bool add);
+  PerDtype<CombineWinners> combine_winners;
+  // The same of the sum over the bits t of chosen[i] of factors[i, t] b[t].
+  using CombineChosen = void (*)(const void* factors, int64_t factor_stride, const uint64_t* chosen,
+                                 const void* b, int64_t b_stride, void* c, int64_t c_stride, int64_t rows,
+                                 int64_t columns, bool add);
+  PerDtype<CombineChosen> combine_chosen;
   // Both for bfloat16, two terms at a time: a and b of combine are pairs, its sums float. For machines with
   // AVX512_BF16 only, and null where no table serves such.
   Dots dots_in_pairs;

@@ -195,8 +195,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
                 winner + (row + i) * g.columns, static_cast<char*>(to) + i * stride * size, pieces, g.columns,
                 g.columns);
     };
+    const Winners all{g, winner, pieces};
     std::tie(dx, dw, db) = blocked_backward(
-        dtype, dy.scalar_type(), {g.rows, pieces * g.columns, nullptr, form}, input, w, output_mask);
+        dtype, dy.scalar_type(), {g.rows, pieces * g.columns, nullptr, form, &all}, input, w, output_mask);
   } else {
     std::tie(dx, dw, db) =
         product_backward(maxout_backward(dy, rows_of(index), pieces, 1), input, w, output_mask);

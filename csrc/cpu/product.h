@@ -38,17 +38,32 @@ inline constexpr int64_t max_fused_pieces = 64;
 void product_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
                     void* index);
 
+// Where dz is that of maxout: dy, and which piece has won each output, dense. The other pieces' dz is 0.
+struct Winners {
+  Matrix dy;
+  const uint8_t* index;
+  int64_t pieces;
+};
+
 // dz, which is either a matrix as it lies in memory, or formed rows at a time: form(i, n, to, stride) writes
 // rows i to i + n.
 struct PreactivationGradient {
   int64_t rows, columns;
   const Matrix* matrix;  // null: form it
   c10::function_ref<void(int64_t row, int64_t rows, void* to, int64_t stride)> form;
+  const Winners* winners = nullptr;
 };
 
 // dx = dz w, dw = dz' x, db = the sum of dz over its rows, each dense and each only where its pointer is not
 // null; x and w are not read otherwise.
 void product_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w,
                       void* dx, void* dw, void* db);
+
+// The part of it that maxout_gradient.cpp has: dx and dw with one product's work each, however many pieces
+// there are, where that is served and pays.
+bool maxout_gradient_pays(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, bool with_dx,
+                          bool with_dw);
+void maxout_gradient(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, void* dx,
+                     void* dw);
 
 }  // namespace mlpext::cpu

@@ -286,6 +286,79 @@ template <class T, bool pairs = false> void combine(const void* a_, int64_t a_ro
         [&](T* p, V x) MLPEXT_LAMBDA { store_partial(p, x, left); });
 }
 
+// ---- products with one piece of each output
+
+// c[i] (+)= the sum of what terms(i, column, add) calls add(factor, row from that column on) with.
+template <class T, int registers, class Terms, class Load, class Store>
+MLPEXT_INLINE void combine_rows_block(T* c, int64_t c_stride, int64_t rows, int64_t column, bool add,
+                                      Terms terms, Load load_some, Store store_some) {
+  using V = Lanes<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    V sums[registers];
+#pragma GCC unroll 8
+    for (int v = 0; v < registers; ++v) sums[v] = V(0);
+    terms(i, column, [&](const T* factor, const T* row) MLPEXT_LAMBDA {
+      const V f = factor_of<false, V>(factor);
+#pragma GCC unroll 8
+      for (int v = 0; v < registers; ++v) sums[v] = madd(f, load_some(row + v * V::size), sums[v]);
+    });
+    T* const to = c + i * c_stride + column;
+#pragma GCC unroll 8
+    for (int v = 0; v < registers; ++v) {
+      if (add) sums[v] = load_some(to + v * V::size) + sums[v];
+      store_some(to + v * V::size, sums[v]);
+    }
+  }
+}
+
+// Eight registers of c at a time: no row of b serves two rows of c, so each multiply-add loads its own.
+template <class T, class Terms> MLPEXT_INLINE void combine_rows(T* c, int64_t c_stride, int64_t rows,
+                                                                int64_t columns, bool add, Terms terms) {
+  using V = Lanes<T>;
+  auto whole = [&]<int registers>(int64_t j, std::integral_constant<int, registers>) MLPEXT_LAMBDA {
+    combine_rows_block<T, registers>(
+        c, c_stride, rows, j * V::size, add, terms, [](const T* p) MLPEXT_LAMBDA { return load<V>(p); },
+        [](T* p, V x) MLPEXT_LAMBDA { store(p, x); });
+  };
+  in_steps<8, 4, 2, 1>(0, columns / V::size, whole);
+  const int left = static_cast<int>(columns % V::size);
+  if (left > 0)
+    combine_rows_block<T, 1>(
+        c, c_stride, rows, columns - left, add, terms,
+        [&](const T* p) MLPEXT_LAMBDA { return load_partial<V>(p, left); },
+        [&](T* p, V x) MLPEXT_LAMBDA { store_partial(p, x, left); });
+}
+
+template <class T> void combine_winners(const void* factors_, int64_t factor_stride, const uint8_t* index,
+                                        int64_t index_stride, const void* b_, int64_t b_term, int64_t b_piece,
+                                        void* c, int64_t c_stride, int64_t rows, int64_t columns,
+                                        int64_t terms, bool add) {
+  const T* factors = static_cast<const T*>(factors_);
+  const T* b = static_cast<const T*>(b_);
+  combine_rows<T>(static_cast<T*>(c), c_stride, rows, columns, add,
+                  [&](int64_t i, int64_t column, auto add_term) MLPEXT_LAMBDA {
+                    const T* const factor = factors + i * factor_stride;
+                    const uint8_t* winner = index + i * index_stride;
+                    const T* row = b + column;
+                    for (int64_t t = 0; t < terms; ++t, row += b_term)
+                      add_term(factor + t, row + winner[t] * b_piece);
+                  });
+}
+
+template <class T> void combine_chosen(const void* factors_, int64_t factor_stride, const uint64_t* chosen,
+                                       const void* b_, int64_t b_stride, void* c, int64_t c_stride,
+                                       int64_t rows, int64_t columns, bool add) {
+  const T* factors = static_cast<const T*>(factors_);
+  const T* b = static_cast<const T*>(b_);
+  combine_rows<T>(static_cast<T*>(c), c_stride, rows, columns, add,
+                  [&](int64_t i, int64_t column, auto add_term) MLPEXT_LAMBDA {
+                    for (uint64_t left = chosen[i]; left != 0; left &= left - 1) {
+                      const int t = __builtin_ctzll(left);
+                      add_term(factors + i * factor_stride + t, b + column + t * b_stride);
+                    }
+                  });
+}
+
 // ---- passes over the rows of a tile
 
 // sums[j] += the sum over rows of x[i, j].
@@ -351,6 +424,8 @@ template <class... M> constexpr cpu::ProductKernels product_kernels() {
   return {{transpose<M>...},
           {dots<M>...},
           {combine<double>, combine<float>, nullptr, nullptr},
+          {combine_winners<double>, combine_winners<float>, nullptr, nullptr},
+          {combine_chosen<double>, combine_chosen<float>, nullptr, nullptr},
 #if MLPEXT_VECTOR_BYTES == 64
           dots<BFloat16, true>,
           combine<float, true>,
