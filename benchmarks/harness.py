@@ -374,7 +374,8 @@ def _picture(record: Mapping[str, Any], path: Path) -> None:
         axes.barh(y, middle, xerr=spread, color=color, ecolor="#888888", height=0.7)
         if target is not None:
             axes.plot([target] * 2, [y - 0.45, y + 0.45], color="black", linewidth=1)
-    axes.set_yticks(range(len(bars)), [f"{case['name']} / {name}" for case, name in bars], fontsize=7)
+    labels = [case["name"] if name in case["name"] else f"{case['name']} / {name}" for case, name in bars]
+    axes.set_yticks(range(len(bars)), labels, fontsize=7)
     axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlabel("peer's CPU time / mlpext's (longer: mlpext faster; black line: target)")
     setting = record["setting"]

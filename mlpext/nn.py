@@ -339,7 +339,8 @@ class Maxout(_Affine):
 def _parameter_names(activation: Any) -> list[str]:
     if activation == "maxout":
         return ["pieces"]
-    return list(_C.activations().get(activation, {})) if isinstance(activation, str) else []
+    F._parameters(activation, {})  # refuses what is no name
+    return list(_C.activations()[activation])
 
 
 def _layer(
@@ -382,9 +383,11 @@ class MLP(torch.nn.Sequential):
         sizes = list(sizes)
         if len(sizes) < 2:
             raise ValueError(f"sizes: {sizes}, expected at least an input and an output width")
-        hidden = (
-            list(activation) if isinstance(activation, (list, tuple)) else [activation] * (len(sizes) - 2)
-        )
+        if isinstance(activation, (list, tuple)):
+            hidden = list(activation)
+        else:
+            _parameter_names(activation)  # also where no hidden layer will need it
+            hidden = [activation] * (len(sizes) - 2)
         if len(hidden) != len(sizes) - 2:
             raise ValueError(f"activation: {len(hidden)} names for {len(sizes) - 2} hidden layers")
         accepted = {name for each in hidden for name in _parameter_names(each)}

@@ -310,6 +310,7 @@ def test_mlp_options():
         ([4], {}, ValueError),
         ([4, -1, 3], {}, (ValueError, RuntimeError)),
         ([4, 5, 3], {"activation": "swish"}, ValueError),
+        ([4, 3], {"activation": "swish"}, ValueError),
         ([4, 5, 3], {"activation": ["relu", "relu"]}, ValueError),
         ([4, 5, 3], {"activation": []}, ValueError),
         ([4, 5, 3], {"output_activation": "swish"}, ValueError),
