@@ -191,8 +191,8 @@ template <class V, class Exponent> MLPEXT_FORMULA V times_sigmoid_derivative(V x
 struct SiLU : Formula {  // x sigmoid(x) (Elfwing et al., 2017)
   static constexpr std::string_view name = "silu";
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    V n = select(x < V(0), exp(-abs(x), at_least(x, V(-1000))), x);
-    return select(x > V(1000), x, over_one_plus(n, exp(-abs(x))));  // of infinity, too
+    V e = exp(-abs(x)), n = select(x < V(0), exp(-abs(x), at_least(x, V(-1000))), x);
+    return madd(-at_most(n, V(1000)), e / (V(1) + e), n);  // n / (1 + e), rounded less often
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     return times_sigmoid_derivative(at_most(at_least(x, V(-1000)), V(1000)), -abs(x), V(1));
