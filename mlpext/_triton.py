@@ -55,10 +55,11 @@ def linear_maxout_kernel(
     ROWS: tl.constexpr = ROWS, DEPTH: tl.constexpr = DEPTH,
 ):  # fmt: skip
     """A tile of ROWS x COLUMNS outputs; bias and index may be None."""
-    # Eight tiles of rows in turn share a tile's weights in L2.
-    across = tl.cdiv(columns, COLUMNS)
-    tile = tl.program_id(0)
-    row_tile, column_tile = tl.swizzle2d(tile // across, tile % across, tl.cdiv(rows, ROWS), across, 8)
+    # Down eight tiles of rows, then to the next columns: what runs at a time shares rows and weights in L2.
+    down, across = (rows + ROWS - 1) // ROWS, (columns + COLUMNS - 1) // COLUMNS
+    band, tile = tl.program_id(0) // (8 * across), tl.program_id(0) % (8 * across)
+    height = min(down - 8 * band, 8)
+    row_tile, column_tile = 8 * band + tile % height, tile // height
     # 64 bits wide, as what strides are multiplied with has to be.
     i = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     j = column_tile.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -67,10 +68,10 @@ def linear_maxout_kernel(
     unit = column_tile.to(tl.int64) * COLUMNS + beside % COLUMNS
 
     best = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
-    winner = tl.zeros((ROWS, COLUMNS), tl.int32)
+    winner = tl.full((ROWS, COLUMNS), 0, tl.int32)
     for first in range(0, PIECES, TOGETHER):
         piece = first + (beside // COLUMNS).to(tl.int64)
-        z = tl.zeros((ROWS, TOGETHER * COLUMNS), tl.float32)
+        z = tl.full((ROWS, TOGETHER * COLUMNS), 0, tl.float32)
         for start in range(0, depth, DEPTH):
             at = start + k
             a = tl.load(x + i * x_row + at[None, :] * x_in, (i < rows) & (at[None, :] < depth), 0.0)
