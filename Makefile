@@ -61,10 +61,10 @@ TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxpr
 	@touch $@
 
 # .venv's packages, torch and mlpext among them, and triton, which a torch without CUDA does not bring.
+PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
 .venv-triton/.installed: tests/triton.txt | .venv/.built
 	$(V)/python -m venv --clear .venv-triton
-	for bin in $(V) .venv-triton/bin; do $$bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"; done | \
-	    { read from; read to; echo "import site; site.addsitedir('$$from')" > "$$to/shared.pth"; }
+	$(V)/python -c $(PACKAGES) > $$(.venv-triton/bin/python -c $(PACKAGES))/shared.pth
 	.venv-triton/bin/python -m pip install -q --no-deps -r tests/triton.txt
 	@touch $@
 

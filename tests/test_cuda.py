@@ -717,10 +717,10 @@ def by_passes(f, *arguments):
 
 @HALF
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
-@pytest.mark.parametrize("pieces", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
 def test_triton_as_by_passes(pieces, bias, dtype, triton):
     """The bits of y, the index and so the gradients; from run to run as well."""
-    for rows, n_in, n_out in ((128, 64, 128), (1, 16, 8), (300, 72, 50), (1100, 33, 131)):
+    for rows, n_in, n_out in ((128, 64, 128), (300, 72, 50), (1100, 33, 131)):
         tensors = maxout_inputs(dtype, rows, n_in, n_out, pieces, bias)
         parts = [*(t.detach() for t in tensors), *([] if bias else [None])]
         for function in (OPERATORS.linear_maxout_forward, lambda *t: [OPERATORS.linear_maxout(*t)]):
