@@ -10,7 +10,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients gradcheck accuracy bench check cuda-link clean
+.PHONY: help train test test-all test-clients test-triton gradcheck accuracy bench check cuda-link clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -23,6 +23,8 @@ test-all: .venv/.built     ## every test
 	$(TEST) -m ""
 test-clients: .venv/.built .venv-clients/.installed  ## with the packages that people use, in an environment of their own
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
+test-triton: .venv/.built .venv-triton/.installed  ## Triton's kernel without a GPU, in an environment of its own
+	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q -m "" -k triton tests/test_triton.py tests/test_cuda_tensors_emulated.py
 gradcheck: .venv/.built    ## derivatives against finite differences, alone
 	$(TEST) -m gradcheck
 accuracy: .venv/.built     ## errors over float32 on each instruction set, to docs/accuracy.md
@@ -56,6 +58,14 @@ TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxpr
 	echo "$(TORCH)" > .venv-clients/constraints.txt
 	.venv-clients/bin/python -m pip install -q -c .venv-clients/constraints.txt -r tests/clients/requirements.txt
 	.venv-clients/bin/python -m pip install -q --no-deps -r tests/clients/no-deps.txt
+	@touch $@
+
+# .venv's packages, torch and mlpext among them, and triton, which a torch without CUDA does not bring.
+PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-triton/.installed: tests/triton.txt | .venv/.built
+	$(V)/python -m venv --clear .venv-triton
+	$(V)/python -c $(PACKAGES) > $$(.venv-triton/bin/python -c $(PACKAGES))/shared.pth
+	.venv-triton/bin/python -m pip install -q --no-deps -r tests/triton.txt
 	@touch $@
 
 # Another TORCH than the one noted in the stamp makes the stamp out of date.

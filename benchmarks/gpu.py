@@ -148,27 +148,32 @@ EPILOGUE_TARGETS = {(8192, 4096, 4096): 1.05, (8192, 4096, 1024): 1.3, (65536, 2
 WIDTHS = ((8192, 4096), (8192, 1024), (65536, 256))  # rows, width
 
 
-def with_cublaslt(call: Callable[[], object]) -> Callable[[], object]:
-    """The same with cuBLASLt's epilogues switched on, backward included: it runs within the call."""
+def switched_on(switch: Callable[[bool], None], call: Callable[[], object]) -> Callable[[], object]:
+    """The same with a switch on, backward included: it runs within the call."""
 
     def switched() -> object:
-        mlpext._C.set_cublaslt(True)
+        switch(True)
         try:
             return call()
         finally:
-            mlpext._C.set_cublaslt(False)
+            switch(False)
 
     return switched
 
 
 def switched_cases(
-    what: str, functions: dict[str, tuple[Callable, list]], g: torch.Tensor, flops: float, target: float
+    what: str,
+    functions: dict[str, tuple[Callable, list]],
+    g: torch.Tensor,
+    flops: float,
+    target: float,
+    switch: Callable[[bool], None] = mlpext._C.set_cublaslt,
 ) -> Iterator[Case]:
-    """Forward and training of functions with their leaves; ours with the epilogues, and by passes."""
+    """Forward and training of functions with their leaves; ours with the switch on, and by passes."""
     forward = {k: calling(f, *(t.detach() for t in leaves)) for k, (f, leaves) in functions.items()}
     steps = {k: training(f, leaves, g) for k, (f, leaves) in functions.items()}
     for kind, calls, factor, wanted in (("forward", forward, 1, 1.0), ("training", steps, 3, target)):
-        contenders = {OURS: with_cublaslt(calls[OURS]), "mlpext by passes": calls.pop(OURS), **calls}
+        contenders = {OURS: switched_on(switch, calls[OURS]), "mlpext by passes": calls.pop(OURS), **calls}
         yield Case(f"{what}, {kind}", contenders, flops=factor * flops, target=wanted)
 
 
@@ -245,19 +250,28 @@ def other_networks(name: str, x: torch.Tensor, n: int) -> dict[str, tuple[Callab
     return found
 
 
-def linear_maxout() -> Iterator[Case]:
-    rows, n = 8192, 1024
-    leaves = [random(rows, n, grad=True), random(2, n, n, grad=True), random(2, n, grad=True)]
-    g = random(rows, n)
+def linear_maxout(autotune: bool) -> Iterator[Case]:
+    """Several linear layers and their maximum, by passes, and with Triton's kernel going forward."""
 
-    def native(x, w, b):
-        return TF.linear(x, w.flatten(0, 1), b.flatten()).unflatten(-1, (2, -1)).max(-2).values
+    def native(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return TF.linear(x, w.flatten(0, 1), b.flatten()).unflatten(-1, w.shape[:2]).max(-2).values
 
-    contenders = {OURS: training(F.linear_maxout, leaves, g), "eager": training(native, leaves, g)}
-    flops = 12.0 * rows * n * n
-    yield Case(
-        "linear + maxout of 2, bfloat16, 8192 x 1024 x 1024, training", contenders, flops=flops, target=1.0
-    )
+    for rows, n_out, n_in, pieces in (
+        *((8192, 1024, 1024, 2), (8192, 1024, 4096, 2), (8192, 1024, 4096, 4)),
+        *((8192, 4096, 1024, 2), (8192, 4096, 1024, 4), (65536, 256, 256, 2)),
+    ):
+        leaves = [random(rows, n_in, grad=True), random(pieces, n_out, n_in, grad=True)]
+        leaves.append(random(pieces, n_out, grad=True))
+        peers = compiled(native, autotune) if (pieces, n_in) == (2, 1024) else {}
+        functions = {OURS: F.linear_maxout, "eager": native, **peers}
+        yield from switched_cases(
+            f"Triton: linear + maxout of {pieces}, bfloat16, {rows} x {n_out} x {n_in}",
+            {who: (function, leaves) for who, function in functions.items()},
+            random(rows, n_out),
+            2.0 * rows * pieces * n_out * n_in,
+            1.0,
+            mlpext._C.set_triton,
+        )
 
 
 def narrow() -> Iterator[Case]:
@@ -411,7 +425,8 @@ def main() -> None:
         print("cuda benchmark: skipped, there is no GPU or no CUDA in this build")
         return
     torch.manual_seed(0)
-    mlpext._C.set_cublaslt(False)  # whatever the environment says: its cases switch it on
+    for switch in (mlpext._C.set_cublaslt, mlpext._C.set_triton):
+        switch(False)  # whatever the environment says: their cases switch them on
     gpu = torch.cuda.get_device_name()
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -432,7 +447,7 @@ def main() -> None:
     n = 2**28
     groups = (
         *(small(), narrow(), training_epochs(), linear(options.autotune), epilogues(options.autotune)),
-        *(chains(), linear_maxout(), maxout(n), elementwise(n)),
+        *(chains(), linear_maxout(options.autotune), maxout(n), elementwise(n)),
     )
     for case in itertools.chain(*groups):
         if options.only not in case.name:

@@ -279,6 +279,19 @@ PYBIND11_MODULE(_C, m) {
         END_HANDLE_TH_ERRORS_PYBIND
       },
       py::arg("on"));
+  m.def("triton", [] {
+    HANDLE_TH_ERRORS
+    return triton();
+    END_HANDLE_TH_ERRORS_PYBIND
+  });
+  m.def(
+      "set_triton",
+      [](bool on) {
+        HANDLE_TH_ERRORS
+        set_triton(on);
+        END_HANDLE_TH_ERRORS_PYBIND
+      },
+      py::arg("on"));
   m.def("cublaslt_plans", [] {
     if constexpr (has_cuda) return cuda::cublaslt_plans();
     return int64_t(0);

@@ -70,23 +70,35 @@ std::size_t activation_index(std::string_view name, Params params) {
 
 namespace {
 
+bool asked_for(const char* variable) {
+  const char* wanted = std::getenv(variable);
+  const std::string_view value = wanted ? wanted : "0";
+  TORCH_CHECK_VALUE(value == "0" || value == "1", variable, ": '", value, "', expected 0 or 1");
+  return value == "1";
+}
+
 std::atomic<bool>& cublaslt_switch() {
-  static std::atomic<bool> on = [] {
-    const char* wanted = std::getenv("MLPEXT_CUBLASLT");
-    const std::string_view value = wanted ? wanted : "0";
-    TORCH_CHECK_VALUE(value == "0" || value == "1", "MLPEXT_CUBLASLT: '", value, "', expected 0 or 1");
-    return value == "1";
-  }();
+  static std::atomic<bool> on = asked_for("MLPEXT_CUBLASLT");
+  return on;
+}
+
+std::atomic<bool>& triton_switch() {
+  static std::atomic<bool> on = asked_for("MLPEXT_TRITON");
   return on;
 }
 
 }  // namespace
 
 bool cublaslt() { return cublaslt_switch(); }
+bool triton() { return triton_switch(); }
 
 void set_cublaslt(bool on) {
   TORCH_CHECK(has_cuda || !on, "set_cublaslt: this build of mlpext has no CUDA");
   cublaslt_switch() = on;
+}
+void set_triton(bool on) {
+  TORCH_CHECK(has_cuda || !on, "set_triton: this build of mlpext has no CUDA");
+  triton_switch() = on;
 }
 
 bool served(const Tensor& tensor) {

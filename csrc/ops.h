@@ -136,6 +136,9 @@ inline constexpr bool has_cuda = false;
 // set.
 bool cublaslt();
 void set_cublaslt(bool on);
+// The same of linear + maxout and Triton's kernel: MLPEXT_TRITON.
+bool triton();
+void set_triton(bool on);
 namespace cuda {
 int64_t cublaslt_plans();  // products that it has been found an algorithm for, at most 256
 }

@@ -4,8 +4,10 @@ MLPEXT_TEST_DEVICE=cpu runs the tests themselves on a CPU, to see that they are 
 """
 
 import concurrent.futures
+import contextlib
 import itertools
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -680,3 +682,177 @@ def test_threads_share_the_plans(cublaslt):
         for future in [pool.submit(work, 80 * t) for t in range(4)]:
             future.result()
     assert mlpext._C.cublaslt_plans() <= 256
+
+
+# ---------------------------------------------------------------- linear + maxout in Triton
+
+
+@pytest.fixture
+def triton(monkeypatch):
+    """The switch on; counts the calls of the kernel. A build without CUDA has no switch."""
+    if not mlpext._C.has_cuda():
+        yield lambda: 0
+        return
+    module = pytest.importorskip("mlpext._triton")
+    calls, launch = [], module.linear_maxout
+    turn = threading.Lock() if DEVICE == "cpu" else contextlib.nullcontext()  # the interpreter has one state
+
+    def counted(*given):
+        calls.append(1)
+        with turn:
+            launch(*given)
+
+    monkeypatch.setattr(module, "linear_maxout", counted)
+    before = mlpext._C.triton()
+    mlpext._C.set_triton(True)
+    yield lambda: len(calls)
+    mlpext._C.set_triton(before)
+
+
+def maxout_inputs(dtype, rows, n_in, n_out, pieces, bias=True):
+    """-1, 0 and 1: every sum is exact, with ties in plenty, so that the winner is never in doubt."""
+    shapes = ((rows, n_in), (pieces, n_out, n_in), (pieces, n_out))[: 2 + bias]
+    return here([torch.randint(-1, 2, s).to(dtype).requires_grad_() for s in shapes])
+
+
+def by_passes(f, *arguments):
+    if mlpext._C.has_cuda():
+        mlpext._C.set_triton(False)
+    result = f(*arguments)
+    if mlpext._C.has_cuda():
+        mlpext._C.set_triton(True)
+    return result
+
+
+@HALF
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+def test_triton_as_by_passes(pieces, bias, dtype, triton):
+    """The bits of y, the index and so the gradients; from run to run as well."""
+    for rows, n_in, n_out in ((128, 64, 128), (300, 72, 50), (1100, 33, 131)):
+        tensors = maxout_inputs(dtype, rows, n_in, n_out, pieces, bias)
+        parts = [*(t.detach() for t in tensors), *([] if bias else [None])]
+        for function in (OPERATORS.linear_maxout_forward, lambda *t: [OPERATORS.linear_maxout(*t)]):
+            for a, again, b in zip(
+                function(*parts), function(*parts), by_passes(function, *parts), strict=True
+            ):
+                assert torch.equal(a, b) and a.dtype == b.dtype and torch.equal(a, again)
+        deep = [tensors[0].detach().view(1, rows, n_in).requires_grad_(), *tensors[1:]]
+        for leaves in (tensors, deep):
+            ours, passes = gradients(F.linear_maxout, leaves), by_passes(gradients, F.linear_maxout, leaves)
+            for a, b in zip(ours, passes, strict=True):
+                assert_same_bits(a, b)
+
+
+@HALF
+def test_triton_layouts(dtype, triton):
+    x, w, b = (t.detach() for t in maxout_inputs(dtype, 70, 40, 24, 3))
+    expected = OPERATORS.linear_maxout_forward(x, w, b)
+    turned = (
+        x.t().contiguous().t(),
+        w.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        b.t().contiguous().t(),
+    )
+    stepped = (x.repeat_interleave(2, -1)[:, ::2], w.repeat_interleave(2, 1)[:, ::2], b)
+    shifted = tuple(torch.cat([t.flatten()[:1], t.flatten()])[1:].view_as(t) for t in (x, w, b))
+    for tensors in (turned, stepped, shifted):
+        for a, e in zip(OPERATORS.linear_maxout_forward(*tensors), expected, strict=True):
+            assert torch.equal(a, e)
+
+
+@needs_switch
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_triton_is_used_and_what_it_leaves(dtype, triton):
+    F.linear_maxout(*maxout_inputs(dtype, 5, 8, 6, 2))
+    assert triton() == 1
+    OPERATORS.mlp(*(lambda x, w, b: (x, [w], [b], "maxout", []))(*maxout_inputs(dtype, 5, 8, 6, 2)))
+    assert triton() == 2
+    for other in (torch.float32, torch.float64):
+        F.linear_maxout(*maxout_inputs(other, 5, 8, 6, 2))
+    for sizes in ((0, 8, 6, 2), (5, 0, 6, 2), (5, 8, 0, 2), (5, 8, 6, 257)):
+        rows, _, n_out, _ = sizes
+        assert F.linear_maxout(*maxout_inputs(dtype, *sizes)).shape == (rows, n_out)
+    with pytest.raises(RuntimeError, match="weight: dtype"):
+        F.linear_maxout(torch.zeros(3, 4, device=DEVICE, dtype=dtype), torch.zeros(2, 5, 4, device=DEVICE))
+    assert triton() == 2
+    mlpext._C.set_triton(False)
+    F.linear_maxout(*maxout_inputs(dtype, 5, 8, 6, 2))
+    assert triton() == 2
+
+
+@needs_switch
+def test_triton_raises_what_it_raises(triton, monkeypatch):
+    def fails(*_):
+        raise OSError("no room")
+
+    monkeypatch.setattr(mlpext._triton, "linear_maxout", fails)
+    for call in (F.linear_maxout, OPERATORS.linear_maxout):
+        with pytest.raises(OSError, match="no room"):
+            call(*maxout_inputs(torch.float16, 5, 8, 6, 2))
+
+
+@HALF
+def test_triton_nan_wins(dtype, triton):
+    for piece in range(3):
+        x, w, b = (t.detach() for t in maxout_inputs(dtype, 20, 16, 9, 3))
+        w[piece, 4] = torch.nan
+        y, index = OPERATORS.linear_maxout_forward(x, w, b)
+        assert y.isnan().sum() == 20 and y[:, 4].isnan().all() and (index[:, 4] == piece).all()
+
+
+@HALF
+def test_triton_in_threads_and_backward(dtype, triton):
+    """Forward also runs on autograd's own threads, without Python's lock: in a checkpoint, for one."""
+    tensors = maxout_inputs(dtype, 70, 40, 24, 2)
+    expected = gradients(F.linear_maxout, tensors)
+
+    def work(_):
+        again = torch.utils.checkpoint.checkpoint
+        return gradients(lambda *t: again(F.linear_maxout, *t, use_reentrant=False), tensors)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for results in pool.map(work, range(8)):
+            for a, e in zip(results, expected, strict=True):
+                assert_same_bits(a, e)
+
+
+@gpu_only
+def test_triton_in_graphs_streams_and_without_synchronisation(triton):
+    """The kernel of these sizes is compiled and loaded in the capture itself."""
+    tensors = maxout_inputs(torch.bfloat16, 300, 80, 56, 7)
+    g = torch.randn(300, 56, device=DEVICE).to(torch.bfloat16)
+
+    def step():
+        y = F.linear_maxout(*tensors)
+        return [y.detach(), *torch.autograd.grad(y, tensors, g)]
+
+    by_passes(step)  # cuBLAS' own start
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        side = step()
+    torch.cuda.synchronize()
+    for results in (captured, side):
+        for a, e in zip(results, expected, strict=True):
+            assert_same_bits(a, e)
+
+
+@gpu_only
+def test_triton_beyond_two_billion_elements(triton):
+    rows, n_out = 2**20 + 3, 2100
+    x, w, b = (t.detach() for t in maxout_inputs(torch.float16, rows, 16, n_out, 2))
+    y, index = OPERATORS.linear_maxout_forward(x, w, b)
+    last = OPERATORS.linear_maxout_forward(x[-100:], w, b)
+    assert torch.equal(y[-100:], last[0]) and torch.equal(index[-100:], last[1])
+    apart = torch.empty(2**31 + 64, dtype=x.dtype, device=DEVICE).as_strided((2, 16), (2**31 + 8, 1))
+    assert torch.equal(F.linear_maxout(apart.copy_(x[:2]), w, b), F.linear_maxout(x[:2], w, b))
+    assert triton() == 4

@@ -55,15 +55,13 @@ def package():
     return folder
 
 
-@pytest.mark.parametrize("cublaslt", ["0", "1"])
-def test_the_tests_for_a_gpu(package, cublaslt):
+def run_tests_for_a_gpu(package, wanted, at_least, **switches):
     environment = {
         **os.environ,
         "PYTHONPATH": f"{package}{os.pathsep}{ROOT / 'tests'}",
         "MLPEXT_TEST_DEVICE": "cpu",
-        "MLPEXT_CUBLASLT": cublaslt,
+        **switches,
     }
-    wanted = "epilogue or switch or plans or expanded or frozen or layouts"
     words = ["-q", "-rs", "-m", "cuda", "-k", wanted, "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *words, str(ROOT / "tests" / "test_cuda.py")],
@@ -74,4 +72,16 @@ def test_the_tests_for_a_gpu(package, cublaslt):
     )
     assert run.returncode == 0, run.stdout[-4000:]
     assert "no CUDA in this build" not in run.stdout
-    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 90, run.stdout[-400:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) >= at_least, run.stdout[-400:]
+
+
+@pytest.mark.parametrize("cublaslt", ["0", "1"])
+def test_the_tests_for_a_gpu(package, cublaslt):
+    wanted = "(epilogue or switch or plans or expanded or frozen or layouts) and not triton"
+    run_tests_for_a_gpu(package, wanted, 91, MLPEXT_CUBLASLT=cublaslt)
+
+
+def test_those_of_triton(package):
+    """By its interpreter, which cannot multiply bfloat16."""
+    pytest.importorskip("triton", reason="triton is not installed: make test-triton")
+    run_tests_for_a_gpu(package, "triton and not bfloat16", 10, TRITON_INTERPRET="1")

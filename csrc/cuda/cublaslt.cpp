@@ -71,12 +71,6 @@ std::optional<int64_t> ld_of_aux(Activation f, const void* aux, int64_t columns)
   return f == Activation::gelu_tanh && columns % 8 == 0 ? std::optional(columns) : std::nullopt;
 }
 
-struct Relaxed {  // what a first use allocates is no part of a graph that is being captured
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  Relaxed() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode)); }
-  ~Relaxed() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode)); }
-};
-
 // One for each device, kept to the end of the process.
 cublasLtHandle_t handle_of(int64_t device) {
   static auto& handles = *new std::map<int64_t, cublasLtHandle_t>;

@@ -109,4 +109,10 @@ inline const Kernels& kernels(Dtype dtype) {
   return *tables[dtype];
 }
 
+struct Relaxed {  // what a library's first use allocates is no part of a graph that is being captured
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  Relaxed() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode)); }
+  ~Relaxed() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode)); }
+};
+
 }  // namespace mlpext::cuda

@@ -1,5 +1,6 @@
 // Linear + activation and linear + maxout on CUDA: native's product, and one pass for everything around it;
-// or, where the switch is on (ops.h), cuBLASLt's product with what its epilogue can do.
+// or, where a switch is on (ops.h), cuBLASLt's product with what its epilogue can do, and linear + maxout in
+// Triton.
 #include <ATen/ops/addmm_cuda_dispatch.h>
 #include <ATen/ops/mm_cuda_dispatch.h>
 #include <ATen/ops/sum_cuda_dispatch.h>
@@ -118,11 +119,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
 std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& weight,
                                              const OptionalTensor& bias, bool with_index) {
   check_linear_maxout(input, weight, bias);
-  const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1)) : bias;
-  const Tensor z = product(rows_of(input), weight.flatten(0, 1), b);
-  Tensor output, index;
-  if (with_index) std::tie(output, index) = maxout_forward(z, weight.size(0), 1);
-  else output = maxout(z, weight.size(0), 1);
+  const Tensor x = rows_of(input);
+  auto [output, index] = triton_linear_maxout(x, weight, bias, with_index);
+  if (!output.defined()) {
+    const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1)) : bias;
+    const Tensor z = product(x, weight.flatten(0, 1), b);
+    if (with_index) std::tie(output, index) = maxout_forward(z, weight.size(0), 1);
+    else output = maxout(z, weight.size(0), 1);
+  }
   return {shaped(output, input), shaped(index, input)};
 }
 

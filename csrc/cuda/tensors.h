@@ -45,6 +45,11 @@ std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tens
                                                  const OptionalTensor& bias);
 Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 
+// Linear + maxout by Triton's kernel (triton.cpp), for rows of x: y and, if it is asked for, the index of the
+// winner. Undefined where it is switched off or does not serve the case.
+std::tuple<Tensor, Tensor> triton_linear_maxout(const Tensor& x, const Tensor& weight,
+                                                const OptionalTensor& bias, bool with_index);
+
 // What cuBLASLt's epilogues can do (epilogues.cpp), on matrices; undefined where they are switched off or do
 // not serve the case.
 //
