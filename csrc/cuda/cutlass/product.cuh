@@ -1,0 +1,120 @@
+// CUTLASS's product for Hopper with an epilogue of ours: included by the files that are compiled once a dtype
+// and direction, which set MLPEXT_ISA (a namespace), MLPEXT_APPROXIMATE, MLPEXT_ELEMENT (CUTLASS's type in
+// memory), MLPEXT_FORWARD (1, or 0: the input's gradient) and MLPEXT_LAUNCH (the launcher's name).
+#pragma once
+#include <cutlass/cutlass.h>
+#include <cutlass/epilogue/collective/collective_builder.hpp>
+#include <cutlass/gemm/collective/collective_builder.hpp>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+#include <cutlass/gemm/kernel/gemm_universal.hpp>
+
+#include "../cutlass.h"
+#include "epilogue.h"
+
+namespace mlpext::MLPEXT_ISA {
+namespace {
+
+using M = MLPEXT_ELEMENT;
+using cuda::ct::Product;
+namespace fusion = ::cutlass::epilogue::fusion;
+constexpr bool is_forward = MLPEXT_FORWARD;
+constexpr auto rounding = ::cutlass::FloatRoundStyle::round_to_nearest;
+constexpr int alignment = 8;  // elements: 16 bytes, what TMA takes
+
+using Tile = cute::Shape<cute::Int<cuda::ct::tile>, cute::Int<cuda::ct::tile>, cute::_64>;
+using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
+// Two groups of warps take turns: one has its epilogue while the other has the tensor cores.
+using Schedule = ::cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+using EpilogueSchedule = ::cutlass::epilogue::TmaWarpSpecialized;
+using RowMajor = ::cutlass::layout::RowMajor;
+using LayoutB = std::conditional_t<is_forward, ::cutlass::layout::ColumnMajor, RowMajor>;
+using ElementC = std::conditional_t<is_forward, void, M>;
+
+// The function that CUTLASS's visitor applies to a fragment of a thread's float values.
+template <class T> struct Apply {
+  using Arguments = Activation;
+  __device__ __forceinline__ T operator()(const T& z, const Arguments& f) const {
+    return forward<T::kElements>(f, z);
+  }
+  __device__ __forceinline__ T operator()(const T& dy, const T& kept, const Arguments& f) const {
+    return backward<T::kElements>(f, dy, kept);
+  }
+};
+
+using Describe =
+    ::cutlass::epilogue::collective::detail::EpilogueDescriptor<Tile, ::cutlass::epilogue::collective::EpilogueTileAuto,
+                                                                ElementC, M, EpilogueSchedule>;
+using DescribeZ = ::cutlass::epilogue::collective::detail::AuxStoreDescriptor<Describe, RowMajor, M>;
+
+// Trees of visitors: f(z), z stored on the way, z = a b + bias
+using Forward = fusion::Sm90EVT<
+    fusion::Sm90Compute<Apply, M, float, rounding>,
+    fusion::Sm90EVT<fusion::Sm90AuxStore<DescribeZ::Stages, typename DescribeZ::EpilogueTile, M, rounding,
+                                         typename DescribeZ::Stride, typename DescribeZ::SmemLayoutAtom,
+                                         typename DescribeZ::CopyOpR2S>,
+                    fusion::Sm90EVT<fusion::Sm90Compute<::cutlass::plus, float, float, rounding>,
+                                    fusion::Sm90AccFetch, fusion::Sm90RowBroadcast<0, Tile, M, float>>>>;
+// and dz = a b f'(c), summed over the rows of the tile, in an order of CUTLASS's that is always the same.
+using Backward = fusion::Sm90EVT<
+    fusion::Sm90RowReduction<::cutlass::plus, ::cutlass::plus, ::cutlass::plus, 0, Tile, float, float, rounding,
+                             cute::Stride<cute::_0, cute::_1, cute::_0>, 4, /*EnableNullptr=*/true,
+                             /*FinalReduction=*/false>,
+    fusion::Sm90EVT<fusion::Sm90Compute<Apply, float, float, rounding>, fusion::Sm90AccFetch,
+                    fusion::Sm90SrcFetch<M>>>;
+using Tree = std::conditional_t<is_forward, Forward, Backward>;
+
+using Epilogue = typename ::cutlass::epilogue::collective::CollectiveBuilder<
+    ::cutlass::arch::Sm90, ::cutlass::arch::OpClassTensorOp, Tile, Cluster,
+    ::cutlass::epilogue::collective::EpilogueTileAuto, float, float, ElementC, RowMajor, alignment, M, RowMajor,
+    alignment, EpilogueSchedule, Tree>::CollectiveOp;
+using Mainloop = typename ::cutlass::gemm::collective::CollectiveBuilder<
+    ::cutlass::arch::Sm90, ::cutlass::arch::OpClassTensorOp, M, RowMajor, alignment, M, LayoutB, alignment, float,
+    Tile, Cluster,
+    ::cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
+    Schedule>::CollectiveOp;
+using Kernel = ::cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
+using Gemm = ::cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
+
+template <class Tree> typename Tree::Arguments tree_arguments(const Product& job, const Activation& f) {
+  if constexpr (std::is_same_v<Tree, Forward>)
+    return {{{{}, {static_cast<const M*>(job.bias)}, {}}, {static_cast<M*>(job.aux), {job.columns, {}, {}}}}, f};
+  else return {{{}, {}, f}, {job.sums}};
+}
+
+cudaError_t launch(const Product& job, cudaStream_t stream) {
+  const auto strides = [](auto stride, int64_t ld) {
+    if constexpr (cute::is_static_v<std::remove_cvref_t<decltype(cute::get<1>(stride))>>) cute::get<0>(stride) = ld;
+    else cute::get<1>(stride) = ld;
+    return stride;
+  };
+  Activation f{job.activation, {job.params[0], job.params[1]}};
+  const auto dense = strides(typename Gemm::GemmKernel::StrideD{}, job.columns);
+  ::cutlass::KernelHardwareInfo hardware;
+  hardware.sm_count = ::cutlass::KernelHardwareInfo::query_device_multiprocessor_count();
+  typename Gemm::Arguments arguments{
+      ::cutlass::gemm::GemmUniversalMode::kGemm,
+      {static_cast<int>(job.rows), static_cast<int>(job.columns), static_cast<int>(job.depth), 1},
+      {static_cast<const M*>(job.a), strides(typename Gemm::GemmKernel::StrideA{}, job.lda),
+       static_cast<const M*>(job.b), strides(typename Gemm::GemmKernel::StrideB{}, job.ldb)},
+      {tree_arguments<Tree>(job, f), nullptr, {}, static_cast<M*>(job.d), dense},
+      hardware};
+  if constexpr (!is_forward) {
+    arguments.epilogue.ptr_C = static_cast<const M*>(job.aux);
+    arguments.epilogue.dC = dense;
+  }
+  if (Gemm::can_implement(arguments) != ::cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0)
+    return cudaErrorInvalidValue;
+  Gemm gemm;
+  if (gemm.run(arguments, nullptr, stream) != ::cutlass::Status::kSuccess) {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? cudaErrorLaunchFailure : error;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+}  // namespace mlpext::MLPEXT_ISA
+
+namespace mlpext::cuda::ct {
+constinit const Launch MLPEXT_LAUNCH = MLPEXT_ISA::launch;
+}
