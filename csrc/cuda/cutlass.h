@@ -9,6 +9,7 @@
 namespace mlpext::cuda::ct {
 
 constexpr int tile = 128;  // rows and columns of a product that a block makes at a time
+constexpr int strips = 4;  // of a tile's rows
 
 // d = a b and its epilogue, row-major; ld is from row to row, in elements, and columns lie side by side.
 struct Product {
@@ -17,7 +18,7 @@ struct Product {
   const void* bias;     // forward: one a column, or null
   void* d;              // (rows, columns), dense
   void* aux;            // as d. forward: takes z, or is null; else what f' comes from
-  float* sums;          // of d over each tile's rows: (tiles of rows, sums_width); or null
+  float* sums;          // of d over the rows of a strip: (strips of all tiles, sums_width); or null
   std::size_t activation;
   double params[2];
 };

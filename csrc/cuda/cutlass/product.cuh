@@ -46,6 +46,87 @@ using Describe =
                                                                 ElementC, M, EpilogueSchedule>;
 using DescribeZ = ::cutlass::epilogue::collective::detail::AuxStoreDescriptor<Describe, RowMajor, M>;
 
+// A visitor that adds up its values down the rows of a warp, in float and always in the same order. CUTLASS's
+// own (Sm90RowReduction) keeps its sums in local memory, and has one block add up all the tiles.
+struct ColumnSums : fusion::Sm90VisitorImpl<> {
+  struct SharedStorage {};
+  struct Arguments {
+    float* sums;  // as Product has it; null: nothing is added up
+  };
+  using Params = Arguments;
+
+  template <class Shape> static Params to_underlying_arguments(const Shape&, const Arguments& arguments, void*) {
+    return arguments;
+  }
+  template <class Shape> static bool can_implement(const Shape&, const Arguments&) { return true; }
+  template <class Shape> static std::size_t get_workspace_size(const Shape&, const Arguments&) { return 0; }
+  template <class Shape> static ::cutlass::Status initialize_workspace(const Shape&, const Arguments&, void*,
+                                                                       cudaStream_t,
+                                                                       ::cutlass::CudaHostAdapter* = nullptr) {
+    return ::cutlass::Status::kSuccess;
+  }
+
+  Params params;
+  __host__ __device__ ColumnSums() : params{} {}
+  __host__ __device__ ColumnSums(const Params& params, const SharedStorage&) : params(params) {}
+
+  template <class Sums, class To, class Coordinates, class Residue>
+  struct Callbacks : fusion::EmptyConsumerStoreCallbacks {
+    Sums sums;
+    To to;
+    Coordinates coordinates;
+    Residue residue;  // coordinates beyond it lie beyond the matrix
+    bool wanted;
+
+    __device__ __forceinline__ Callbacks(Sums sums, To to, Coordinates coordinates, Residue residue, bool wanted)
+        : sums(sums), to(to), coordinates(coordinates), residue(residue), wanted(wanted) {}
+
+    template <class Accumulator, class Input, int n> __device__ __forceinline__ auto visit(
+        const ::cutlass::Array<Accumulator, n>&, int v, int m, int n_, const ::cutlass::Array<Input, n>& values) {
+      if (wanted) {
+        const auto places = coordinates(cute::_, cute::_, cute::_, m, n_);
+        auto some = sums(cute::_, cute::_, cute::_, m, n_);
+#pragma unroll
+        for (int i = 0; i < n; ++i)
+          if (cute::elem_less(places(v * n + i), residue)) some(v * n + i) += values[i];
+      }
+      return values;
+    }
+
+    __device__ __forceinline__ void end() {
+      if (!wanted) return;
+      const auto from = cute::filter(sums);
+      const auto place = cute::filter(to);
+#pragma unroll
+      for (int i = 0; i < cute::size(from); ++i) {
+        float sum = from(i);
+#pragma unroll
+        for (int lanes = 4; lanes < 32; lanes *= 2) sum += __shfl_xor_sync(0xffffffff, sum, lanes);
+        if (threadIdx.x % 32 < 4) place(i) = sum;
+      }
+    }
+  };
+
+  template <bool of_source, class... Args>
+  __device__ __forceinline__ auto get_consumer_store_callbacks(
+      const fusion::detail::ConsumerStoreArgs<Args...>& args) {
+    const auto row = cute::get<0>(args.tile_coord_mnkl), column = cute::get<1>(args.tile_coord_mnkl);
+    const int64_t width = cuda::ct::sums_width(cute::get<1>(args.problem_shape_mnkl));
+    const int64_t strip = row * cuda::ct::strips + args.thread_idx / 32;
+    // One number a column: the same for all of a warp's rows.
+    const auto layout = cute::make_layout(cute::take<0, 2>(Tile{}), cute::make_stride(cute::_0{}, cute::_1{}));
+    const auto strip_sums = cute::make_tensor(
+        cute::make_gmem_ptr(params.sums + strip * width + column * cuda::ct::tile), layout);
+    const auto to =
+        fusion::sm90_partition_for_epilogue<of_source>(strip_sums, args.epi_tile, args.tiled_copy, args.thread_idx);
+    auto sums = cute::make_tensor_like<float>(to);
+    cute::clear(sums);
+    const bool wanted = params.sums && cute::elem_less(args.cD(cute::_0{}, cute::_0{}), args.residue_cD);
+    return Callbacks<decltype(sums), decltype(to), decltype(args.tCcD), decltype(args.residue_tCcD)>(
+        sums, to, args.tCcD, args.residue_tCcD, wanted);
+  }
+};
+
 // Trees of visitors: f(z), z stored on the way, z = a b + bias
 using Forward = fusion::Sm90EVT<
     fusion::Sm90Compute<Apply, M, float, rounding>,
@@ -54,13 +135,10 @@ using Forward = fusion::Sm90EVT<
                                          typename DescribeZ::CopyOpR2S>,
                     fusion::Sm90EVT<fusion::Sm90Compute<::cutlass::plus, float, float, rounding>,
                                     fusion::Sm90AccFetch, fusion::Sm90RowBroadcast<0, Tile, M, float>>>>;
-// and dz = a b f'(c), summed over the rows of the tile, in an order of CUTLASS's that is always the same.
+// and d = a b f'(c), d's sums on the way.
 using Backward = fusion::Sm90EVT<
-    fusion::Sm90RowReduction<::cutlass::plus, ::cutlass::plus, ::cutlass::plus, 0, Tile, float, float, rounding,
-                             cute::Stride<cute::_0, cute::_1, cute::_0>, 4, /*EnableNullptr=*/true,
-                             /*FinalReduction=*/false>,
-    fusion::Sm90EVT<fusion::Sm90Compute<Apply, float, float, rounding>, fusion::Sm90AccFetch,
-                    fusion::Sm90SrcFetch<M>>>;
+    ColumnSums, fusion::Sm90EVT<fusion::Sm90Compute<Apply, float, float, rounding>, fusion::Sm90AccFetch,
+                                fusion::Sm90SrcFetch<M>>>;
 using Tree = std::conditional_t<is_forward, Forward, Backward>;
 
 using Epilogue = typename ::cutlass::epilogue::collective::CollectiveBuilder<
