@@ -26,9 +26,9 @@ template <class A> MLPEXT_FORMULA constexpr A with_params(const double* params) 
 }
 
 // Calls run(f) with the activation of that index, found by halves: in five branches.
-template <std::size_t first = 0, std::size_t last = activation_count, class Run>
-MLPEXT_FORMULA void with_activation(std::size_t index, const double* params, const Run& run) {
-  constexpr std::size_t middle = (first + last) / 2;
+template <int first = 0, int last = activation_count, class Run>
+MLPEXT_FORMULA void with_activation(int index, const double* params, const Run& run) {
+  constexpr int middle = (first + last) / 2;
   if constexpr (last - first == 1) run(with_params<std::tuple_element_t<first, Activations>>(params));
   else if (index < middle) with_activation<first, middle>(index, params, run);
   else with_activation<middle, last>(index, params, run);

@@ -70,13 +70,20 @@ std::size_t activation_index(std::string_view name, Params params) {
 
 namespace {
 
+bool asked_for(const char* variable) {
+  const char* wanted = std::getenv(variable);
+  const std::string_view value = wanted ? wanted : "0";
+  TORCH_CHECK_VALUE(value == "0" || value == "1", variable, ": '", value, "', expected 0 or 1");
+  return value == "1";
+}
+
 std::atomic<bool>& cublaslt_switch() {
-  static std::atomic<bool> on = [] {
-    const char* wanted = std::getenv("MLPEXT_CUBLASLT");
-    const std::string_view value = wanted ? wanted : "0";
-    TORCH_CHECK_VALUE(value == "0" || value == "1", "MLPEXT_CUBLASLT: '", value, "', expected 0 or 1");
-    return value == "1";
-  }();
+  static std::atomic<bool> on = asked_for("MLPEXT_CUBLASLT");
+  return on;
+}
+
+std::atomic<bool>& cutlass_switch() {
+  static std::atomic<bool> on = asked_for("MLPEXT_CUTLASS");
   return on;
 }
 
@@ -87,6 +94,15 @@ bool cublaslt() { return cublaslt_switch(); }
 void set_cublaslt(bool on) {
   TORCH_CHECK(has_cuda || !on, "set_cublaslt: this build of mlpext has no CUDA");
   cublaslt_switch() = on;
+}
+
+bool cutlass() { return cutlass_switch(); }
+
+void set_cutlass(bool on) {
+  bool there = false;
+  if constexpr (has_cuda) there = cuda::cutlass_kernels() != nullptr;
+  TORCH_CHECK(there || !on, "set_cutlass: this build of mlpext has no mlpext._cutlass");
+  cutlass_switch() = on;
 }
 
 bool served(const Tensor& tensor) {

@@ -1,9 +1,10 @@
-"""csrc/cuda in the place of csrc/cpu, on CPU tensors, with the emulator's kernels and cuBLASLt.
+"""csrc/cuda in the place of csrc/cpu, on CPU tensors, with the emulator's kernels, cuBLASLt and CUTLASS.
 
 tests/test_cuda.py runs with that. What remains for a GPU: devices, streams, graphs, and what is fast.
 """
 
 import concurrent.futures
+import itertools
 import os
 import re
 import shutil
@@ -36,6 +37,10 @@ def package():
         for path in source.glob(f"{device}/*.cpp"):
             text = path.read_text()
             path.write_text(re.sub(rf"(?i)(TORCH_LIBRARY_IMPL\(mlpext, ){device},", rf"\g<1>{key},", text))
+    kernels = source / "cuda" / "cutlass"
+    for path in kernels.glob("*.cu"):
+        path.unlink()
+    shutil.copy(EMULATOR / "cutlass_launchers.cpp", kernels)  # in their place
     files = sorted([*source.rglob("*.cpp"), *source.rglob("*.cu")])
     objects = [folder / f"{path.parent.name}-{path.name}.o" for path in files]
     flags = [f"-I{EMULATOR / 'torch'}", f"-I{source}", "-fPIC", "-w", "-fopenmp"]
@@ -47,23 +52,31 @@ def package():
         list(pool.map(command, jobs))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
-    extension = folder / "mlpext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command([*COMPILER, "-shared", *map(str, objects), *libraries, "-o", str(extension)])
+    modules: dict[str, list[str]] = {"_C": [], "_cutlass": []}
+    for path, o in zip(files, objects, strict=True):
+        modules["_cutlass" if path.parent == kernels else "_C"].append(str(o))
+    for name, parts in modules.items():
+        extension = folder / "mlpext" / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        command([*COMPILER, "-shared", *parts, *libraries, "-o", str(extension)])
     # cuda: whether torch must have it.
-    build = f'version = "0"\ntorch_version = "{torch.__version__}"\ncuda = False\ncuda_archs = ""\n'
+    build = f'version = "0"\ntorch_version = "{torch.__version__}"\n'
+    build += 'cuda = False\ncutlass = True\ncuda_archs = ""\n'
     (folder / "mlpext" / "_build.py").write_text(build)
     return folder
 
 
-@pytest.mark.parametrize("cublaslt", ["0", "1"])
-def test_the_tests_for_a_gpu(package, cublaslt):
+@pytest.mark.parametrize(
+    "cublaslt, cutlass", itertools.product("01", repeat=2), ids=lambda on: "on" if on == "1" else "off"
+)
+def test_the_tests_for_a_gpu(package, cublaslt, cutlass):
     environment = {
         **os.environ,
         "PYTHONPATH": f"{package}{os.pathsep}{ROOT / 'tests'}",
         "MLPEXT_TEST_DEVICE": "cpu",
         "MLPEXT_CUBLASLT": cublaslt,
+        "MLPEXT_CUTLASS": cutlass,
     }
-    wanted = "epilogue or switch or plans or expanded or frozen or layouts"
+    wanted = "cutlass or epilogue or switch or plans or expanded or frozen or layouts"
     words = ["-q", "-rs", "-m", "cuda", "-k", wanted, "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *words, str(ROOT / "tests" / "test_cuda.py")],
@@ -73,5 +86,5 @@ def test_the_tests_for_a_gpu(package, cublaslt):
         cwd=package,
     )
     assert run.returncode == 0, run.stdout[-4000:]
-    assert "no CUDA in this build" not in run.stdout
+    assert "in this build" not in run.stdout
     assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 90, run.stdout[-400:]

@@ -4,13 +4,11 @@
 #pragma once
 #include "../../activation_info.h"
 #include "../../scalar_math.h"
+#include "../cutlass.h"
 
 namespace mlpext::MLPEXT_ISA {
 
-struct Activation {
-  std::size_t index;
-  double params[2];
-};
+using cuda::ct::Activation;
 
 // y[i] = f(z[i])
 template <int n, class Array> MLPEXT_INLINE Array forward(const Activation& f, const Array& z) {
