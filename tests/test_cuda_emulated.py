@@ -94,8 +94,8 @@ class Emulator:
         self.program = program
 
     def __call__(self, request, dtype, words, tensors, offset=0):
-        """What the tensors hold afterwards; None is a null pointer, `offset` elements misalign each (or a list,
-        one a tensor)."""
+        """What the tensors hold afterwards; None is a null pointer, `offset` elements misalign each, or a
+        list misaligns one by one."""
         offsets = offset if isinstance(offset, list) else [offset] * len(tensors)
         pairs = zip(tensors, offsets, strict=True)
         shapes = [(0, 0) if t is None else (t.nbytes, o * t.element_size()) for t, o in pairs]

@@ -66,7 +66,7 @@ def package():
 
 
 @pytest.mark.parametrize(
-    "cublaslt, cutlass", itertools.product("01", repeat=2), ids=lambda on: "on" if on == "1" else "off"
+    "cublaslt, cutlass", list(itertools.product("01", repeat=2)), ids=lambda on: "on" if on == "1" else "off"
 )
 def test_the_tests_for_a_gpu(package, cublaslt, cutlass):
     environment = {

@@ -53,7 +53,7 @@ std::optional<Job> job_of(const Network& network, const Tensor& input) {
   return job;
 }
 
-Narrow::Device device_of(const Tensor& tensor) {
+Narrow::Device limits_of(const Tensor& tensor) {
   Narrow::Device device{};
   const int index = tensor.device().index();
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
@@ -78,7 +78,7 @@ OptionalTensor narrow_mlp(const Tensor& input, at::TensorList weights, at::Tenso
   const Network network(weights, biases, names, params);
   auto job = job_of(network, input);
   const int size = static_cast<int>(input.element_size());
-  if (!job || !job->plan(size, /*backward=*/false, device_of(input))) return std::nullopt;
+  if (!job || !job->plan(size, /*backward=*/false, limits_of(input))) return std::nullopt;
   const On on(input);
   hold_parameters(*job, network, input);
   const Tensor output = fresh(with_last(input.sizes(), weights.back().size(0)), input.scalar_type());
@@ -107,7 +107,7 @@ std::optional<std::tuple<Tensor, Tensor, std::vector<Tensor>>> narrow_mlp_forwar
     layer.y = store(kept);
     if (network.layers[l].keep(input.scalar_type()) == Network::preactivation) layer.z = store(more);
   }
-  if (!job->plan(static_cast<int>(input.element_size()), /*backward=*/false, device_of(input)))
+  if (!job->plan(static_cast<int>(input.element_size()), /*backward=*/false, limits_of(input)))
     return std::nullopt;
   hold_parameters(*job, network, input);
   C10_CUDA_CHECK(narrow_kernels(dtype_of(input)).forward(*job, on.stream));
@@ -155,7 +155,7 @@ std::optional<std::vector<Tensor>> narrow_mlp_backward(const Tensor& grad_output
   }
   if (job->lowest == n) return gradients;
   job->dx = fresh_gradient(0, input);
-  if (!job->plan(static_cast<int>(input.element_size()), /*backward=*/true, device_of(input)))
+  if (!job->plan(static_cast<int>(input.element_size()), /*backward=*/true, limits_of(input)))
     return std::nullopt;
   hold_parameters(*job, network, input);
   job->g = job->hold(grad_output);
