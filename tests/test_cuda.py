@@ -497,7 +497,7 @@ def cutlass():
         yield turn
 
 
-@pytest.fixture(params=[(True, False), (False, True), (True, True)], ids=["cuBLASLt", "CUTLASS", "both"])
+@pytest.fixture(params=[(True, False), (False, True)], ids=["cuBLASLt", "CUTLASS"])
 def epilogues(request):
     with switches(*request.param) as turn:
         yield turn
@@ -514,10 +514,11 @@ def grows(count, call, *arguments):
 def chain(names, bias=True):
     """A network as a function of x, its weights and its biases."""
     count = len(names)
+    parameters = [value for name in names if name != "maxout" for value in values_of(name, {})]
 
     def call(x, *tensors):
         weights, biases = tensors[:count], tensors[count:] if bias else []
-        return OPERATORS.mlp(x, weights, biases, ",".join(names), [])
+        return OPERATORS.mlp(x, weights, biases, ",".join(names), parameters)
 
     def wide(x, *tensors):
         for i, name in enumerate(names):
@@ -541,8 +542,8 @@ def chain_inputs(names, sizes, dtype, bias=True, rows=96):
 def assert_near(actual, exact, what, most=0.12):
     """By norms: in 16 bits some z are rounded to the other side of a kink, which moves gradients by 7 %."""
     for i, (a, e) in enumerate(zip(actual, exact, strict=True)):
-        error = (a.double() - e).norm() / e.norm()
-        assert error < most, (what, i, error)
+        error = (a.double() - e).norm()
+        assert error <= most * e.norm(), (what, i, error)
 
 
 def widened(tensors):
