@@ -44,7 +44,8 @@ cuda-link:                 ## build, link and import with a CUDA torch, no GPU n
 	cp -n mlpext/*.py* build/cuda-link/mlpext
 	PYTHONPATH=build/cuda-link LD_BIND_NOW=1 .venv-cuda/bin/python -c "import mlpext; assert mlpext._C.has_cuda()"
 cutlass-check: .venv/.deps ## CUTLASS's kernels by nvcc for sm_90a, no GPU needed (4 GB, five minutes; its headers by pip)
-	test -d .venv-cutlass || $(V)/python -m pip install -q --no-deps --target .venv-cutlass $(CUTLASS) nvidia-cuda-cuobjdump
+	test -d .venv-cutlass || $(V)/python -m pip install -q --no-deps --target .venv-cutlass $(CUTLASS) \
+		nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	MLPEXT_CUTLASS_INCLUDE=.venv-cutlass/cutlass_library/source/include PATH="$$PWD/.venv-cutlass/nvidia/cu13/bin:$$PATH" \
 		$(V)/python tools/cuda_check.py --cutlass
 clean:                     ## remove what was built; .venv's packages stay

@@ -101,7 +101,7 @@ def cutlass_extension() -> object:
     extension.include_dirs = [os.path.abspath("csrc")]
     extension.extra_compile_args = {
         "cxx": flags + system,
-        "nvcc": [*NVCC_FLAGS, *CUTLASS_FLAGS, f"-isystem{headers}"],
+        "nvcc": [*NVCC_FLAGS, *CUTLASS_FLAGS, f"-isystem={headers}"],
     }
     return extension
 

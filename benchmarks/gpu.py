@@ -142,33 +142,57 @@ def linear(autotune: bool) -> Iterator[Case]:
             yield Case(f"{what}, training", steps, flops=3 * flops, target=target)
 
 
-EPILOGUES = {"identity": lambda z: z, "relu": TF.relu, "gelu_tanh": partial(TF.gelu, approximate="tanh")}
+CUBLASLT = {"identity": lambda z: z, "relu": TF.relu, "gelu_tanh": partial(TF.gelu, approximate="tanh")}
+EPILOGUES = {**CUBLASLT, "elu": TF.elu, "silu": TF.silu}
 # What the fused layer is to reach against eager in training.
 EPILOGUE_TARGETS = {(8192, 4096, 4096): 1.05, (8192, 4096, 1024): 1.3, (65536, 256, 256): 1.5}
 WIDTHS = ((8192, 4096), (8192, 1024), (65536, 256))  # rows, width
 
 
-def with_cublaslt(call: Callable[[], object]) -> Callable[[], object]:
-    """The same with cuBLASLt's epilogues switched on, backward included: it runs within the call."""
+def switched_on(switch: Callable[[bool], None], call: Callable[[], object]) -> Callable[[], object]:
+    """The same with a library's epilogues switched on, backward included: it runs within the call."""
 
     def switched() -> object:
-        mlpext._C.set_cublaslt(True)
+        switch(True)
         try:
             return call()
         finally:
-            mlpext._C.set_cublaslt(False)
+            switch(False)
 
     return switched
 
 
+def libraries(name: str) -> dict[str, Callable[[bool], None]]:
+    """The switches of those that have the activation in an epilogue and are there."""
+    found = {"cuBLASLt": mlpext._C.set_cublaslt} if name in CUBLASLT else {}
+    if mlpext._C.has_cutlass() and name != "identity":
+        found["CUTLASS"] = mlpext._C.set_cutlass
+    return found
+
+
 def switched_cases(
-    what: str, functions: dict[str, tuple[Callable, list]], g: torch.Tensor, flops: float, target: float
+    name: str,
+    what: str,
+    functions: dict[str, tuple[Callable, list]],
+    g: torch.Tensor,
+    flops: float,
+    target: float,
 ) -> Iterator[Case]:
-    """Forward and training of functions with their leaves; ours with the epilogues, and by passes."""
+    """Forward and training of functions with their leaves; ours with each library's epilogues, and by passes.
+
+    The first library is the contender, and the case has its name and those of the others.
+    """
+    switches = libraries(name)
+    if not switches:
+        return
+    what = f"{', '.join(switches)}: {what}"
     forward = {k: calling(f, *(t.detach() for t in leaves)) for k, (f, leaves) in functions.items()}
     steps = {k: training(f, leaves, g) for k, (f, leaves) in functions.items()}
     for kind, calls, factor, wanted in (("forward", forward, 1, 1.0), ("training", steps, 3, target)):
-        contenders = {OURS: with_cublaslt(calls[OURS]), "mlpext by passes": calls.pop(OURS), **calls}
+        plain = calls.pop(OURS)
+        (_, first), *others = ((library, switched_on(turn, plain)) for library, turn in switches.items())
+        contenders = {OURS: first, **{f"mlpext with {library}": call for library, call in others}}
+        contenders |= {"mlpext by passes": plain, **calls}
         yield Case(f"{what}, {kind}", contenders, flops=factor * flops, target=wanted)
 
 
@@ -181,7 +205,8 @@ def epilogues(autotune: bool) -> Iterator[Case]:
             peers = compiled(native, autotune and name == "relu") if name != "identity" else {}
             functions = {OURS: ours, "eager": native, **peers}
             yield from switched_cases(
-                f"cuBLASLt: linear + {name}, bfloat16, {rows} x {n_out} x {n_in}",
+                name,
+                f"linear + {name}, bfloat16, {rows} x {n_out} x {n_in}",
                 {k: (function, leaves) for k, function in functions.items()},
                 random(rows, n_out),
                 2.0 * rows * n_out * n_in,
@@ -192,7 +217,7 @@ def epilogues(autotune: bool) -> Iterator[Case]:
 def chains() -> Iterator[Case]:
     """Four layers of one width: f' and the bias' gradient go with the product of the layer above."""
     for rows, n in WIDTHS:
-        for name in ("relu", "gelu_tanh"):
+        for name in ("relu", "gelu_tanh", "elu", "silu"):
             net = mlpext.nn.MLP([n] * 5, name, device="cuda", dtype=BF16)
             x = random(rows, n, grad=True)
 
@@ -211,7 +236,8 @@ def chains() -> Iterator[Case]:
                 **other_networks(name, x, n),
             }
             yield from switched_cases(
-                f"cuBLASLt: MLP {n} x 4, {name}, bfloat16, {rows} rows",
+                name,
+                f"MLP {n} x 4, {name}, bfloat16, {rows} rows",
                 functions,
                 random(rows, n),
                 8.0 * rows * n * n,
@@ -411,7 +437,8 @@ def main() -> None:
         print("cuda benchmark: skipped, there is no GPU or no CUDA in this build")
         return
     torch.manual_seed(0)
-    mlpext._C.set_cublaslt(False)  # whatever the environment says: its cases switch it on
+    for switch in (mlpext._C.set_cublaslt, mlpext._C.set_cutlass):
+        switch(False)  # whatever the environment says: their cases switch them on
     gpu = torch.cuda.get_device_name()
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

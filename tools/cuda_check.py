@@ -56,7 +56,11 @@ def main() -> None:
         print("cuda-check: skipped, there is no nvcc 12 or newer (CUDA_HOME, /usr/local/cuda, PATH)")
         return
     if "--cutlass" in sys.argv[1:]:
-        if faults := check_cutlass(nvcc):
+        try:
+            faults = check_cutlass(nvcc)
+        except RuntimeError as error:
+            faults = [str(error)]
+        if faults:
             sys.exit("cuda-check: " + "\n".join(faults))
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -131,7 +135,7 @@ def check_cutlass(nvcc: Path) -> list[str]:
     faults = []
     for path in sorted(ROOT.glob("csrc/cuda/cutlass/*.cu")):
         start = time.perf_counter()
-        result = compile_kernels(nvcc, path, [*flags, f"-isystem{headers}"], arch="sm_90a")
+        result = compile_kernels(nvcc, path, [*flags, f"-isystem={headers}"], arch="sm_90a")
         line, wrong = judge_cutlass(path.stem, *result)
         print(f"cuda-check: {line}; {time.perf_counter() - start:.0f} s", flush=True)
         faults += wrong
