@@ -201,7 +201,7 @@ def compile_binding(nvcc: Path, path: Path) -> None:
 def budget(name: str, ptxas: str, registers: int, spilled: int) -> tuple[str, list[str]]:
     """A line on what ptxas says of the kernels in a file, and those beyond the budget."""
     pattern = (
-        r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, "
+        r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores.*?Used (\d+) registers"
     )
     found = re.findall(pattern, ptxas, re.DOTALL)
