@@ -86,7 +86,7 @@ def cutlass_headers() -> str | None:
         given = str(Path(package.origin).parent / "source" / "include")
     if given and not os.path.exists(f"{given}/cutlass/cutlass.h"):
         stop(f"there is no cutlass/cutlass.h in {given}")
-    return given or None
+    return os.path.abspath(given) if given else None
 
 
 headers = cutlass_headers() if cuda else None
