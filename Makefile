@@ -5,12 +5,13 @@ PYTHON ?= python3
 STAMPED := $(shell cat .venv/.deps 2>/dev/null)
 TORCH ?= $(or $(STAMPED),torch==2.13.0)
 CUDA_TORCH ?= torch==2.14.1
+CUTLASS ?= nvidia-cutlass==4.2.0.0
 V := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients test-triton gradcheck accuracy bench check cuda-link clean
+.PHONY: help train test test-all test-clients test-triton gradcheck accuracy bench check cuda-link cutlass-check clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -44,8 +45,13 @@ cuda-link:                 ## build, link and import with a CUDA torch, no GPU n
 	MLPEXT_CUDA=1 MLPEXT_WERROR=1 .venv-cuda/bin/python setup.py -q build_ext --build-lib build/cuda-link --build-temp build/cuda-link/objects
 	cp -n mlpext/*.py* build/cuda-link/mlpext
 	PYTHONPATH=build/cuda-link LD_BIND_NOW=1 .venv-cuda/bin/python -c "import mlpext; assert mlpext._C.has_cuda()"
+cutlass-check: .venv/.deps ## CUTLASS's kernels by nvcc for sm_90a, no GPU needed (4 GB, five minutes; its headers by pip)
+	test -d .venv-cutlass || $(V)/python -m pip install -q --no-deps --target .venv-cutlass $(CUTLASS) \
+		nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	MLPEXT_CUTLASS_INCLUDE=.venv-cutlass/cutlass_library/source/include PATH="$$PWD/.venv-cutlass/nvidia/cu13/bin:$$PATH" \
+		$(V)/python tools/cuda_check.py --cutlass
 clean:                     ## remove what was built; .venv's packages stay
-	rm -rf build dist *.egg-info .venv/.built mlpext/_C*.so mlpext/_build.py .*_cache
+	rm -rf build dist *.egg-info .venv/.built mlpext/_*.so mlpext/_build.py .*_cache
 	find mlpext tests benchmarks -name __pycache__ -exec rm -rf {} +
 
 # One thread: on a machine with few cores, busy OpenMP threads make small tensors ten times slower.

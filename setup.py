@@ -1,12 +1,16 @@
 """Builds mlpext._C against the torch of this environment; pyproject.toml has the rest of the package.
 
 MLPEXT_CUDA=auto|0|1    auto: with CUDA where torch has it and a toolkit is found (never by looking for a GPU)
+MLPEXT_CUTLASS_INCLUDE  with CUDA: the folder of CUTLASS's headers; empty: none. Unset: those of the package
+                        nvidia-cutlass, if it is there. With them mlpext._cutlass is built too, which takes a
+                        minute and 4 GB for each of four files (MAX_JOBS bounds how many at a time)
 MLPEXT_WERROR=1         warnings are errors: for `make check`, not for users
 """
 
 import os
 import sys
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
@@ -75,6 +79,33 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false"]
 extension.extra_compile_args = {"cxx": flags + system, "nvcc": NVCC_FLAGS}
 
 
+def cutlass_headers() -> str | None:
+    given = os.environ.get("MLPEXT_CUTLASS_INCLUDE")
+    package = find_spec("cutlass_library") if given is None else None
+    if given is None and package and package.origin:
+        given = str(Path(package.origin).parent / "source" / "include")
+    if given and not os.path.exists(f"{given}/cutlass/cutlass.h"):
+        stop(f"there is no cutlass/cutlass.h in {given}")
+    return os.path.abspath(given) if given else None
+
+
+headers = cutlass_headers() if cuda else None
+# sm_90a: for sm_90 nvcc leaves out the tensor cores' wgmma, silently. NDEBUG: with assertions it puts them
+# one after the other.
+CUTLASS_FLAGS = ["-gencode=arch=compute_90a,code=sm_90a", "-DNDEBUG"]
+
+
+def cutlass_extension() -> object:
+    kernels = sorted(glob("csrc/cuda/cutlass/*.cu") + glob("csrc/cuda/cutlass/*.cpp"))
+    extension = cpp_extension.CUDAExtension("mlpext._cutlass", kernels)
+    extension.include_dirs = [os.path.abspath("csrc")]
+    extension.extra_compile_args = {
+        "cxx": flags + system,
+        "nvcc": [*NVCC_FLAGS, *CUTLASS_FLAGS, f"-isystem={headers}"],
+    }
+    return extension
+
+
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         # A fixed place for objects, so that pip's editable build does not start from nothing at every edit;
@@ -91,9 +122,10 @@ class Build(cpp_extension.BuildExtension):
 version = "{self.distribution.get_version()}"
 torch_version = "{torch.__version__}"
 cuda = {cuda}
+cutlass = {headers is not None}
 cuda_archs = "{os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""}"
 '''
         )
 
 
-setup(ext_modules=[extension], cmdclass={"build_ext": Build})
+setup(ext_modules=[extension, *([cutlass_extension()] if headers else [])], cmdclass={"build_ext": Build})

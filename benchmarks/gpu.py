@@ -142,7 +142,8 @@ def linear(autotune: bool) -> Iterator[Case]:
             yield Case(f"{what}, training", steps, flops=3 * flops, target=target)
 
 
-EPILOGUES = {"identity": lambda z: z, "relu": TF.relu, "gelu_tanh": partial(TF.gelu, approximate="tanh")}
+CUBLASLT = {"identity": lambda z: z, "relu": TF.relu, "gelu_tanh": partial(TF.gelu, approximate="tanh")}
+EPILOGUES = {**CUBLASLT, "elu": TF.elu, "silu": TF.silu}
 # What the fused layer is to reach against eager in training.
 EPILOGUE_TARGETS = {(8192, 4096, 4096): 1.05, (8192, 4096, 1024): 1.3, (65536, 256, 256): 1.5}
 WIDTHS = ((8192, 4096), (8192, 1024), (65536, 256))  # rows, width
@@ -161,19 +162,36 @@ def switched_on(switch: Callable[[bool], None], call: Callable[[], object]) -> C
     return switched
 
 
+def libraries(name: str) -> dict[str, Callable[[bool], None]]:
+    """The switches of those that have the activation in an epilogue and are there."""
+    found = {"cuBLASLt": mlpext._C.set_cublaslt} if name in CUBLASLT else {}
+    if mlpext._C.has_cutlass() and name != "identity":
+        found["CUTLASS"] = mlpext._C.set_cutlass
+    return found
+
+
 def switched_cases(
     what: str,
     functions: dict[str, tuple[Callable, list]],
     g: torch.Tensor,
     flops: float,
     target: float,
-    switch: Callable[[bool], None] = mlpext._C.set_cublaslt,
+    switches: dict[str, Callable[[bool], None]],
 ) -> Iterator[Case]:
-    """Forward and training of functions with their leaves; ours with the switch on, and by passes."""
+    """Forward and training of functions with their leaves; ours with each switch on, and by passes.
+
+    The first switch is the contender, and the case has its name and those of the others.
+    """
+    if not switches:
+        return
+    what = f"{', '.join(switches)}: {what}"
     forward = {k: calling(f, *(t.detach() for t in leaves)) for k, (f, leaves) in functions.items()}
     steps = {k: training(f, leaves, g) for k, (f, leaves) in functions.items()}
     for kind, calls, factor, wanted in (("forward", forward, 1, 1.0), ("training", steps, 3, target)):
-        contenders = {OURS: switched_on(switch, calls[OURS]), "mlpext by passes": calls.pop(OURS), **calls}
+        plain = calls.pop(OURS)
+        (_, first), *others = ((library, switched_on(turn, plain)) for library, turn in switches.items())
+        contenders = {OURS: first, **{f"mlpext with {library}": call for library, call in others}}
+        contenders |= {"mlpext by passes": plain, **calls}
         yield Case(f"{what}, {kind}", contenders, flops=factor * flops, target=wanted)
 
 
@@ -186,18 +204,19 @@ def epilogues(autotune: bool) -> Iterator[Case]:
             peers = compiled(native, autotune and name == "relu") if name != "identity" else {}
             functions = {OURS: ours, "eager": native, **peers}
             yield from switched_cases(
-                f"cuBLASLt: linear + {name}, bfloat16, {rows} x {n_out} x {n_in}",
+                f"linear + {name}, bfloat16, {rows} x {n_out} x {n_in}",
                 {k: (function, leaves) for k, function in functions.items()},
                 random(rows, n_out),
                 2.0 * rows * n_out * n_in,
                 EPILOGUE_TARGETS.get((rows, n_out, n_in), 1.0),
+                libraries(name),
             )
 
 
 def chains() -> Iterator[Case]:
     """Four layers of one width: f' and the bias' gradient go with the product of the layer above."""
     for rows, n in WIDTHS:
-        for name in ("relu", "gelu_tanh"):
+        for name in ("relu", "gelu_tanh", "elu", "silu"):
             net = mlpext.nn.MLP([n] * 5, name, device="cuda", dtype=BF16)
             x = random(rows, n, grad=True)
 
@@ -216,11 +235,12 @@ def chains() -> Iterator[Case]:
                 **other_networks(name, x, n),
             }
             yield from switched_cases(
-                f"cuBLASLt: MLP {n} x 4, {name}, bfloat16, {rows} rows",
+                f"MLP {n} x 4, {name}, bfloat16, {rows} rows",
                 functions,
                 random(rows, n),
                 8.0 * rows * n * n,
                 1.0,
+                libraries(name),
             )
 
 
@@ -265,12 +285,12 @@ def linear_maxout(autotune: bool) -> Iterator[Case]:
         peers = compiled(native, autotune) if (pieces, n_in) == (2, 1024) else {}
         functions = {OURS: F.linear_maxout, "eager": native, **peers}
         yield from switched_cases(
-            f"Triton: linear + maxout of {pieces}, bfloat16, {rows} x {n_out} x {n_in}",
+            f"linear + maxout of {pieces}, bfloat16, {rows} x {n_out} x {n_in}",
             {who: (function, leaves) for who, function in functions.items()},
             random(rows, n_out),
             2.0 * rows * pieces * n_out * n_in,
             1.0,
-            mlpext._C.set_triton,
+            {"Triton": mlpext._C.set_triton},
         )
 
 
@@ -425,7 +445,7 @@ def main() -> None:
         print("cuda benchmark: skipped, there is no GPU or no CUDA in this build")
         return
     torch.manual_seed(0)
-    for switch in (mlpext._C.set_cublaslt, mlpext._C.set_triton):
+    for switch in (mlpext._C.set_cublaslt, mlpext._C.set_cutlass, mlpext._C.set_triton):
         switch(False)  # whatever the environment says: their cases switch them on
     gpu = torch.cuda.get_device_name()
     record = {

@@ -25,6 +25,15 @@ template <class A> MLPEXT_FORMULA constexpr A with_params(const double* params) 
   }(std::make_index_sequence<A::params.size()>());
 }
 
+// Calls run(f) with the activation of that index, found by halves: in five branches.
+template <int first = 0, int last = activation_count, class Run>
+MLPEXT_FORMULA void with_activation(int index, const double* params, const Run& run) {
+  constexpr int middle = (first + last) / 2;
+  if constexpr (last - first == 1) run(with_params<std::tuple_element_t<first, Activations>>(params));
+  else if (index < middle) with_activation<first, middle>(index, params, run);
+  else with_activation<middle, last>(index, params, run);
+}
+
 template <class... A> constexpr std::array<ActivationInfo, sizeof...(A)> activation_table(std::tuple<A...>*) {
   return {ActivationInfo{
       A::name,

@@ -296,5 +296,39 @@ PYBIND11_MODULE(_C, m) {
     if constexpr (has_cuda) return cuda::cublaslt_plans();
     return int64_t(0);
   });
+  m.def("cutlass", [] {
+    HANDLE_TH_ERRORS
+    return cutlass();
+    END_HANDLE_TH_ERRORS_PYBIND
+  });
+  m.def(
+      "set_cutlass",
+      [](bool on) {
+        HANDLE_TH_ERRORS
+        set_cutlass(on);
+        END_HANDLE_TH_ERRORS_PYBIND
+      },
+      py::arg("on"));
+  m.def("has_cutlass", [] {
+    if constexpr (has_cuda) return cuda::cutlass_kernels() != nullptr;
+    return false;
+  });
+  m.def("cutlass_calls", [] {
+    if constexpr (has_cuda) return cuda::cutlass_calls();
+    return int64_t(0);
+  });
+#ifdef MLPEXT_WITH_CUDA
+  m.def(
+      "set_cutlass_kernels",
+      [](const py::capsule& table) {
+        HANDLE_TH_ERRORS
+        const std::string_view name = table.name() ? table.name() : "";
+        TORCH_CHECK_VALUE(name == "mlpext._cutlass.table", "table: a capsule '", name,
+                          "', expected mlpext._cutlass.table");
+        cuda::set_cutlass_kernels(table.get_pointer<const cuda::ct::Table>());
+        END_HANDLE_TH_ERRORS_PYBIND
+      },
+      py::arg("table"), "What mlpext._cutlass brings.");
+#endif
   training::bind(m);
 }

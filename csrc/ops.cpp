@@ -87,6 +87,11 @@ std::atomic<bool>& triton_switch() {
   return on;
 }
 
+std::atomic<bool>& cutlass_switch() {
+  static std::atomic<bool> on = asked_for("MLPEXT_CUTLASS");
+  return on;
+}
+
 }  // namespace
 
 bool cublaslt() { return cublaslt_switch(); }
@@ -99,6 +104,15 @@ void set_cublaslt(bool on) {
 void set_triton(bool on) {
   TORCH_CHECK(has_cuda || !on, "set_triton: this build of mlpext has no CUDA");
   triton_switch() = on;
+}
+
+bool cutlass() { return cutlass_switch(); }
+
+void set_cutlass(bool on) {
+  bool there = false;
+  if constexpr (has_cuda) there = cuda::cutlass_kernels() != nullptr;
+  TORCH_CHECK(there || !on, "set_cutlass: this build of mlpext has no mlpext._cutlass");
+  cutlass_switch() = on;
 }
 
 bool served(const Tensor& tensor) {

@@ -132,16 +132,25 @@ inline constexpr bool has_cuda = true;
 inline constexpr bool has_cuda = false;
 #endif
 
-// Whether linear layers on CUDA in 16 bits take cuBLASLt's epilogues: MLPEXT_CUBLASLT, 0 or 1, until it is
-// set.
+// Whether linear layers on CUDA in 16 bits take cuBLASLt's epilogues, and CUTLASS's: MLPEXT_CUBLASLT and
+// MLPEXT_CUTLASS, 0 or 1, until they are set.
 bool cublaslt();
 void set_cublaslt(bool on);
+bool cutlass();
+void set_cutlass(bool on);
 // The same of linear + maxout and Triton's kernel: MLPEXT_TRITON.
 bool triton();
 void set_triton(bool on);
 namespace cuda {
 int64_t cublaslt_plans();  // products that it has been found an algorithm for, at most 256
+namespace ct {
+struct Table;
 }
+// CUTLASS's kernels, which lie in a module of their own; null until they are set.
+const ct::Table* cutlass_kernels();
+void set_cutlass_kernels(const ct::Table* kernels);
+int64_t cutlass_calls();  // of those kernels
+}  // namespace cuda
 
 // Whether there is a kernel for this tensor: dense float64, float32, bfloat16 or float16, on the CPU or,
 // where it is built in, on CUDA. The rest is native's.

@@ -215,6 +215,7 @@ def info(_: argparse.Namespace) -> None:
         "instruction sets": f"{', '.join(_C.cpu_isas())}; in use: {_C.cpu_isa()}",
         "threads": str(torch.get_num_threads()),
         "CUDA": "built" if _C.has_cuda() else "not built",
+        "CUTLASS": "built" if _C.has_cutlass() else "not built",
         "activations": " ".join(mlpext.activations()),
     }
     for name, value in lines.items():

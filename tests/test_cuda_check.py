@@ -80,6 +80,35 @@ def test_narrow_networks_beyond_the_budget(said, ptx, sass, what):
     assert any(re.search(what, fault) for fault in faults), faults
 
 
+CUTLASS = (
+    ".entry product(p)\n wgmma.mma_async.sync.aligned.m64n128k16 \n.func library_sin(p)\n st.local.u64 \n"
+)
+
+
+def test_a_product_of_cutlass_within_the_budget():
+    said = ptxas(168, stack=40).replace("sm_90", "sm_90a")
+    line, faults = cuda_check.judge_cutlass("float16_forward", said, CUTLASS, "HGMMA.64x128x16.F32 R0")
+    assert "1 kernels" in line and "168 registers" in line and "1 HGMMA" in line and not faults
+
+
+@pytest.mark.parametrize(
+    "said, ptx, sass, what",
+    [
+        (ptxas(169), CUTLASS, "", "169 registers"),
+        (ptxas(spilled=4), CUTLASS, "", "4 bytes spilled"),
+        (ptxas(stack=496), CUTLASS, "", "496 bytes of stack"),
+        (ptxas() + "(C7510) Potential Performance Loss", CUTLASS, "", "one after the other"),
+        (ptxas(), CUTLASS.replace("wgmma", "mma"), "", "no wgmma"),
+        (ptxas(), CUTLASS.replace(".func", "ld.local.f32\n.func"), "", "local memory"),
+        (ptxas(), CUTLASS.replace(".entry", ".func"), "", "0 kernels"),
+        (ptxas(), CUTLASS, "FFMA R0", "no HGMMA"),
+    ],
+)
+def test_a_product_of_cutlass_beyond_the_budget(said, ptx, sass, what):
+    faults = cuda_check.judge_cutlass("float16_forward", said, ptx, sass)[1]
+    assert any(what in fault for fault in faults), faults
+
+
 def test_without_nvcc_it_says_so_and_passes(monkeypatch, capsys):
     monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
     cuda_check.main()

@@ -94,8 +94,11 @@ class Emulator:
         self.program = program
 
     def __call__(self, request, dtype, words, tensors, offset=0):
-        """What the tensors hold afterwards; None is a null pointer, `offset` elements misalign each."""
-        shapes = [(0, 0) if t is None else (t.nbytes, offset * t.element_size()) for t in tensors]
+        """What the tensors hold afterwards; None is a null pointer, `offset` elements misalign each, or a
+        list misaligns one by one."""
+        offsets = offset if isinstance(offset, list) else [offset] * len(tensors)
+        pairs = zip(tensors, offsets, strict=True)
+        shapes = [(0, 0) if t is None else (t.nbytes, o * t.element_size()) for t, o in pairs]
         head = [request, FLOATS.index(dtype), *words, len(tensors), *(n for pair in shapes for n in pair)]
         data = b"".join(raw(t) for t in tensors if t is not None)
         data = " ".join(map(str, head)).encode() + b"\n" + data

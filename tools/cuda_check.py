@@ -5,6 +5,11 @@ whatever torch is there, and of cuBLAS in the toolkit or a package nvidia-cublas
 of the kernels, and fails beyond the budgets below, where a kernel has lost its 16-byte accesses, or one of a
 narrow network its tensor cores. Without nvcc it says so and passes; without the headers of cuBLAS it names
 the files that it leaves out.
+
+    python tools/cuda_check.py [--cutlass]
+
+--cutlass: those in csrc/cuda/cutlass instead, for sm_90a, one at a time, since each takes a minute and 4 GB;
+with the headers in MLPEXT_CUTLASS_INCLUDE. `make cutlass-check` runs this.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 import torch
@@ -40,12 +46,22 @@ NARROW_PTX = {
         *(r"ldmatrix\S+x4\.shared", r"ldmatrix\S+x4\.trans\.shared"),
     ),
 }
+# What a block of 384 threads has; its warps shift registers to those that multiply.
+CUTLASS_REGISTERS = 168
 
 
 def main() -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         print("cuda-check: skipped, there is no nvcc 12 or newer (CUDA_HOME, /usr/local/cuda, PATH)")
+        return
+    if "--cutlass" in sys.argv[1:]:
+        try:
+            faults = check_cutlass(nvcc)
+        except RuntimeError as error:
+            faults = [str(error)]
+        if faults:
+            sys.exit("cuda-check: " + "\n".join(faults))
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     stamp, key = FOLDER / "stamp", digest(nvcc)
@@ -112,22 +128,46 @@ def check(nvcc: Path) -> tuple[list[str], list[str]]:
     return report, faults
 
 
+def check_cutlass(nvcc: Path) -> list[str]:
+    """Prints a line for each of CUTLASS's kernels; what is wrong with them."""
+    headers, (flags,) = os.environ["MLPEXT_CUTLASS_INCLUDE"], flags_in_setup("CUTLASS_FLAGS")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    faults = []
+    for path in sorted(ROOT.glob("csrc/cuda/cutlass/*.cu")):
+        start = time.perf_counter()
+        result = compile_kernels(nvcc, path, [*flags, f"-isystem={headers}"], arch="sm_90a")
+        line, wrong = judge_cutlass(path.stem, *result)
+        print(f"cuda-check: {line}; {time.perf_counter() - start:.0f} s", flush=True)
+        faults += wrong
+    compile_binding(nvcc, ROOT / "csrc" / "cuda" / "cutlass" / "module.cpp")
+    return faults
+
+
+def flags_in_setup(*names: str) -> list[list[str]]:
+    text = (ROOT / "setup.py").read_text()
+    return [ast.literal_eval(re.search(rf"^{name} = (.+)$", text, re.MULTILINE)[1]) for name in names]
+
+
 def nvcc_flags() -> list[str]:
-    (own,) = re.findall(r"^NVCC_FLAGS = (.+)$", (ROOT / "setup.py").read_text(), re.MULTILINE)
-    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-    return [*cpp_extension.COMMON_NVCC_FLAGS, *ast.literal_eval(own), *archs, "--compiler-options", "-fPIC"]
+    (own,) = flags_in_setup("NVCC_FLAGS")
+    return [*cpp_extension.COMMON_NVCC_FLAGS, *own, "--compiler-options", "-fPIC", "-Werror=all-warnings"]
 
 
-def compile_kernels(nvcc: Path, path: Path) -> tuple[str, str, str]:
+ARCH_FLAGS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+
+
+def compile_kernels(
+    nvcc: Path, path: Path, flags: list[str] = ARCH_FLAGS, arch: str = "sm_90"
+) -> tuple[str, str, str]:
     """What ptxas says of the kernels, their PTX, and their SASS where there is a disassembler."""
     keep = FOLDER / path.stem
     shutil.rmtree(keep, ignore_errors=True)
     keep.mkdir()
-    words = [nvcc, *nvcc_flags(), "-Xptxas", "-v", "--keep", "--keep-dir", keep, "-c", path]
+    words = [nvcc, *nvcc_flags(), *flags, "-Xptxas", "-v", "--keep", "--keep-dir", keep, "-c", path]
     said = output([*words, "-o", keep / "kernels.o"])
-    ptx = next(keep.glob("*90*.ptx")).read_text()
+    ptx = max(keep.glob("*.ptx")).read_text()  # of the newest architecture
     dump = shutil.which("cuobjdump", path=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
-    sass = output([dump, "-sass", "-arch", "sm_90", keep / "kernels.o"]) if dump else ""
+    sass = output([dump, "-sass", "-arch", arch, keep / "kernels.o"]) if dump else ""
     shutil.rmtree(keep)
     return said, ptx, sass
 
@@ -161,7 +201,7 @@ def compile_binding(nvcc: Path, path: Path) -> None:
 def budget(name: str, ptxas: str, registers: int, spilled: int) -> tuple[str, list[str]]:
     """A line on what ptxas says of the kernels in a file, and those beyond the budget."""
     pattern = (
-        r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes stack frame, "
+        r"Compiling entry function '(\S+)' for '(sm_\w+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores.*?Used (\d+) registers"
     )
     found = re.findall(pattern, ptxas, re.DOTALL)
@@ -177,7 +217,8 @@ def budget(name: str, ptxas: str, registers: int, spilled: int) -> tuple[str, li
                 faults.append(f"{name}, {arch}: {value} {what}, at most {most} allowed: {kernel}")
     used = max((int(registers) for *_, registers in found), default=0)
     spilling = sum(int(bytes_) > 0 for *_, bytes_, _ in found)
-    line = f"{name}: {len(found)} kernels for {len(ARCHS)} architectures, at most {used} registers"
+    archs = len({arch for _, arch, *_ in found})
+    line = f"{name}: {len(found)} kernels for {archs} architectures, at most {used} registers"
     return f"{line}, {spilling} with spills of at most {spilled} bytes", faults
 
 
@@ -192,7 +233,7 @@ def judge(dtype: str, ptxas: str, ptx: str, sass: str = "") -> tuple[str, list[s
     line, faults = budget(dtype, ptxas, REGISTERS, SPILLED_BYTES)
     for kernel, body in entries(ptx).items():
         wide = re.search(r"ld\.global\.v\d", body) and "st.global.wb.v" in body
-        if not wide and "add_partial" not in kernel:
+        if not wide and "add_sums" not in kernel:
             faults.append(f"{dtype}: no wide loads or stores in {kernel}")
     return line, faults
 
@@ -217,6 +258,26 @@ def judge_narrow(name: str, ptxas: str, ptx: str, sass: str) -> tuple[str, list[
         faults.append(f"{name}: no HMMA in the SASS")
     seen = f"{tensor_cores} HMMA" if sass else "no disassembler, its PTX has what becomes them"
     return line if "float32" in name else f"{line}; tensor cores: {seen}", faults
+
+
+def judge_cutlass(name: str, ptxas: str, ptx: str, sass: str) -> tuple[str, list[str]]:
+    """The same of a product with CUTLASS's epilogue."""
+    line, faults = budget(name, ptxas, CUTLASS_REGISTERS, 0)
+    kernels = entries(ptx)
+    if len(kernels) != 1:
+        faults.append(f"{name}: {len(kernels)} kernels, 1 expected")
+    for body in kernels.values():
+        if "wgmma.mma_async" not in body:
+            faults.append(f"{name}: no wgmma")
+        if re.search(r"[ls][dt]\.local", body):
+            faults.append(f"{name}: local memory")
+    if "C7510" in ptxas:
+        faults.append(f"{name}: ptxas puts wgmma one after the other (C7510)")
+    tensor_cores = sass.count("HGMMA")
+    if sass and not tensor_cores:
+        faults.append(f"{name}: no HGMMA in the SASS")
+    seen = f"{tensor_cores} HGMMA" if sass else "no disassembler, its PTX has what becomes them"
+    return f"{line}; tensor cores: {seen}", faults
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 // What is asked of cuBLASLt. It needs no -l flag: libtorch_cuda has it among its libraries.
 #include "cublaslt.h"
 
-#include <algorithm>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -10,7 +9,6 @@
 namespace mlpext::cuda::lt {
 namespace {
 
-constexpr int64_t alignment = 16;               // of every address: one access of the widest loads
 constexpr uint64_t max_workspace = 32u << 20u;  // what NVIDIA advises for Hopper
 
 void check(cublasStatus_t status, const char* call) {
@@ -28,24 +26,10 @@ template <class T> void set(cublasLtMatmulPreferenceOpaque_t& preference,
   MLPEXT_LT(cublasLtMatmulPreferenceSetAttribute, &preference, attribute, &value, sizeof(value));
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % alignment == 0; }
-
 Matrix transposed(Matrix matrix) { return {matrix.data, matrix.column_stride, matrix.row_stride}; }
 
-// A row-major matrix's transpose, column-major: the memory as it lies, or its transpose.
-struct Operand {
-  bool transpose;
-  int64_t ld;
-};
-std::optional<Operand> operand(Matrix matrix, int64_t rows, int64_t columns) {
-  // The stride of a dimension of one means nothing.
-  const int64_t across = columns == 1 ? 1 : matrix.column_stride, down = rows == 1 ? 1 : matrix.row_stride;
-  if (across == 1 && (rows == 1 || down >= columns)) return Operand{false, std::max(columns, down)};
-  if (down == 1 && (columns == 1 || across >= rows)) return Operand{true, std::max(rows, across)};
-  return std::nullopt;
-}
-
-// c = a b, row-major: c' = b' a' for the library. bias and aux are c's, by columns; sums are by rows.
+// c = a b, row-major: c' = b' a' for the library, which has its matrices column-major. bias and aux are c's,
+// by columns; sums are by rows.
 std::optional<Product> product(const Sizes& sizes, cublasLtEpilogue_t epilogue, int64_t rows, int64_t depth,
                                int64_t columns, Matrix a, Matrix b, void* c, void* bias, void* aux,
                                int64_t ld_aux) {
@@ -56,7 +40,7 @@ std::optional<Product> product(const Sizes& sizes, cublasLtEpilogue_t epilogue, 
       !aligned(aux))
     return std::nullopt;
   return Product{{sizes.device, half ? CUDA_R_16F : CUDA_R_16BF, epilogue, columns, rows, depth,
-                  left->transpose, left->ld, right->transpose, right->ld, ld_aux},
+                  left->transposed, left->ld, right->transposed, right->ld, ld_aux},
                  b.data,
                  a.data,
                  c,

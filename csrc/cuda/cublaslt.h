@@ -4,9 +4,8 @@
 #include <cublasLt.h>
 
 #include <compare>
-#include <optional>
 
-#include "kernels.h"
+#include "products.h"
 
 namespace mlpext::cuda::lt {
 
@@ -26,12 +25,6 @@ struct Product {
   } shape;
   const void *a, *b;
   void *d, *bias, *aux;  // the last two may be null
-};
-
-struct Sizes {
-  int device;
-  Dtype dtype;
-  int64_t rows, in_features, out_features;
 };
 
 // Each is empty where the library cannot be asked: a dtype of more than 16 bits, an empty matrix, strides

@@ -73,6 +73,13 @@ struct RowTiles {
 // Bytes of a sum: float, of float64 double.
 constexpr int sum_size(int value_size) { return value_size == 8 ? 8 : 4; }
 
+// db[j] = the sum over the rows of `partial` of column j, those sums being sum_size wide.
+struct Sums {
+  int64_t rows, columns, row_stride;
+  const void* partial;
+  void* db;
+};
+
 struct ActivationKernels {
   LaunchElementwise forward, backward,
       backward_from_output;  // the last is null where y does not determine f'
@@ -101,6 +108,7 @@ struct Kernels {
   std::array<cudaError_t (*)(const Maxout& job, cudaStream_t stream), 2> maxout_forward;
   std::array<cudaError_t (*)(const MaxoutBackward& job, cudaStream_t stream), 2> maxout_backward;
   std::array<LaunchRows, 2> maxout_rows;
+  cudaError_t (*add_sums)(const Sums& job, cudaStream_t stream);
 };
 
 extern const Kernels float64_kernels, float32_kernels, bfloat16_kernels, float16_kernels;

@@ -1,6 +1,6 @@
 // Linear + activation and linear + maxout on CUDA: native's product, and one pass for everything around it;
-// or, where a switch is on (ops.h), cuBLASLt's product with what its epilogue can do, and linear + maxout in
-// Triton.
+// or, where the switches are on (ops.h), a product of cuBLASLt's or CUTLASS's with what its epilogue can do,
+// and linear + maxout in Triton.
 #include <ATen/ops/addmm_cuda_dispatch.h>
 #include <ATen/ops/mm_cuda_dispatch.h>
 #include <ATen/ops/sum_cuda_dispatch.h>
@@ -48,10 +48,9 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
   const bool identity = name == Identity::name;
-  if (!keep_preactivation || name == GELUTanh::name) {  // of relu the library keeps no z
-    const auto [y, z] = epilogue_forward(x, weight, bias, name, /*keep=*/keep_preactivation);
-    if (y.defined()) return {shaped(y, input), shaped(z, input)};
-  }
+  if (const auto [y, z] = epilogue_forward(x, weight, bias, index, params, /*keep=*/keep_preactivation);
+      y.defined())
+    return {shaped(y, input), shaped(z, input)};
   if (bias && !identity && !keep_preactivation && bias_in_pass(x)) {
     const Tensor y = product(x, weight, std::nullopt);
     run_forward(y, bias->contiguous(), y, index, params);

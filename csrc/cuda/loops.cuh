@@ -239,16 +239,20 @@ template <class F> __global__ void __launch_bounds__(threads)
   }
 }
 
-__global__ void __launch_bounds__(threads)
-    add_partial_kernel(const Scalar* partial, M* db, const int64_t chunks, const int64_t width) {
+__global__ void __launch_bounds__(threads) add_sums_kernel(const __grid_constant__ Sums job) {
+  const Scalar* const partial = static_cast<const Scalar*>(job.partial);
   const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   V sum[1] = {V(0)};
-  if (column < width) {
-    for (int64_t chunk = threadIdx.y; chunk < chunks; chunk += blockDim.y)
-      sum[0] = sum[0] + V(partial[chunk * width + column]);
+  if (column < job.columns) {
+    for (int64_t row = threadIdx.y; row < job.rows; row += blockDim.y)
+      sum[0] = sum[0] + V(partial[row * job.row_stride + column]);
   }
   sum_columns(sum);
-  if (threadIdx.y == 0 && column < width) db[column] = narrow<M>(sum[0]);
+  if (threadIdx.y == 0 && column < job.columns) static_cast<M*>(job.db)[column] = narrow<M>(sum[0]);
+}
+
+cudaError_t add_sums(const Sums& job, cudaStream_t stream) {
+  return launch(add_sums_kernel, dim3(ceil_div(job.columns, 8)), dim3(8, threads / 8), stream, job);
 }
 
 template <class F> cudaError_t rows(const F& f, const Rows& job, cudaStream_t stream) {
@@ -264,8 +268,7 @@ template <class F> cudaError_t rows(const F& f, const Rows& job, cudaStream_t st
     const cudaError_t error = launch(rows_kernel<F>, grid, block, stream, f, job, tiles.chunk_rows, wide);
     if (error != cudaSuccess || tiles.chunks == 1) return error;
   }
-  return launch(add_partial_kernel, dim3(ceil_div(width, 8)), dim3(8, threads / 8), stream,
-                static_cast<const Scalar*>(job.partial), static_cast<M*>(job.db), tiles.chunks, width);
+  return add_sums({tiles.chunks, width, width, job.partial, job.db}, stream);
 }
 
 template <class A, bool from_output>
@@ -369,6 +372,7 @@ constinit const Kernels MLPEXT_TABLE{
     {MLPEXT_ISA::maxout_forward<uint8_t>, MLPEXT_ISA::maxout_forward<int32_t>},
     {MLPEXT_ISA::maxout_backward<uint8_t>, MLPEXT_ISA::maxout_backward<int32_t>},
     {MLPEXT_ISA::maxout_rows<uint8_t>, MLPEXT_ISA::maxout_rows<int32_t>},
+    MLPEXT_ISA::add_sums,
 };
 
 }  // namespace mlpext::cuda

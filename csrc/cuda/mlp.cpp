@@ -1,5 +1,5 @@
-// Whole networks on CUDA: layer by layer, and, where cuBLASLt's epilogues are switched on, with the
-// derivative of a layer in the product that makes its gradient, in the layer above.
+// Whole networks on CUDA: layer by layer, and, where epilogues are switched on, with the derivative of a
+// layer in the product that makes its gradient, in the layer above.
 #include "../mlp.h"
 
 #include <torch/library.h>
@@ -11,8 +11,8 @@ namespace {
 
 using Layers = Mlp<linear_maxout, linear_maxout_forward, linear_activation_forward>;
 
-// Layers whose derivative the library takes from the signs of z, one bit each: mlp_forward adds these to what
-// it keeps. Bits that nobody reads are not made.
+// Layers whose derivative cuBLASLt takes from the signs of z, one bit each: mlp_forward adds these to what it
+// keeps. Bits that nobody reads are not made.
 bool wants_signs(const Network& network, int64_t l) {
   return l + 1 < network.size() && network.layers[l].name == ReLU::name && !network.layers[l + 1].maxout;
 }
@@ -28,8 +28,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(const Tensor& input,
       network, input, [&](const Network&, int64_t l, const Tensor& x) -> std::tuple<Tensor, Tensor> {
         if (!wants_signs(network, l)) return Layers::layer_forward(network, l, x);
         check_linear(x, weights[l], network.bias(l));
-        const auto [y, bits] =
-            epilogue_forward(rows_of(x), weights[l], network.bias(l), ReLU::name, /*keep=*/true);
+        const auto [y, bits] = epilogue_relu_and_signs(rows_of(x), weights[l], network.bias(l));
         if (y.defined()) {
           signs.push_back(bits);
           return {shaped(y, x), Tensor()};
@@ -48,8 +47,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                                  bool last_is_output, std::string_view names, Params params,
                                  at::IntArrayRef output_mask) {
   const Network network(weights, biases, names, params);
-  if (!cublaslt() || !network.served(input) || grad_output.scalar_type() != input.scalar_type() ||
-      grad_output.device() != input.device())
+  if (!(cublaslt() || cutlass()) || !network.served(input) ||
+      grad_output.scalar_type() != input.scalar_type() || grad_output.device() != input.device())
     return Layers::mlp_backward(grad_output, input, weights, biases, kept, last, last_is_output, names,
                                 params, output_mask);
   const Kept all{network, input, kept, last, last_is_output};
@@ -60,10 +59,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
   };
   const auto size = static_cast<int64_t>(kept.size());
   const bool has_signs = size == all.end() + signs_below(all.end()) + all.more_from(0);
-  // What the derivative of layer l comes from in the product above it; undefined: that product does not take
-  // it.
-  const auto aux = [&](int64_t l) {
-    if (network.layers[l].name == GELUTanh::name) return rows_of(*all.source(l));
+  const auto signs = [&](int64_t l) {
     return has_signs && wants_signs(network, l) ? kept[all.end() + signs_below(l)] : Tensor();
   };
 
@@ -78,10 +74,12 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
         if (!std::exchange(is_dz, false))
           std::tie(dz, sums) = activation_backward_rows(dy, all.source(l), layer.name, layer.params,
                                                         all.from_output(l), mask[2]);
-        if (const Tensor below = mask[0] && l > 0 ? aux(l - 1) : Tensor(); below.defined()) {
+        // f' of a layer that has one, in the product above it.
+        if (mask[0] && l > 0 && !network.layers[l - 1].maxout && all.keep(l - 1) != Network::nothing) {
+          const Network::Layer& below = network.layers[l - 1];
           const bool with_sums = !biases.empty() && output_mask[network.size() + l];
-          std::tie(dx, db) =
-              epilogue_input_gradient(dz, weights[l], network.layers[l - 1].name, below, with_sums);
+          std::tie(dx, db) = epilogue_input_gradient(dz, weights[l], below.activation, below.params,
+                                                     rows_of(*all.source(l - 1)), signs(l - 1), with_sums);
           is_dz = dx.defined();
         }
         auto [plain, dw, own] = product_backward(dz, all.x(l), weights[l],

@@ -248,16 +248,7 @@ __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b
   product(a, b, m, n, depth, high, piece, none, /*with_sums=*/false);
 }
 
-// ---- the activation that a layer names
-
-// Calls run(f), found by halves: five branches, the same for all lanes.
-template <int first = 0, int last = activation_count, class Run>
-__device__ __forceinline__ void with_activation(const NarrowLayer& layer, Run run) {
-  constexpr int middle = (first + last) / 2;
-  if constexpr (last - first == 1) run(with_params<std::tuple_element_t<first, Activations>>(layer.params));
-  else if (layer.activation < middle) with_activation<first, middle>(layer, run);
-  else with_activation<middle, last>(layer, run);
-}
+// ---- the epilogue of a product
 
 // Calls run(i, e, row, column) for every second value of a piece at (m, n): for the first of two neighbours.
 template <class Run> __device__ __forceinline__ void for_pairs(int m, int n, Run run) {
@@ -351,7 +342,7 @@ __global__ void __launch_bounds__(threads, Narrow::blocks_together(false))
           });
         }
         if (layer.z) put(piece, m, n, rows, layer.out, stride, z);
-        with_activation(layer, [&](const auto& f) {
+        with_activation(layer.activation, layer.params, [&](const auto& f) {
           for_pairs(m, n, [&](int i, int e, int, int) {
             piece[i][e] = f.forward(piece[i][e]);
             piece[i][e + 1] = f.forward(piece[i][e + 1]);
@@ -398,7 +389,7 @@ __device__ __forceinline__ void gradient_piece(const Narrow& job, const NarrowLa
       });
     }
     const bool from_output = !to->z;
-    with_activation(*to, [&]<class A>(const A& f) {
+    with_activation(to->activation, to->params, [&]<class A>(const A& f) {
       const auto each = [&](auto derivative) {
         for_pairs(0, 0, [&](int i, int e, int, int) {
           piece[i][e] = chain<A>(piece[i][e], derivative(saved[i][e]));

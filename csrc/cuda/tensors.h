@@ -50,17 +50,21 @@ Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTe
 std::tuple<Tensor, Tensor> triton_linear_maxout(const Tensor& x, const Tensor& weight,
                                                 const OptionalTensor& bias, bool with_index);
 
-// What cuBLASLt's epilogues can do (epilogues.cpp), on matrices; undefined where they are switched off or do
-// not serve the case.
+// What the epilogues of cuBLASLt and of CUTLASS can do (epilogues.cpp), on matrices, in that order; undefined
+// where they are switched off or do not serve the case. An activation goes by its index and parameters.
 //
-// y = f(x weight' + bias) and, to keep, what epilogue_input_gradient wants of it: relu's signs, gelu_tanh's
-// z.
+// y = f(x weight' + bias) and, to keep, z.
 std::tuple<Tensor, Tensor> epilogue_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                            std::string_view name, bool keep);
-// (dz weight) f'(aux), f that of the layer below, and its sums over the rows.
+                                            std::size_t activation, Params params, bool keep);
+// The same of relu, and the signs of z, one bit each: cuBLASLt's alone.
+std::tuple<Tensor, Tensor> epilogue_relu_and_signs(const Tensor& x, const Tensor& weight,
+                                                   const OptionalTensor& bias);
+// (dz weight) f', f that of the layer below, and its sums over the rows. kept is what that layer keeps for
+// f', y or z; of relu signs, if they are defined.
 std::tuple<Tensor, Tensor> epilogue_input_gradient(const Tensor& dz, const Tensor& weight,
-                                                   std::string_view name, const Tensor& aux, bool with_sums);
-// dz' x, and the sums of dz over the rows.
+                                                   std::size_t activation, Params params, const Tensor& kept,
+                                                   const Tensor& signs, bool with_sums);
+// dz' x, and the sums of dz over the rows: cuBLASLt's alone.
 std::tuple<Tensor, Tensor> epilogue_weight_gradient(const Tensor& dz, const Tensor& x);
 
 // The parts of linear_activation_backward, on matrices. From dy dz and, if one pass makes both, db; of

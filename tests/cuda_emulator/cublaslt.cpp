@@ -23,7 +23,7 @@ Outcome answer(const std::optional<lt::Product>& product) {
 }
 
 struct Request {
-  lt::Sizes sizes{0, static_cast<mlpext::Dtype>(next()), next(), next(), next()};
+  Sizes sizes{0, static_cast<mlpext::Dtype>(next()), next(), next(), next()};
   lt::Activation activation = static_cast<lt::Activation>(next());
   int64_t strides[4] = {next(), next(), next(), next()};
   std::vector<Buffer> all = buffers();
@@ -38,7 +38,7 @@ struct Request {
 
 // A small layer of its own, forward, and what came out.
 struct Layer {
-  lt::Sizes sizes;
+  Sizes sizes;
   std::vector<uint16_t> x, w, y;
 
   explicit Layer(int64_t rows, int64_t in = 8, int64_t out = 16)

@@ -65,6 +65,22 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 using std::min;
 
 namespace emulator {
+inline int compute_capability[2] = {9, 0};
+}
+// Those of an H100.
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int values[] = {132, 227 << 10, emulator::compute_capability[0], emulator::compute_capability[1]};
+  *value = values[attribute];
+  return cudaSuccess;
+}
+
+namespace emulator {
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s\n", what);
