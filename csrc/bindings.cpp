@@ -232,6 +232,22 @@ py::dict activations() {
   return all;
 }
 
+// name() and set_name(on).
+void def_switch(py::module_& m, const std::string& name, bool (*is_on)(), void (*set)(bool)) {
+  m.def(name.c_str(), [is_on] {
+    HANDLE_TH_ERRORS
+    return is_on();
+    END_HANDLE_TH_ERRORS_PYBIND
+  });
+  m.def(("set_" + name).c_str(),
+        [set](bool on) {
+          HANDLE_TH_ERRORS
+          set(on);
+          END_HANDLE_TH_ERRORS_PYBIND
+        },
+        py::arg("on"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -266,49 +282,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_cuda", [] { return has_cuda; });
   m.def("all_finite", all_finite, py::arg("tensors"),
         "Whether no value of these tensors is NaN or infinite.");
-  m.def("cublaslt", [] {
-    HANDLE_TH_ERRORS
-    return cublaslt();
-    END_HANDLE_TH_ERRORS_PYBIND
-  });
-  m.def(
-      "set_cublaslt",
-      [](bool on) {
-        HANDLE_TH_ERRORS
-        set_cublaslt(on);
-        END_HANDLE_TH_ERRORS_PYBIND
-      },
-      py::arg("on"));
-  m.def("triton", [] {
-    HANDLE_TH_ERRORS
-    return triton();
-    END_HANDLE_TH_ERRORS_PYBIND
-  });
-  m.def(
-      "set_triton",
-      [](bool on) {
-        HANDLE_TH_ERRORS
-        set_triton(on);
-        END_HANDLE_TH_ERRORS_PYBIND
-      },
-      py::arg("on"));
+  def_switch(m, "cublaslt", cublaslt, set_cublaslt);
+  def_switch(m, "cutlass", cutlass, set_cutlass);
+  def_switch(m, "triton", triton, set_triton);
   m.def("cublaslt_plans", [] {
     if constexpr (has_cuda) return cuda::cublaslt_plans();
     return int64_t(0);
   });
-  m.def("cutlass", [] {
-    HANDLE_TH_ERRORS
-    return cutlass();
-    END_HANDLE_TH_ERRORS_PYBIND
-  });
-  m.def(
-      "set_cutlass",
-      [](bool on) {
-        HANDLE_TH_ERRORS
-        set_cutlass(on);
-        END_HANDLE_TH_ERRORS_PYBIND
-      },
-      py::arg("on"));
   m.def("has_cutlass", [] {
     if constexpr (has_cuda) return cuda::cutlass_kernels() != nullptr;
     return false;

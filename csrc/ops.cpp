@@ -77,42 +77,34 @@ bool asked_for(const char* variable) {
   return value == "1";
 }
 
-std::atomic<bool>& cublaslt_switch() {
-  static std::atomic<bool> on = asked_for("MLPEXT_CUBLASLT");
-  return on;
-}
+constexpr char cublaslt_variable[] = "MLPEXT_CUBLASLT", cutlass_variable[] = "MLPEXT_CUTLASS",
+               triton_variable[] = "MLPEXT_TRITON";
 
-std::atomic<bool>& triton_switch() {
-  static std::atomic<bool> on = asked_for("MLPEXT_TRITON");
-  return on;
-}
-
-std::atomic<bool>& cutlass_switch() {
-  static std::atomic<bool> on = asked_for("MLPEXT_CUTLASS");
+// A switch: what its environment variable says, until it is set.
+template <const char* variable> std::atomic<bool>& state() {
+  static std::atomic<bool> on = asked_for(variable);
   return on;
 }
 
 }  // namespace
 
-bool cublaslt() { return cublaslt_switch(); }
-bool triton() { return triton_switch(); }
+bool cublaslt() { return state<cublaslt_variable>(); }
+bool cutlass() { return state<cutlass_variable>(); }
+bool triton() { return state<triton_variable>(); }
 
 void set_cublaslt(bool on) {
   TORCH_CHECK(has_cuda || !on, "set_cublaslt: this build of mlpext has no CUDA");
-  cublaslt_switch() = on;
+  state<cublaslt_variable>() = on;
 }
-void set_triton(bool on) {
-  TORCH_CHECK(has_cuda || !on, "set_triton: this build of mlpext has no CUDA");
-  triton_switch() = on;
-}
-
-bool cutlass() { return cutlass_switch(); }
-
 void set_cutlass(bool on) {
   bool there = false;
   if constexpr (has_cuda) there = cuda::cutlass_kernels() != nullptr;
   TORCH_CHECK(there || !on, "set_cutlass: this build of mlpext has no mlpext._cutlass");
-  cutlass_switch() = on;
+  state<cutlass_variable>() = on;
+}
+void set_triton(bool on) {
+  TORCH_CHECK(has_cuda || !on, "set_triton: this build of mlpext has no CUDA");
+  state<triton_variable>() = on;
 }
 
 bool served(const Tensor& tensor) {

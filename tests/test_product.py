@@ -208,26 +208,20 @@ def test_random_shapes(dtype):
 @pytest.mark.isa
 @every_float
 def test_the_same_bits_again_and_with_two_threads(dtype):
-    for shape in ((4, 1200, 1100), (300, 130, 700), (3000, 70, 40), (2500, 1100, 4)):
-        x, w, b, g = tensors(*shape, dtype)
-        first = results(layer("silu"), [x, w, b], g)
-        again = results(layer("silu"), [x, w, b], g)
+    shapes = ((4, 1200, 1100), (300, 130, 700), (3000, 70, 40), (2500, 1100, 4))
+    cases = [(layer("silu"), shape, 0) for shape in shapes]
+    cases += [(F.linear_maxout, shape, 3) for shape in ((300, 130, 200), (1500, 100, 30), (30, 500, 150))]
+    for call, shape, pieces in cases:
+        x, w, b, g = tensors(*shape, dtype, pieces)
+        first = results(call, [x, w, b], g)
+        again = results(call, [x, w, b], g)
         torch.set_num_threads(2)
-        threads = results(layer("silu"), [x, w, b], g)
+        threads = results(call, [x, w, b], g)
         torch.set_num_threads(1)
         for one, two, three in zip(first, again, threads, strict=True):
             assert_same_bits(two, one, f"{shape} again")
             if "avx" in os.environ.get("MLPEXT_CPU_ISA", "avx"):  # native's product is not held to this
-                assert_same_bits(three, one, f"{shape} with two threads")
-    for shape in ((300, 130, 200), (1500, 100, 30), (30, 500, 150)):
-        x, w, b, g = tensors(*shape, dtype, pieces=3)
-        first = results(F.linear_maxout, [x, w, b], g)
-        torch.set_num_threads(2)
-        threads = results(F.linear_maxout, [x, w, b], g)
-        torch.set_num_threads(1)
-        for one, two in zip(first, threads, strict=True):
-            if "avx" in os.environ.get("MLPEXT_CPU_ISA", "avx"):
-                assert_same_bits(two, one, f"maxout {shape} with two threads")
+                assert_same_bits(three, one, f"{shape}, {pieces} pieces, with two threads")
 
 
 @every_float

@@ -147,10 +147,7 @@ void run(const Winners& winners, const Matrix& x, const Matrix& w, void* dx, voi
   if (dw) gradient.weight(x, static_cast<T*>(dw));
 }
 
-}  // namespace
-
-bool maxout_gradient_pays(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, bool with_dx,
-                          bool with_dw) {
+bool pays(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, bool with_dx, bool with_dw) {
   const auto& [dy, index, pieces] = winners;
   const int64_t features = with_dx ? w.columns : x.columns;
   const auto all_known = [&] {  // an index beyond the pieces means no gradient, and has no row to go with
@@ -163,9 +160,13 @@ bool maxout_gradient_pays(Dtype dtype, const Winners& winners, const Matrix& x, 
          (!with_dx || w.column_stride == 1) && (!with_dw || x.column_stride == 1) && all_known();
 }
 
-void maxout_gradient(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, void* dx,
+}  // namespace
+
+bool maxout_gradient(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, void* dx,
                      void* dw) {
+  if (!pays(dtype, winners, x, w, dx, dw)) return false;
   (dtype == float64 ? run<float64> : run<float32>)(winners, x, w, dx, dw);
+  return true;
 }
 
 }  // namespace mlpext::cpu

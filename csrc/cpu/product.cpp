@@ -469,8 +469,7 @@ void product_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* b
 
 void product_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w,
                       void* dx, void* dw, void* db) {
-  if (dz.winners && maxout_gradient_pays(dtype, *dz.winners, x, w, dx, dw)) {
-    maxout_gradient(dtype, *dz.winners, x, w, dx, dw);
+  if (dz.winners && maxout_gradient(dtype, *dz.winners, x, w, dx, dw)) {
     if (!db) return;
     dx = dw = nullptr;
   }

@@ -59,11 +59,9 @@ struct PreactivationGradient {
 void product_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w,
                       void* dx, void* dw, void* db);
 
-// The part of it that maxout_gradient.cpp has: dx and dw with one product's work each, however many pieces
-// there are, where that is served and pays.
-bool maxout_gradient_pays(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, bool with_dx,
-                          bool with_dw);
-void maxout_gradient(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, void* dx,
+// dx and dw of a maxout (maxout_gradient.cpp): one product's work each, however many pieces there are. False,
+// and nothing done, where that is not served or does not pay.
+bool maxout_gradient(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, void* dx,
                      void* dw);
 
 }  // namespace mlpext::cpu
