@@ -46,6 +46,37 @@ gpu_only = pytest.mark.skipif(DEVICE == "cpu", reason="streams and graphs are CU
 OPERATORS = torch.ops.mlpext
 
 
+@contextlib.contextmanager
+def no_synchronisation():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_streams(step, streams=1, times=1):
+    """The results of each run of step, on side streams in turn."""
+    sides = [torch.cuda.Stream() for _ in range(streams)]
+    results = []
+    for _ in range(times):
+        for stream in sides:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results.append(step())
+    torch.cuda.synchronize()
+    return results
+
+
+def in_a_graph(step):
+    """The graph, which keeps its memory, and the results of its replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    return graph, captured
+
+
 def here(tensors, **kwargs):
     return [t.detach().to(DEVICE, **kwargs).requires_grad_(t.requires_grad) for t in tensors]
 
@@ -273,15 +304,9 @@ def test_narrow_runs_two_kernels_and_one_for_the_sums(by_switch, dtype):
 def test_narrow_in_a_graph(monkeypatch):
     monkeypatch.setenv("MLPEXT_CUDA_NARROW", "1")
     leaves = narrow_leaves(torch.bfloat16, (20, 33, 24, 17, 9), 150)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        expected = narrow_results(leaves, MIXED)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = narrow_results(leaves, MIXED)
-    graph.replay()
+    step = partial(narrow_results, leaves, MIXED)
+    (expected,) = on_streams(step)
+    _graph, captured = in_a_graph(step)
     for a, b in zip(captured, expected, strict=True):
         assert_same_bits(a, b)
 
@@ -419,12 +444,9 @@ def test_two_devices_are_refused():
 def test_no_synchronisation(op):
     tensors = inputs(op, torch.float32)
     gradients(op.ours, tensors)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         y = op(*tensors)
         torch.autograd.grad(y, tensors, torch.ones_like(y))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu_only
@@ -438,15 +460,8 @@ def test_on_a_side_stream_and_in_a_graph():
         y = op(*tensors)
         return [y.detach(), *torch.autograd.grad(y, tensors, g)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        side = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
+    (side,) = on_streams(step)
+    _graph, captured = in_a_graph(step)
     for e, s, c in zip(expected, side, captured, strict=True):
         assert_same_bits(s, e, "side stream")
         assert_same_bits(c, e, "graph")
@@ -690,24 +705,10 @@ def test_epilogues_in_graphs_streams_and_without_synchronisation(epilogues):
 
     other = chain_inputs(names, [64, 144, 80, 96, 48], torch.bfloat16, rows=8)
     gradients(call, other)  # the library's own start, with another shape
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    _graph, captured = in_a_graph(step)
+    with no_synchronisation():
         expected = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    sides = []
-    for _ in range(20):
-        for stream in streams:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                sides.append(step())
-    torch.cuda.synchronize()
-    for results in (captured, *sides):
+    for results in (captured, *on_streams(step, streams=2, times=20)):
         for a, e in zip(results, expected, strict=True):
             assert_same_bits(a, e)
 
@@ -874,21 +875,10 @@ def test_triton_in_graphs_streams_and_without_synchronisation(triton):
         return [y.detach(), *torch.autograd.grad(y, tensors, g)]
 
     by_passes(step)  # cuBLAS' own start
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    _graph, captured = in_a_graph(step)
+    with no_synchronisation():
         expected = step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        side = step()
-    torch.cuda.synchronize()
-    for results in (captured, side):
+    for results in (captured, *on_streams(step)):
         for a, e in zip(results, expected, strict=True):
             assert_same_bits(a, e)
 
