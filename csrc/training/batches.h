@@ -223,9 +223,10 @@ template <class T> class Batches : Walk<T> {
     const int64_t step = job.step_size < job.samples ? job.step_size : job.samples;
     const int64_t chunks = (step + chunk_rows - 1) / chunk_rows;
     rows = (step + chunks - 1) / chunks;
-    // The update is part of the gradient's product where one chunk is a step, and needs nothing but dE/dW.
+    // The update is part of the gradient's product where one chunk is a step, and needs nothing but dE/dW. (A
+    // block smaller than a step cuts the step into chunks of its own.)
     const Rule& rule = job.rule;
-    fused = chunks == 1 && rule.kind == Rule::descent && rule.momentum == 0;
+    fused = chunks == 1 && job.block_size >= step && rule.kind == Rule::descent && rule.momentum == 0;
     const int states = rule.kind != Rule::descent ? 2 : rule.momentum != 0 ? 1 : 0;
     layers = arena.take<Layer<T>>(count);
     bool needs_dx = false;
@@ -259,14 +260,14 @@ template <class T> class Batches : Walk<T> {
     error = 0;
     for (int64_t l = 0; l < count; ++l)
       if (layers[l].transposed.data) layers[l].transpose_weight();
-    const int64_t chunks = (size + rows - 1) / rows;
-    for (int64_t c = 0, first = 0; c < chunks; ++c) {
-      const int64_t n = (size - first) / (chunks - c);
-      if (!this->proceed() || !this->bring(n)) return false;
+    for (int64_t first = 0; first < size;) {
+      const int64_t left = size - first, chunks = (left + rows - 1) / rows;
+      const int64_t n = this->proceed() ? this->bring(left / chunks) : 0;
+      if (n == 0) return false;
       forward(n);
       const Layer<T>& last = layers[count - 1];
       error += this->loss(n, scale, last.y, last.dy, last.outputs);
-      backward(n, c == 0);
+      backward(n, first == 0);
       done += n;
       first += n;
     }

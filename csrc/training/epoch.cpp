@@ -208,8 +208,9 @@ py::tuple run_epoch(const py::list& layers, const py::dict& rule, const std::str
     job.rows.order = static_cast<const int64_t*>(data(tensor(order, "order"), at::kLong, {samples}, "order"));
     Run::check_indices(job.rows.order, samples, rows, "row");
   } else {
-    TORCH_CHECK_VALUE(block_size % std::min(step_size, block_size) == 0,
-                      "block_size: expected whole steps of ", step_size, ", got ", block_size);
+    TORCH_CHECK_VALUE(block_size >= samples || block_size < step_size || block_size % step_size == 0,
+                      "block_size: expected whole steps of ", step_size, ", or less than one, got ",
+                      block_size);
     run.fetch = std::move(fetch);
     job.fetch = Run::fetch_rows;
   }

@@ -47,12 +47,12 @@ struct Job {
   int64_t layer_count;
   Rule rule;
   Loss loss;
-  bool mean;          // minimise the mean of E over the samples of a step, else the sum
-  int64_t samples;    // to visit
-  int64_t step_size;  // samples an update; the last takes those that are left
-  Rows rows;          // all of them, unless `fetch` brings them block_size at a time
-  int64_t block_size;
-  double* losses;  // mean E of each step
+  bool mean;           // minimise the mean of E over the samples of a step, else the sum
+  int64_t samples;     // to visit
+  int64_t step_size;   // samples an update; the last takes those that are left
+  Rows rows;           // all of them, unless `fetch` brings them block_size at a time
+  int64_t block_size;  // whole steps, or less than one, or all samples
+  double* losses;      // mean E of each step
   void*
       outputs;  // null, or (block_size, n_last): what the model gave as the steps met the samples of a block
   void* context;  // of the functions below, which return false to stop; either may be null

@@ -46,17 +46,20 @@ template <class T> class Walk {
     return true;
   }
 
-  // Brings in a block with the next n samples, where the rows come in blocks. False: stop.
-  bool bring(int64_t n) {
+  // How many of the next n >= 1 samples can be taken at once: those of one block, where the rows come in
+  // blocks of block_size (the next one is fetched when all of this one are done). 0: stop.
+  int64_t bring(int64_t n) {
     if (!job.fetch) {
       block = job.rows;
       block_count = job.samples;
-    } else if (done + n > block_first + block_count) {
+    } else if (done == block_first + block_count) {
       block_first = done;
       block_count = job.samples - done < job.block_size ? job.samples - done : job.block_size;
-      if (!job.fetch(job.context, block_first, block_count, &block)) return !(report.stopped = true);
+      report.stopped = !job.fetch(job.context, block_first, block_count, &block);
+      if (report.stopped) return 0;
     }
-    return true;
+    const int64_t left = block_first + block_count - done;
+    return n < left ? n : left;
   }
 
   int64_t row_of(int64_t i) const { return block.order ? block.order[i - block_first] : i - block_first; }
