@@ -55,9 +55,11 @@ class Network:
         bound = {name: value for name, value in self.rule.items() if name not in _free(self.trained)}
         self._taken_for_granted = bound, _identity(tuple(self.layers))
 
-    def renewed(self) -> Network:
-        """The same after a change of layers, options or buffers; with its graphs where they still hold."""
-        other = Network(*self._of)
+    def renewed(self, samples: Samples) -> Network:
+        """The same with these samples after a change of layers, options or buffers; with its graphs where
+        they still hold."""
+        model, _, plan, descent = self._of
+        other = Network(model, samples, plan, descent)
         if other._taken_for_granted == self._taken_for_granted:
             other.steps = self.steps
         return other
@@ -409,7 +411,7 @@ class _Progress:
 
     def __init__(self, jobs: list[Job], sizes: Tensor) -> None:
         self._jobs, self._sizes = jobs, sizes
-        self._rows, self._totals = 0.0, torch.zeros(len(jobs), dtype=torch.float64)
+        self._rows, self._totals = 0.0, torch.zeros(len(jobs), dtype=torch.float64, device="cpu")
         self._looked = time.monotonic()
 
     def due(self) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from .samples import BLOCK, Samples
 class Descent(Protocol):
     """What an epoch needs of an optimizer: torch's own have it too."""
 
-    def step(self) -> object: ...
+    def step(self, closure: Any = ..., /) -> object: ...
     def zero_grad(self) -> None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
@@ -51,7 +52,7 @@ class GradientDescent:
         self.velocity: list[Tensor | None] = [None] * len(self.parameters)
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: None = None) -> None:
         for k, W in enumerate(self.parameters):
             if W.grad is None:
                 continue
@@ -67,6 +68,12 @@ class GradientDescent:
     def zero_grad(self) -> None:
         for W in self.parameters:
             W.grad = None
+
+    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Update these from now on. Those that it had keep their velocity, cast to what they are now."""
+        known = {id(W): v for W, v in zip(self.parameters, self.velocity, strict=True)}
+        self.parameters = list(parameters)
+        self.velocity = [None if (v := known.get(id(W))) is None else v.to(W) for W in self.parameters]
 
     def state_dict(self) -> dict[str, Any]:
         return {"velocity": self.velocity}
@@ -97,9 +104,23 @@ class Plan:
 
     def sizes(self, rows: int) -> Tensor:
         """The samples of each chunk of so many rows, float64; the last may have fewer."""
-        sizes = torch.full((-(-rows // self.chunk),), self.chunk, dtype=torch.float64)
+        sizes = torch.full((-(-rows // self.chunk),), self.chunk, dtype=torch.float64, device="cpu")
         sizes[-1] = rows - self.chunk * (len(sizes) - 1)
         return sizes
+
+
+def held_by(descent: Descent) -> list[nn.Parameter]:
+    """The parameters that an optimizer updates."""
+    if isinstance(descent, torch.optim.Optimizer):
+        return [parameter for group in descent.param_groups for parameter in group["params"]]
+    assert isinstance(descent, GradientDescent)
+    return descent.parameters
+
+
+def needs_closure(descent: Descent) -> bool:
+    """Whether a step of this optimizer asks for E and its gradient again (torch.optim.LBFGS)."""
+    closure = inspect.signature(type(descent).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def run_epoch(
@@ -119,13 +140,84 @@ def run_epoch(
     ranks each takes its share of every step, adds up the gradients with the others, and makes the same
     update; all return the same, and stop together, after a block.
     """
+    weights = list({id(W): W for W in (*model.parameters(), *held_by(descent))}.values())
+    held = set(map(id, held_by(descent)))
+    others = [W for W in weights if id(W) not in held]  # what the optimizer does not hold, nobody clears
+    count = len(order)
+
+    def clear() -> None:
+        descent.zero_grad()
+        for W in others:
+            W.grad = None
+
+    def step(size: int) -> None:
+        plan.ranks.sum_gradients(W for W in weights if W.requires_grad)
+        descent.step()
+        clear()
+
+    if plan.mode != "batch":
+        clear()
+        totals, score = _sweep(model, samples, order, plan, interrupted, advance, step)
+        return totals / plan.sizes(count)[: len(totals)], score
+
+    sweeps: list[tuple[Tensor, Tensor]] = []
+
+    def sweep() -> Tensor:
+        """E and, in `grad`, its gradient. The chunks' gradients are added up in float32 at least: in 16 bits
+        a sum stops growing once a chunk's share is below half of its last digit."""
+        sums: dict[nn.Parameter, Tensor] = {}
+
+        def add(size: int) -> None:
+            share = size / count if plan.mean else size  # what is there is the gradient of the chunk's mean
+            for W in weights:
+                if W.grad is None:
+                    continue
+                wide = torch.promote_types(W.grad.dtype, torch.float32)
+                if W in sums:
+                    sums[W].add_(W.grad, alpha=share)
+                else:
+                    sums[W] = W.grad.to(wide) * share
+            clear()
+
+        clear()
+        report = (lambda rows, error: None) if sweeps else advance  # samples count once a step
+        sweeps.append(_sweep(model, samples, order, plan, interrupted, report, add))
+        sums = plan.ranks.sum_tensors(weights, sums)
+        for W, gradient in sums.items():
+            W.grad = gradient.to(W.dtype)
+        total = sweeps[-1][0].sum()
+        return total / count if plan.mean else total
+
+    if needs_closure(descent):
+        descent.step(sweep)
+    elif sweep().isfinite():
+        descent.step()
+    clear()
+    totals, score = sweeps[0]
+    return totals.sum().reshape(1) / count, score
+
+
+def _sweep(
+    model: nn.Module,
+    samples: Samples,
+    order: Tensor,
+    plan: Plan,
+    interrupted: Sequence[object],
+    advance: Callable[[int, float], object],
+    backward_done: Callable[[int], object],
+) -> tuple[Tensor, Tensor]:
+    """Take the samples through the model a chunk at a time, forward and backward, and call
+    `backward_done(samples of the chunk)` after each. What is differentiated is what a step minimises, in
+    batch mode the mean of E over the chunk.
+
+    Returns the sum of E over each chunk, float64, and the sum of the metric's scores; otherwise as run_epoch.
+    """
     batch, ranks = plan.mode == "batch", plan.ranks
     # Rows are gathered, cast and moved, and losses and metric looked at, a block at a time, so that a step
     # does nothing but its own work.
     block = max(BLOCK // plan.chunk, 1) * plan.chunk
-    score = torch.zeros((), dtype=torch.float64)
+    score = torch.zeros((), dtype=torch.float64, device="cpu")
     losses: list[Tensor] = []
-    descent.zero_grad()
     for rows in torch.split(order, block):
         sizes = plan.sizes(len(rows))
         own, lengths = ranks.share(rows, plan.chunk)
@@ -140,35 +232,20 @@ def run_epoch(
             if len(inputs):  # the last step of an epoch may have fewer samples than there are ranks
                 output = model(inputs)
                 total = plan.total(output, targets)
-                count = len(order) if batch else size
-                torch.autograd.backward(total / count if plan.mean else total)
+                torch.autograd.backward(total / size if plan.mean or batch else total)
                 outputs.append(output.detach())
-            if not batch:
-                ranks.sum_gradients(_trained(model))
-                descent.step()
-                descent.zero_grad()
             totals.append(total.detach())
+            backward_done(int(size))
         errors = torch.stack(totals).to("cpu", torch.float64)
         if ranks.size > 1:
-            pressed = torch.tensor([float(bool(interrupted))])
+            pressed = torch.tensor([float(bool(interrupted))], device="cpu")
             errors, pressed = torch.split(ranks.sum(torch.cat([errors, pressed])), [len(totals), 1])
             if pressed:
                 raise KeyboardInterrupt
-        losses.append(errors / (len(order) if batch else sizes))
+        losses.append(errors)
         if plan.metric is not None and outputs:
             score = score + plan.metric.score(torch.cat(outputs), d).cpu()
-        mean = errors.sum().item() / len(rows)
-        advance(len(rows), mean)
+        advance(len(rows), errors.sum().item() / len(rows))
         if not torch.isfinite(errors).all():
             break
-    else:
-        if batch:
-            ranks.sum_gradients(_trained(model))
-            descent.step()
-            descent.zero_grad()
-    step_losses = torch.cat(losses)
-    return (step_losses.sum().reshape(1) if batch else step_losses), ranks.sum(score)
-
-
-def _trained(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return torch.cat(losses), ranks.sum(score)

@@ -8,8 +8,10 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
+import torch.optim.optimizer as torch_optimizer
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import _C, objective
 from .descent import Descent, GradientDescent, Plan
@@ -24,6 +26,21 @@ OPTIMIZERS: dict[type, str] = {
     torch.optim.Adam: "adam",
     torch.optim.AdamW: "adamw",
 }
+
+
+def _functions(kind: type) -> dict[str, Any]:
+    """What is called when a module runs or an optimizer steps, by name. `step` is the function within what
+    torch wraps around it, once, to profile it."""
+    names = ("step", "zero_grad") if kind in OPTIMIZERS else (*CALLED, "_weight_and_bias")
+    found = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
+    if getattr(found.get("step"), "hooked", False):
+        found["step"] = found["step"].__wrapped__
+    return found
+
+
+CALLED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
+# As they are when this is imported: somebody may put others in their place.
+KNOWN = {kind: _functions(kind) for kind in (MLP, nn.Sequential, LinearActivation, Maxout, *OPTIMIZERS)}
 
 
 class Refused(Exception):
@@ -45,9 +62,10 @@ class Network:
         self.layers = [describe(layer, states) for layer in layers]
         self.dtype = layers[0].weight.dtype
 
-    def renewed(self) -> Network:
-        """The same after such a change."""
-        return Network(*self._of)
+    def renewed(self, samples: Samples) -> Network:
+        """The same after such a change, with these samples."""
+        model, _, plan, descent = self._of
+        return Network(model, samples, plan, descent)
 
 
 def run_epoch(
@@ -63,13 +81,13 @@ def run_epoch(
     infinite stops it at once."""
     resident = samples.resident(network.dtype)
     count = len(order)
-    losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64)
+    losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64, device="cpu")
     whole_steps = max(BLOCK // plan.step_size, 1) * plan.step_size
-    block = count if resident else BLOCK if plan.mode == "batch" else whole_steps
+    block = count if resident else min(count, BLOCK if plan.mode == "batch" else whole_steps)
     outputs = None
     if plan.metric is not None:
-        outputs = torch.empty(block, *samples.outputs, dtype=network.dtype)
-    score = torch.zeros((), dtype=torch.float64)
+        outputs = torch.empty(block, *samples.outputs, dtype=network.dtype, device="cpu")
+    score = torch.zeros((), dtype=torch.float64, device="cpu")
     seen: list[Tensor] = []  # the targets of the block under way
 
     def add_score() -> None:
@@ -128,11 +146,16 @@ def run_epoch(
 
 
 def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
-    """The layers of a network on `device` that the engine can run as it stands."""
+    """The layers of a network on `device` that the engine can run as it stands. Refused for every way to be
+    another function, or to be trained otherwise, than layers in a row of their own parameters."""
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         raise Refused("torch has global module hooks")
-    _check_module(model)
-    modules = list(model.children()) if type(model) in (MLP, nn.Sequential) else [model]
+    if _get_current_dispatch_mode_stack():
+        raise Refused("a torch dispatch mode is at work, which would see nothing of it")
+    modules: list[nn.Module | None] = [model]
+    if type(model) in (MLP, nn.Sequential):
+        _check_module(model)
+        modules = list(model._modules.values())  # children() leaves out a module that stands there again
     layers: list[Layer] = []
     for module in modules:
         if type(module) not in (LinearActivation, Maxout):
@@ -143,11 +166,13 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
         layers.append(module)  # type: ignore[arg-type]
     if not layers:
         raise Refused("model has no layer")
-    seen: set[int] = set()
-    first = layers[0].weight
+    if len({id(layer) for layer in layers}) < len(layers):
+        raise Refused("a layer stands twice in the model")
+    places: list[tuple[int, int, str]] = []  # where each parameter's memory begins and ends
+    first = parameters_of(layers[0])[0]
     for layer in layers:
-        for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
-            if parameter is None and name == "bias" and "bias" in layer._parameters:
+        for name, parameter in zip(("weight", "bias"), parameters_of(layer), strict=True):
+            if parameter is None and name == "bias":
                 continue
             if type(parameter) is not nn.Parameter:
                 raise Refused(f"a layer's {name} is a {type(parameter).__name__}, not a Parameter")
@@ -157,26 +182,53 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
                 )
             if parameter.dtype != first.dtype:
                 raise Refused(f"weights of {first.dtype} and {parameter.dtype} are mixed")
-            if not parameter.is_contiguous() or parameter.numel() == 0:
-                raise Refused(f"a {name} is empty or not contiguous")
+            if not parameter.is_contiguous() or parameter.numel() == 0 or parameter.is_neg():
+                raise Refused(f"a {name} is empty, or not contiguous")
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise Refused(f"a {name} has gradient hooks")
-            if parameter.data_ptr() in seen:
-                raise Refused(f"a {name} is shared by two layers")
-            seen.add(parameter.data_ptr())
+            begin = parameter.data_ptr()
+            places.append((begin, begin + parameter.numel() * parameter.element_size(), name))
         if isinstance(layer, LinearActivation) and not _C.usual(
             layer.activation, tuple(layer.params.values())
         ):
             raise Refused(f"{layer.activation} with {layer.params} runs on torch's operators")
+    for (_, end, _), (begin, _, name) in pairwise(sorted(places)):
+        if begin < end:
+            raise Refused(f"a {name} shares memory with another parameter")
     for before, after in pairwise(layers):
         if before.weight.shape[-2] != after.weight.shape[-1]:
             raise Refused("the layers do not fit one another")
     return layers
 
 
-def _check_module(module: nn.Module) -> None:
-    if any(getattr(module, hooks) for hooks in HOOKS) or "forward" in vars(module):
-        raise Refused(f"{type(module).__name__} has hooks or a forward of its own")
+def parameters_of(layer: Layer) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight and bias, as the layer's forward finds them."""
+    weight, bias = layer._weight_and_bias()
+    return weight, bias  # type: ignore[return-value]
+
+
+def _check_module(module: nn.Module | None) -> None:
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        raise Refused(f"{type(module).__name__} has hooks")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise Refused(f"{type(module).__name__} is compiled")
+    _check_functions(module)
+
+
+def _check_functions(thing: object) -> None:
+    """Refuses an object that has functions of its own in place of its class's, or whose class was patched."""
+    known = KNOWN[type(thing)]
+    for name in known.keys() & vars(thing).keys():
+        if name != "step" or not _only_counts(vars(thing)["step"], known["step"]):
+            raise Refused(f"the {type(thing).__name__} has a {name} of its own")
+    if _functions(type(thing)) != known:
+        raise Refused(f"{type(thing).__name__} has other functions than it came with")
+
+
+def _only_counts(step: Any, known: Any) -> bool:
+    """Whether this is what a learning-rate scheduler puts around an optimizer's `step`, to see it called."""
+    inner = getattr(step, "__wrapped__", None)
+    return getattr(step, "_wrapped_by_lr_sched", False) and getattr(inner, "__wrapped__", inner) is known
 
 
 def check_rows(samples: Samples, plan: Plan, first: Layer) -> None:
@@ -196,7 +248,7 @@ def check_rows(samples: Samples, plan: Plan, first: Layer) -> None:
 
 def describe(layer: Layer, states: dict[int, tuple[Tensor, ...]]) -> tuple[Any, ...]:
     """Weight, bias, name and parameters of the activation, and the optimizer's buffers of the two."""
-    weight, bias = layer.weight, layer.bias
+    weight, bias = parameters_of(layer)
     name, params = ("maxout", ()) if isinstance(layer, Maxout) else (layer.activation, layer.params.values())
     return (
         weight,
@@ -210,7 +262,7 @@ def describe(layer: Layer, states: dict[int, tuple[Tensor, ...]]) -> tuple[Any, 
 
 def trained_of(layers: list[Layer]) -> list[nn.Parameter]:
     """The parameters that require a gradient."""
-    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    return [p for layer in layers for p in parameters_of(layer) if p is not None and p.requires_grad]
 
 
 def rule_and_states(
@@ -219,13 +271,15 @@ def rule_and_states(
     """The update rule, and the optimizer's buffers of each parameter that it moves (made where missing)."""
     trained = trained_of(layers)
     if isinstance(descent, GradientDescent):
-        if {id(p) for p in trained} != {id(p) for p in descent.parameters}:
+        if {id(p) for p in trained} != {id(p) for p in descent.parameters if p.requires_grad}:
             raise Refused("the optimizer does not hold exactly the parameters that require a gradient")
         rule = {"kind": "descent", "nesterov": descent.nesterov}
         rule |= {name: getattr(descent, name) for name in ("lr", "momentum", "weight_decay")}
         states: dict[int, tuple[Tensor, ...]] = {}
         if descent.momentum:
             for k, parameter in enumerate(descent.parameters):
+                if not parameter.requires_grad:
+                    continue
                 velocity = descent.velocity[k]
                 if velocity is None:  # v = momentum 0 + g is the first step's v = g
                     velocity = descent.velocity[k] = torch.zeros_like(parameter, requires_grad=False)
@@ -244,6 +298,9 @@ def _torch_states(
         raise Refused("the optimizer has more than one group of parameters")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         raise Refused("the optimizer has hooks")
+    if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        raise Refused("torch has global optimizer hooks")
+    _check_functions(optimizer)
     group = optimizer.param_groups[0]
     if {id(p) for p in trained} != {id(p) for p in group["params"] if p.requires_grad}:
         raise Refused("the optimizer does not hold exactly the parameters that require a gradient")
@@ -269,10 +326,17 @@ def _torch_states(
     for parameter in trained:
         own = optimizer.state[parameter]
         if kind != "descent" and not own:
-            own["step"] = torch.tensor(0.0)
+            own["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
         for name in names:
             if own.get(name) is None:
                 own[name] = torch.zeros_like(parameter, requires_grad=False)
+            state = own[name]
+            if (
+                state.dtype != parameter.dtype
+                or state.device != parameter.device
+                or not state.is_contiguous()
+            ):
+                raise Refused(f"the optimizer's {name} is not laid out as its parameter")
         states[id(parameter)] = tuple(own[name] for name in names)
     return rule, states
 

@@ -62,7 +62,7 @@ class History:
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
         self.epochs: list[Epoch] = []
-        self._steps = [torch.empty(0, dtype=torch.float64)]
+        self._steps = [torch.empty(0, dtype=torch.float64, device="cpu")]
 
     def append(self, epoch: Epoch, step_losses: Tensor) -> None:
         """Add an epoch and the losses of its steps, shape (steps,)."""
@@ -110,7 +110,7 @@ class History:
     def load_record(self, record: dict[str, Any]) -> None:
         """Take over the epochs and steps of a `record`; the configuration stays this history's own."""
         self.epochs = [Epoch(**epoch) for epoch in record["epochs"]]
-        self._steps = [torch.as_tensor(record["step_losses"], dtype=torch.float64)]
+        self._steps = [torch.as_tensor(record["step_losses"], dtype=torch.float64, device="cpu")]
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write everything, step losses included, as `History.load` reads it. Raises OSError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeAlias
 
@@ -18,12 +19,14 @@ LOSSES = ("squared_error", "cross_entropy")
 
 def squared_error(output: Tensor, target: Tensor) -> Tensor:
     """The lecture's E = 1/2 ||d - o||^2, summed over the samples; both (n, ...), the result 0-d."""
-    return 0.5 * F.mse_loss(output, target, reduction="sum")
+    return 0.5 * F.mse_loss(_wide(output), _wide(target), reduction="sum")
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     """-log softmax(o)[target], summed over the samples; o (n, C), target (n,) or probabilities (n, C)."""
-    return F.cross_entropy(output, target, reduction="sum")
+    if target.is_floating_point():
+        target = _wide(target)
+    return F.cross_entropy(_wide(output), target, reduction="sum")
 
 
 def gradient(total: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: Tensor) -> Tensor:
@@ -37,11 +40,31 @@ def gradient(total: Callable[[Tensor, Tensor], Tensor], output: Tensor, target: 
     return softmax - F.one_hot(target, output.shape[-1])
 
 
+class OfFunction:
+    """A function of (outputs, targets) that gives E per sample, (n,), or its mean, 0-d, as their sum."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._loss = loss
+
+    def value(self, output: Tensor, target: Tensor) -> Tensor:
+        """What the function gives. ValueError for a shape that is neither (n,) nor ()."""
+        value = self._loss(output, target)
+        if not isinstance(value, Tensor) or value.shape not in ((), (len(output),)):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"loss must return a tensor of shape () or ({len(output)},), one value per sample, got {got}"
+            )
+        return value
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        value = self.value(output, target)
+        return _wide(value).sum() if value.ndim else _wide(value) * len(output)
+
+
 def total_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
     """The function (outputs, targets) -> sum of E over the samples, 0-d, that `loss` stands for.
 
-    A callable may return E per sample, shape (n,), or its mean. Raises ValueError for an unknown name,
-    TypeError for anything else.
+    Raises ValueError for an unknown name, TypeError for what is neither a name nor callable.
     """
     if loss == "squared_error":
         return squared_error
@@ -53,17 +76,47 @@ def total_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
         )
     if not callable(loss):
         raise TypeError(f"loss must be a name or a function of (outputs, targets), got {type(loss).__name__}")
+    return OfFunction(loss)
 
-    def total(output: Tensor, target: Tensor) -> Tensor:
-        value = loss(output, target)
-        if not isinstance(value, Tensor) or value.shape not in ((), (len(output),)):
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"loss must return a tensor of shape () or ({len(output)},), one value per sample, got {got}"
-            )
-        return value.sum() if value.ndim else value * len(output)
 
-    return total
+def check_parts(
+    model: nn.Module, samples: Samples, total: Callable[[Tensor, Tensor], Tensor], rows: int, parts: str
+) -> None:
+    """Refuses a mean that cannot be had from the means of parts: weighted by class, over what is not ignored,
+    over pairs. Looks at up to `rows` samples, as a whole and in parts.
+
+    Raises ValueError, which says that it is `parts` whose means would be added up.
+    """
+    if not isinstance(total, OfFunction):
+        return
+    chosen = torch.linspace(0, len(samples) - 1, min(rows, len(samples)), dtype=torch.float64, device="cpu")
+    with torch.no_grad(), in_mode(model, training=False):
+        x, target = samples[chosen.long()]
+        output = model(x)
+        value, count = total.value(output, target), len(output)
+        whole = total(output, target).item()
+        if value.ndim or count < 4 or not math.isfinite(whole):
+            return
+        # Parts that differ in what they hold whether the classes are sorted, alternate or come as they like.
+        places = torch.arange(count, device=output.device)
+        for split in (
+            places.tensor_split(max(count // 8, 2)),
+            (places[: count // 3], places[count // 3 :]),
+            (places[::2], places[1::2]),
+        ):
+            sums = [total(output[part], target[part]).item() for part in split]
+            if not abs(sum(sums) - whole) <= math.sqrt(torch.finfo(value.dtype).eps) * sum(map(abs, sums)):
+                raise ValueError(
+                    f"loss: {count} samples give {whole / count:.6g}, their parts {sum(sums) / count:.6g}: "
+                    f"it is no plain mean over the samples, and the means of {parts} are to be added up. "
+                    'Return one value per sample, shape (n,) (reduction="none"), or take mini-batches in one '
+                    "process"
+                )
+
+
+def _wide(values: Tensor) -> Tensor:
+    """16-bit values as float32: their sums are long."""
+    return values.float() if values.is_floating_point() and values.element_size() < 4 else values
 
 
 class Metric(Protocol):
@@ -101,8 +154,8 @@ class R2:
 
     def __init__(self, samples: Samples) -> None:
         # Deviations from the first sample: sums of squares of the targets themselves would cancel.
-        origin = _flat(samples.targets(torch.tensor([0])))
-        total = squares = torch.zeros(())
+        origin = _flat(samples.targets(torch.tensor([0], device="cpu")))
+        total = squares = torch.zeros_like(origin[0])
         for rows in samples.blocks():
             deviation = _flat(samples.targets(rows)) - origin
             total = total + deviation.sum(0)
@@ -126,7 +179,7 @@ def prepare(model: nn.Module, samples: Samples, loss: Loss, name: str = "") -> N
     Raises ValueError for targets that do not go with the outputs; `name` ("validation ") begins the message.
     """
     with torch.no_grad(), in_mode(model, training=False):
-        output = model(samples[torch.tensor([0])][0])
+        output = model(samples[torch.tensor([0], device="cpu")][0])
     if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != 1:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"model must give one row of outputs per sample; for x of one sample it gave {got}")
@@ -151,6 +204,14 @@ def prepare(model: nn.Module, samples: Samples, loss: Loss, name: str = "") -> N
             raise ValueError(
                 f"cross_entropy needs outputs of shape (n, classes), the model's are {_shape(outputs)}"
             )
+    if outputs == [1] and (
+        loss in ("cross_entropy", F.cross_entropy) or isinstance(loss, nn.CrossEntropyLoss)
+    ):
+        raise ValueError(
+            "cross_entropy of one output is 0 whatever the output, and so teaches nothing: give the model an "
+            "output a class, or take loss=torch.nn.functional.binary_cross_entropy_with_logits or "
+            'loss="squared_error" with a floating-point target'
+        )
     samples.outputs = outputs
 
 
@@ -165,14 +226,22 @@ def measure(
     model: nn.Module, samples: Samples, total: Callable[[Tensor, Tensor], Tensor], metric: Metric | None
 ) -> dict[str, float]:
     """Mean E ("loss") and metric of the samples under the model as it is, in eval() mode."""
-    error, score = 0.0, torch.zeros((), dtype=torch.float64)
+    error, score = 0.0, torch.zeros((), dtype=torch.float64, device="cpu")
+    averaged: list[tuple[Tensor, Tensor]] = []  # by a function, whose mean of all need not be that of blocks
     with torch.no_grad(), in_mode(model, training=False):
         for rows in samples.blocks():
             x, target = samples[rows]
             output = model(x)
-            error += total(output, target).item()
             if metric is not None:
                 score = score + metric.score(output, target).cpu()
+            value = (total.value if isinstance(total, OfFunction) else total)(output, target)
+            if isinstance(total, OfFunction) and value.ndim == 0:
+                averaged.append((output, target))
+            else:
+                error += _wide(value).sum().item()
+        if averaged:
+            output, target = (torch.cat(parts) for parts in zip(*averaged, strict=True))
+            error = total(output, target).item()
     result = {"loss": error / len(samples)}
     return result if metric is None else result | {metric.name: metric.value(score, len(samples))}
 
@@ -181,14 +250,20 @@ def measure(
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model in train() or eval() mode, and afterwards each of its modules in the mode that it had."""
     flags = [(module, module.training) for module in model.modules()]
-    if all(type(module).train is nn.Module.train for module, _ in flags):
-        _set_mode((module, training) for module, _ in flags)
-    else:
-        model.train(training)
+    set_mode(model, training=training)
     try:
         yield
     finally:
         _set_mode(flags)
+
+
+def set_mode(model: nn.Module, *, training: bool) -> None:
+    """The model in train() or eval() mode from now on."""
+    modules = list(model.modules())
+    if all(type(module).train is nn.Module.train for module in modules):
+        _set_mode((module, training) for module in modules)
+    else:
+        model.train(training)
 
 
 def _set_mode(flags: Iterable[tuple[nn.Module, bool]]) -> None:

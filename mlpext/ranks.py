@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)])) > 0)
+        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)], device="cpu")) > 0)
 
     def first(self, value: Any) -> Any:
         """Rank 0's `value`."""
@@ -83,10 +83,24 @@ class Ranks:
         if self.size == 1:
             return
         parameters = list(parameters)
-        present = torch.tensor([p.grad is not None for p in parameters], device=parameters[0].device)
-        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters]
-        message = self.sum(torch.cat([present, *gradients]))  # one a step, not one a parameter
-        flags, *sums = torch.split(message, [len(parameters), *(gradient.numel() for gradient in gradients)])
-        for parameter, some, total in zip(parameters, flags.tolist(), sums, strict=True):
-            if some:
-                parameter.grad = total.reshape(parameter.shape).to(parameter.dtype)
+        gradients = {p: p.grad for p in parameters if p.grad is not None}
+        for parameter, total in self.sum_tensors(parameters, gradients).items():
+            parameter.grad = total.to(parameter.dtype)
+
+    def sum_tensors(
+        self, parameters: Sequence[nn.Parameter], tensors: Mapping[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """The sum over the ranks of one tensor for each of these parameters, in float32 at least; of those
+        that no rank has there is none. All ranks give the same parameters."""
+        if self.size == 1 or not parameters:
+            return dict(tensors)
+        present = torch.tensor([p in tensors for p in parameters], device=parameters[0].device)
+        parts = [tensors[p] if p in tensors else torch.zeros_like(p) for p in parameters]
+        # One message, not one a parameter; flags in float32, so that 16 bits do not add up in 16 bits.
+        message = self.sum(torch.cat([present.float(), *(part.detach().reshape(-1) for part in parts)]))
+        flags, *sums = torch.split(message, [len(parameters), *(p.numel() for p in parameters)])
+        return {
+            p: total.reshape(p.shape)
+            for p, some, total in zip(parameters, flags.tolist(), sums, strict=True)
+            if some
+        }

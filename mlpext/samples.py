@@ -25,10 +25,10 @@ class Samples:
     block are read, cast and moved. Integer (or bool) targets are class numbers, one per sample, int64;
     `one_hot=C` hands them out as rows of d with a 1 in the class's column.
 
-    Raises TypeError for anything but tensors and numpy arrays, for inputs that are not floating point and
-    targets that are not numbers; ValueError for empty data, different lengths, NaN or infinity (naming the
-    row) and class numbers below 0. `name` ("validation ") begins the messages. `outputs` is the shape of one
-    sample's outputs, once the model is known (see objective.prepare).
+    Raises TypeError for anything but dense tensors and numpy arrays without masked values, for inputs that
+    are not floating point and targets that are not numbers; ValueError for empty data, different lengths, NaN
+    or infinity (naming the row) and class numbers below 0. `name` ("validation ") begins the messages.
+    `outputs` is the shape of one sample's outputs, once the model is known (see objective.prepare).
 
         samples = Samples(x, target, dtype=torch.float32, device=torch.device("cpu"))
         inputs, targets = samples[torch.tensor([3, 1])]
@@ -40,6 +40,8 @@ class Samples:
         for label, data in ((f"{name}x", x), (f"{name}target", target)):
             if not isinstance(data, (Tensor, np.ndarray)):
                 raise TypeError(f"{label} must be a tensor or a numpy array, got {type(data).__name__}")
+            if (layout := _unusual(data)) is not None:
+                raise TypeError(f"{label} must be dense, every value given, got {layout}")
         if not _is_float(x):
             raise TypeError(
                 f"{name}x must be floating point, got {x.dtype}; convert it first, as with x.float()"
@@ -106,13 +108,32 @@ class Samples:
     def blocks(self) -> Iterator[Tensor]:
         """The row numbers of all samples in order, a block at a time."""
         for first in range(0, len(self), BLOCK):
-            yield torch.arange(first, min(first + BLOCK, len(self)))
+            yield torch.arange(first, min(first + BLOCK, len(self)), device="cpu")
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Samples:
+        """The same samples, cast and moved; these themselves where nothing changes."""
+        if (dtype, device) == (self._dtype, self._device):
+            return self
+        other = copy.copy(self)
+        other._dtype, other._device = dtype, device
+        other._target_dtype = torch.int64 if self.has_classes else dtype
+        if isinstance(self._x, Tensor):
+            other._x = _convert(self._x, device, dtype)
+        if isinstance(self._target, Tensor):
+            other._target = _convert(self._target, device, other._target_dtype)
+        other._rows = None if self._rows is None else self._rows.to(device)
+        return other
 
     def subset(self, rows: Tensor) -> Samples:
         """Samples of these rows alone, which share the memory of all of them."""
         part = copy.copy(self)
         part._rows = self._own(rows).to(self._device)
         return part
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and of targets that are numbers, as they are handed out."""
+        return self._dtype
 
     @property
     def shapes(self) -> tuple[list[int], list[int]]:
@@ -156,11 +177,26 @@ class Samples:
                 )
 
 
+def _unusual(data: Array) -> str | None:
+    """What keeps data from being read value by value: a layout, or values that are masked out."""
+    if isinstance(data, np.ma.MaskedArray):
+        return "a masked array with masked values" if np.ma.is_masked(data) else None
+    if not isinstance(data, Tensor):
+        return None
+    if data.is_nested:
+        return "a nested tensor"
+    if data.layout != torch.strided:
+        return f"a tensor of layout {data.layout}"
+    if isinstance(data, torch.masked.MaskedTensor):
+        return "a MaskedTensor"
+    return f"a tensor on the device {data.device}, which has no values" if data.is_meta else None
+
+
 def as_held(data: Array, device: torch.device, dtype: torch.dtype) -> Array:
     """`data` as Samples of this device and dtype hold it, for several of them to share."""
     if not isinstance(data, (Tensor, np.ndarray)) or isinstance(data, np.memmap):
         return data  # of the wrong type, or read where it is
-    if not (_is_float(data) or _is_integer(data)):
+    if _unusual(data) is not None or not (_is_float(data) or _is_integer(data)):
         return data
     return _convert(data, device, dtype if _is_float(data) else torch.int64)
 
@@ -170,7 +206,8 @@ def _convert(data: Array, device: torch.device, dtype: torch.dtype) -> Tensor:
         # torch takes neither foreign byte order nor negative strides, and warns of read-only memory.
         data = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
         data = torch.from_numpy(data if data.flags.writeable else data.copy())
-    return data.detach().to(device, dtype)
+    # resolve_neg: a view of negated memory reads wrong where pointers are taken.
+    return data.detach().to(device, dtype).resolve_neg()
 
 
 def _check_finite(name: str, data: Tensor, first_row: int) -> None:

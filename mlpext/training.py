@@ -24,12 +24,14 @@ import math
 import numbers
 import operator
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -38,7 +40,7 @@ from . import _C, captured, objective
 from . import descent as autograd
 from . import engine as cpu_engine
 from .checkpoint import Checkpoint
-from .descent import Descent, GradientDescent, Plan
+from .descent import Descent, GradientDescent, Plan, held_by, needs_closure
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
 from .ranks import Ranks
@@ -65,8 +67,33 @@ ENGINES = ("auto", "native", "autograd")
 NATIVE: dict[str, Any] = {"cpu": cpu_engine, "cuda": captured}
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def _anywhere(function: Function) -> Function:
+    """`function(model, ...)`, the same wherever it is called: gradients are on, autocast is off, and tensors
+    are made on the model's device, whatever the caller has set of these or of inference_mode."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        model = kwargs["model"] if "model" in kwargs else next(iter(args), None)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        device = torch.device(_device(model) if kwargs.get("device") is None else kwargs["device"])
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in {"cpu", device.type}:
+                if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            if torch.get_default_device() not in (torch.device("cpu"), device):
+                stack.enter_context(device)
+            return function(*args, **kwargs)
+
+    return cast(Function, run)
+
+
+@_anywhere
 def fit(
     model: nn.Module,
     x: Array,
@@ -121,12 +148,15 @@ def fit(
         epochs: passes over the data in all; a resumed run does those that are missing.
         loss: "squared_error", 1/2 ||d - o||^2 summed over a sample's outputs; "cross_entropy" of logits; or a
             function of (outputs, targets) that returns one value per sample, shape (n,), or their mean, a
-            scalar.
+            scalar. Where a step is taken in parts (batch mode of more than 1024 samples, several ranks) a
+            scalar that is no plain mean over the samples, as with class weights or ignore_index, is refused:
+            give it `reduction="none"`. A loss that is a module is kept with the model.
         reduction: what a step minimises, the "mean" over its samples or the "sum", which is the lecture's
             literal batch update. The losses reported are means either way.
         momentum, weight_decay, nesterov: as in torch.optim.SGD, see `GradientDescent`.
         optimizer: a torch.optim.Optimizer over the model's parameters, or a function that makes one from
-            them, to use instead of lr, momentum and weight_decay.
+            them (frozen ones too, which have no gradient), to use instead of lr, momentum and weight_decay.
+            One that asks for E again within a step, as LBFGS, needs batch mode.
         validation: held-out data (x, d) to measure after each epoch, or a fraction of the data to hold out at
             random.
         shuffle: visit the samples in a new random order each epoch; batch mode needs none.
@@ -135,7 +165,8 @@ def fit(
         early_stopping: stop after so many epochs without a lower validation loss; the model gets the weights
             of its best epoch when the run ends.
         callbacks: functions called with the `Epoch` after each epoch; one that returns True or "stop" ends
-            the run.
+            the run. They may change model and optimizer (freeze or free layers, prune, clamp weights), before
+            the checkpoint and the best weights are taken.
         checkpoint: a folder that keeps the state after the latest epoch, so that a kill at any moment loses
             no more than the epoch under way. A run that does not resume replaces what is there.
         resume: continue from `checkpoint` if it holds a state, else start. The final weights have the same
@@ -147,9 +178,12 @@ def fit(
         engine: "native", whole epochs in C++ on the CPU, steps in CUDA graphs on a GPU: for rows of
             LinearActivation and Maxout layers (an `mlpext.nn.MLP`) in float32 or float64, a loss by name, and
             no optimizer or torch's SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the
-            PyTorch loop: any model. "auto": native where it serves, on the CPU; graphs have not been measured
-            yet. Both give the same numbers, to rounding. Several ranks take autograd: an epoch of the native
-            engine has no place to add up their gradients.
+            PyTorch loop: any model. "auto": native where and as long as it serves, on the CPU; graphs have
+            not been measured yet. Both give the same numbers, to rounding. Several ranks take autograd: an
+            epoch of the native engine has no place to add up their gradients.
+
+    An exception in the middle of an epoch, as from the model or the loss, leaves the weights that the epoch
+    began with. no_grad, inference_mode, autocast and default device around the call make no difference.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run;
@@ -161,8 +195,6 @@ def fit(
         KeyboardInterrupt: Ctrl-C, once the step under way is complete, in CUDA graphs those of a graph (in
             batch mode that step is dropped instead); the checkpoint is that of the last complete epoch.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     _one_of("mode", mode, MODES)
     _one_of("reduction", reduction, REDUCTIONS)
     _one_of("engine", engine, ENGINES)
@@ -183,13 +215,12 @@ def fit(
     store = Checkpoint(checkpoint) if checkpoint is not None and first else None
     saved = ranks.first(store.load() if store is not None and resume and store.exists() else None)
     if seed is None:
-        seed = ranks.first(torch.Generator().seed()) if saved is None else saved["config"]["seed"]
-    generator = torch.Generator().manual_seed(_count("seed", seed, 0, 2**64 - 1))
+        seed = ranks.first(torch.Generator("cpu").seed()) if saved is None else saved["config"]["seed"]
+    seed = _count("seed", seed, 0, 2**64 - 1)
+    generator = torch.Generator("cpu").manual_seed(seed)
 
     if device is not None:
         model.to(device)
-    named = dict(model.named_parameters())
-    ranks.copy_first(itertools.chain(named.values(), model.buffers()))
     samples = _samples(model, x, target, loss)
     held_out = None
     if isinstance(validation, (tuple, list)) and len(validation) == 2:
@@ -198,10 +229,12 @@ def fit(
         held_out, samples = _hold_out(validation, samples, generator)
     held_out_metric = None if held_out is None else objective.metric_for(held_out, loss)
 
-    parameters = [parameter for parameter in named.values() if parameter.requires_grad]
-    if not parameters:
-        raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
-    descent, descent_config = _descent(optimizer, parameters, lr, momentum, weight_decay, nesterov)
+    descent, descent_config = _descent(optimizer, model, lr, momentum, weight_decay, nesterov)
+    if needs_closure(descent) and mode != "batch":
+        raise ValueError(
+            f"optimizer: {type(descent).__name__} asks for E of the same samples again within a step, and so "
+            f"needs mode='batch', got {mode!r}"
+        )
     plan = Plan(
         mode=mode,
         step_size={"stochastic": 1, "mini-batch": batch_size, "batch": len(samples)}[mode],
@@ -215,15 +248,14 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    network, native = None, NATIVE.get(parameters[0].device.type, cpu_engine)
+    if ranks.size > 1 or plan.chunk < plan.step_size:
+        parts = "the ranks" if ranks.size > 1 else f"the chunks of {plan.chunk} samples of batch mode"
+        objective.check_parts(model, samples, total, max(plan.chunk, 64), parts)
+    device_type = next(model.parameters()).device.type
+    native = NATIVE.get(device_type, cpu_engine)
+    network = None
     if engine == "native" or (engine == "auto" and native is cpu_engine):
-        try:
-            network = native.Network(model, samples, plan, descent)
-        except cpu_engine.Refused as reason:
-            if engine == "native":
-                raise ValueError(
-                    f"engine='native' cannot train this: {reason}; engine='auto' falls back"
-                ) from None
+        network = _served(engine, lambda: native.Network(model, samples, plan, descent))
     config = {
         "mode": mode,
         "samples_per_update": plan.step_size,
@@ -238,11 +270,12 @@ def fit(
         "validation_samples": 0 if held_out is None else len(held_out),
         "x": samples.shapes[0],
         "target": samples.shapes[1],
-        "model": str(model),
-        "parameters": {name: list(parameter.shape) for name, parameter in named.items()},
-        "dtype": str(parameters[0].dtype),
+        "model": re.sub(r" at 0x[0-9a-fA-F]+", "", str(model)),  # an address is another in another process
+        "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
+        "dtype": str(samples.dtype),
     }
-    run = _Run(model, descent, generator, History(config), _EarlyStopping(patience))
+    run = _Run(model, loss, descent, generator, History(config), _EarlyStopping(patience))
+    ranks.copy_first(run.weights())
     if saved is not None:
         _check_same_run(saved["config"], config, f"the checkpoint in {checkpoint}")
         if len(saved["epochs"]) > epochs:
@@ -250,44 +283,56 @@ def fit(
                 f"epochs is {epochs}, but the checkpoint in {checkpoint} is of epoch {len(saved['epochs'])}"
             )
         run.load_state_dict(saved)
-        network = None if network is None else network.renewed()  # the optimizer has other buffers now
+        if network is not None:  # the optimizer has other buffers now
+            network = _served(engine, functools.partial(network.renewed, samples))
     elif store is not None:
         store.save(run.state_dict())
     history, stopping = run.history, run.stopping
     log = Log(log_dir, history) if log_dir is not None and first else None
 
     count = len(samples)
-    own = _weights(model)
+    weights = run.weights()
     bar = _Progress(progress and first, count, epochs, len(history))
-    with _training(model, descent), bar, _Interrupts() as interrupts:
+    with _training(run), bar, _Interrupts() as interrupts:
         while len(history) < epochs and not stopping.due(len(history)):
-            order = torch.arange(count)
+            order = torch.arange(count, device="cpu")
             if shuffle and mode != "batch":
-                order = torch.randperm(count, generator=generator)
-            if callbacks and network is not None:
-                network = network.renewed()  # they may have changed model or optimizer
+                order = torch.randperm(count, generator=generator, device="cpu")
+            if callbacks:  # they may have changed model and optimizer
+                held = _dtype_and_device(model)
+                samples = samples.to(*held)
+                held_out = None if held_out is None else held_out.to(*held)
+                run.follow_model()
+                if network is not None:
+                    network = _served(engine, functools.partial(network.renewed, samples))
             if callbacks or network is None:  # a module may put other buffers in place of its own
-                own = _weights(model)
-            before = [weight.clone() for weight in own]
+                weights = run.weights()
+            before = [weight.clone() for weight in weights]
             started = time.perf_counter()
-            with interrupts.held() as interrupted:
-                how = (samples, order, plan, descent, interrupted, bar.advance)
-                if network is None:
-                    losses, score = autograd.run_epoch(model, *how)
-                else:
-                    losses, score = native.run_epoch(network, *how)
+            try:
+                with interrupts.held() as interrupted:
+                    how = (samples, order, plan, descent, interrupted, bar.advance)
+                    if network is None:
+                        losses, score = autograd.run_epoch(model, *how)
+                    else:
+                        losses, score = native.run_epoch(network, *how)
+            except BaseException as error:
+                # Ctrl-C comes between two steps, and the complete ones stay; but not within a closure's step.
+                if not isinstance(error, KeyboardInterrupt) or needs_closure(descent):
+                    _copy(before, run.weights())
+                raise
             seconds = time.perf_counter() - started
-            ranks.copy_first(model.buffers())
+            ranks.copy_first(run.buffers())
 
             metrics = {} if plan.metric is None else {plan.metric.name: plan.metric.value(score, count)}
-            trouble = _trouble(losses, parameters)
+            trouble = _trouble(losses, run.trained())
             if held_out is not None and trouble is None:
                 measured = ranks.first(objective.measure(model, held_out, total, held_out_metric))
                 metrics |= {f"val_{name}": value for name, value in measured.items()}
                 if not math.isfinite(measured["loss"]):
                     trouble = f"the validation loss became {measured['loss']} after step {len(losses)}"
             if trouble is not None:
-                _copy(before, _weights(model))
+                _copy(before, run.weights())
                 raise FloatingPointError(
                     f"{trouble} of epoch {len(history) + 1}; try a smaller lr. "
                     f"The model has its weights of the end of epoch {len(history)} again"
@@ -302,16 +347,16 @@ def fit(
             )
             history.append(epoch, losses)
             bar.end(epoch)
-            if patience is not None:
-                stopping.see(epoch, model)
-            if store is not None:
-                store.save(run.state_dict())
             if log is not None:
                 log.append(epoch)
             answers = [callback(epoch) for callback in callbacks]
-            if ranks.any(any(answer is True or answer == "stop" for answer in answers)):
+            if patience is not None:
+                stopping.see(epoch, run.weights())
+            if store is not None:
+                store.save(run.state_dict())
+            if ranks.any(any(map(_means_stop, answers))):
                 break
-    stopping.restore_best(model)
+    stopping.restore_best(run.weights())
     return history
 
 
@@ -403,6 +448,7 @@ def fit_many(
 _stopped_by = threading.local()
 
 
+@_anywhere
 def evaluate(model: nn.Module, x: Array, target: Array, *, loss: Loss = "squared_error") -> dict[str, float]:
     """The samples' mean E ("loss") and their "accuracy" (classes) or "r2" (numbers), in eval() mode.
 
@@ -416,7 +462,10 @@ def evaluate(model: nn.Module, x: Array, target: Array, *, loss: Loss = "squared
 
 
 class _EarlyStopping:
-    """The best epoch by validation loss, its weights, and whether `patience` epochs have gone by since."""
+    """The best epoch by validation loss, its weights, and whether `patience` epochs have gone by since.
+
+    Where a callback gave the model weights of other shapes, the search begins anew.
+    """
 
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
@@ -424,18 +473,19 @@ class _EarlyStopping:
         self.best_loss: float | None = None
         self.weights: list[Tensor] = []
 
-    def see(self, epoch: Epoch, model: nn.Module) -> None:
+    def see(self, epoch: Epoch, weights: list[Tensor]) -> None:
         loss = epoch.metrics["val_loss"]
-        if self.best_loss is None or loss < self.best_loss:
+        other_shapes = [weight.shape for weight in weights] != [weight.shape for weight in self.weights]
+        if self.best_loss is None or loss < self.best_loss or other_shapes:
             self.best_epoch, self.best_loss = epoch.epoch, loss
-            self.weights = [weight.clone() for weight in _weights(model)]
+            self.weights = [weight.clone() for weight in weights]
 
     def due(self, epoch: int) -> bool:
         return self.patience is not None and epoch - self.best_epoch >= self.patience
 
-    def restore_best(self, model: nn.Module) -> None:
+    def restore_best(self, weights: list[Tensor]) -> None:
         if self.weights:
-            _copy(self.weights, _weights(model))
+            _copy(self.weights, weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_epoch": self.best_epoch, "best_loss": self.best_loss, "weights": self.weights}
@@ -454,16 +504,49 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
+        loss: Loss,
         descent: Descent,
         generator: torch.Generator,
         history: History,
         stopping: _EarlyStopping,
     ) -> None:
         self.model = model
+        self._modules = [model, loss] if isinstance(loss, nn.Module) else [model]
         self.descent = descent
         self.generator = generator
         self.history = history
         self.stopping = stopping
+
+    def weights(self) -> list[Tensor]:
+        """All tensors that training changes: parameters and buffers of the model, then those of a loss that
+        is a module, then what else the optimizer holds."""
+        own = [tensor for module in self._modules for tensor in (*module.parameters(), *module.buffers())]
+        return [tensor.detach() for tensor in {id(t): t for t in (*own, *held_by(self.descent))}.values()]
+
+    def _beside_model(self) -> list[Tensor]:
+        return self.weights()[len([*self.model.parameters(), *self.model.buffers()]) :]
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that have a gradient. ValueError where there are none."""
+        if not any(weight.requires_grad for weight in self.model.parameters()):
+            raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
+        weights = {id(weight): weight for weight in (*self.model.parameters(), *held_by(self.descent))}
+        return [weight for weight in weights.values() if weight.requires_grad]
+
+    def buffers(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(module.buffers() for module in self._modules)
+
+    def follow_model(self) -> None:
+        """Train what the model has now, after callbacks that may have changed it."""
+        self.trained()
+        objective.set_mode(self.model, training=True)
+        if isinstance(self.descent, GradientDescent):
+            self.descent.follow(self.model.parameters())
+
+    def zero_grad(self) -> None:
+        self.descent.zero_grad()
+        for module in self._modules:
+            module.zero_grad()
 
     @property
     def _cuda(self) -> list[torch.device]:
@@ -473,6 +556,7 @@ class _Run:
         return {
             **self.history.record(),
             "model": self.model.state_dict(),
+            "beside_model": self._beside_model(),
             "descent": self.descent.state_dict(),
             "stopping": self.stopping.state_dict(),
             "order": self.generator.get_state(),
@@ -484,6 +568,7 @@ class _Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history.load_record(state)
         self.model.load_state_dict(state["model"])
+        _copy(state["beside_model"], self._beside_model())
         if isinstance(self.descent, torch.optim.Optimizer):
             # torch numbers the parameters, and JSON knows only text as keys.
             state["descent"]["state"] = {
@@ -501,11 +586,30 @@ def _device(model: nn.Module) -> torch.device:
     return next((weight.device for weight in model.parameters()), torch.device("cpu"))
 
 
+def _dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    """Of the model's first floating-point weight."""
+    weights = itertools.chain(model.parameters(), model.buffers())
+    weight = next((weight for weight in weights if weight.is_floating_point()), torch.empty(0, device="cpu"))
+    return weight.dtype, weight.device
+
+
+def _served(engine: str, make: Callable[[], Any]) -> Any:
+    """What the native engine knows of the run; None, for the PyTorch loop, where it does not serve and "auto"
+    was asked for."""
+    try:
+        return make()
+    except cpu_engine.Refused as reason:
+        if engine == "native":
+            raise ValueError(
+                f"engine='native' cannot train this: {reason}; engine='auto' falls back"
+            ) from None
+        return None
+
+
 def _samples(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
     """The data as the model takes it: in the dtype and on the device of its first floating-point weight."""
-    weights = itertools.chain(model.parameters(), model.buffers())
-    weight = next((weight for weight in weights if weight.is_floating_point()), torch.empty(0))
-    samples = Samples(x, target, dtype=weight.dtype, device=weight.device, name=name)
+    dtype, device = _dtype_and_device(model)
+    samples = Samples(x, target, dtype=dtype, device=device, name=name)
     objective.prepare(model, samples, loss, name)
     return samples
 
@@ -521,19 +625,24 @@ def _hold_out(fraction: Any, samples: Samples, generator: torch.Generator) -> tu
         raise ValueError(
             f"validation={fraction} of {len(samples)} samples leaves none to validate or none to train on"
         )
-    rows = torch.randperm(len(samples), generator=generator)
+    rows = torch.randperm(len(samples), generator=generator, device="cpu")
     return samples.subset(rows[:count].sort().values), samples.subset(rows[count:].sort().values)
 
 
 def _descent(
     optimizer: torch.optim.Optimizer | MakeOptimizer | None,
-    parameters: list[nn.Parameter],
+    model: nn.Module,
     lr: float,
     momentum: float,
     weight_decay: float,
     nesterov: bool,
 ) -> tuple[Descent, dict[str, Any]]:
-    """What updates the parameters, and its part of the run's configuration."""
+    """What updates the model's parameters, and its part of the run's configuration."""
+    parameters = list(model.parameters())
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
+    if any(parameter.is_inference() for parameter in parameters):
+        raise ValueError("model was made in torch.inference_mode: its parameters can have no gradient")
     rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     rates = {name: _at_least_zero(name, value) for name, value in rates.items()}
     if nesterov and not momentum:
@@ -572,7 +681,7 @@ def _check_same_run(saved: dict[str, Any], config: dict[str, Any], where: str) -
         raise ValueError(f"cannot resume, because {where} is of another run: {'; '.join(differences)}")
 
 
-def _trouble(losses: Tensor, parameters: list[nn.Parameter]) -> str | None:
+def _trouble(losses: Tensor, parameters: Sequence[Tensor]) -> str | None:
     """What is NaN or infinite after an epoch, and at which step."""
     if not _C.all_finite([losses]):
         step = int((~losses.isfinite()).nonzero()[0])
@@ -589,9 +698,10 @@ def _epoch_loss(losses: Tensor, step_size: int, samples: int) -> float:
     return float(means[:-1].sum() * step_size + means[-1] * rest) / samples
 
 
-def _weights(model: nn.Module) -> list[Tensor]:
-    """All that training changes in a model: its parameters and buffers."""
-    return [weight.detach() for weight in (*model.parameters(), *model.buffers())]
+def _means_stop(answer: object) -> bool:
+    return (
+        answer == "stop" if isinstance(answer, str) else isinstance(answer, (bool, np.bool_)) and bool(answer)
+    )
 
 
 def _copy(values: list[Tensor], weights: list[Tensor]) -> None:
@@ -600,13 +710,13 @@ def _copy(values: list[Tensor], weights: list[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def _training(model: nn.Module, descent: Descent) -> Iterator[None]:
+def _training(run: _Run) -> Iterator[None]:
     """The model in train() mode; afterwards as it was, without gradients left over."""
-    with objective.in_mode(model, training=True):
+    with objective.in_mode(run.model, training=True):
         try:
             yield
         finally:
-            descent.zero_grad()
+            run.zero_grad()
 
 
 class _Interrupts:
@@ -716,6 +826,8 @@ def _at_least_zero(name: str, value: Any) -> float:
 
 
 def _is_number(value: object) -> bool:
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim == 0 and _is_number(value.item())
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
