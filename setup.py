@@ -5,6 +5,8 @@ MLPEXT_CUTLASS_INCLUDE  with CUDA: the folder of CUTLASS's headers; empty: none.
                         nvidia-cutlass, if it is there. With them mlpext._cutlass is built too, which takes a
                         minute and 4 GB for each of four files (MAX_JOBS bounds how many at a time)
 MLPEXT_WERROR=1         warnings are errors: for `make check`, not for users
+MLPEXT_EMULATE_AVX512=1 the table of AVX-512 from tests/avx512_emulator, for any machine with AVX2: slow, for tests
+MLPEXT_SANITIZE=1       with ASan, UBSan and checks of what loops ask of one another: for `make sanitize`
 """
 
 import os
@@ -60,9 +62,19 @@ if os.environ.get("MLPEXT_WERROR") == "1":
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
 
 sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + glob("csrc/training/*.cpp"))
+emulated = os.environ.get("MLPEXT_EMULATE_AVX512") == "1"
+if emulated:
+    sources[sources.index("csrc/cpu/avx512.cpp")] = "tests/avx512_emulator/avx512.cpp"
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
 extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
+if emulated:
+    extension.define_macros.append(("MLPEXT_EMULATED_AVX512", None))
+if os.environ.get("MLPEXT_SANITIZE") == "1":
+    # vptr: would need the type information of classes that torch's libraries keep to themselves.
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
+    flags += [*sanitizers, "-O1", "-fno-omit-frame-pointer", "-DMLPEXT_DEBUG"]
+    extension.extra_link_args = sanitizers
 # torch's headers become system headers: a warning in them is not ours to mend.
 system = [f"-isystem{path}" for path in extension.include_dirs]
 if cuda and not os.path.exists(f"{cpp_extension.CUDA_HOME}/include/cublasLt.h"):

@@ -1,12 +1,12 @@
-// The loops for AVX-512 (F, BW, VL, DQ).
+// The loops for AVX-512 (F, BW, VL, DQ) with BMI2.
 #if defined(__x86_64__)
 #include "prelude.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
-                             apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")
 #endif
 
 #define MLPEXT_ISA avx512

@@ -1,9 +1,9 @@
 // SIMD lanes: the words a formula may use, on whole registers of float or double.
 //
 // The including file sets MLPEXT_ISA (a namespace: baseline, avx2, avx512) and MLPEXT_VECTOR_BYTES (16, 32,
-// 64) and switches its target on: 64 means AVX-512 F/BW/VL/DQ, 32 means AVX2 + FMA + F16C, 16 is portable.
-// Include standard headers before switching the target: their inline functions must not be compiled for it,
-// or other files may run them.
+// 64) and switches its target on: 64 means AVX-512 F/BW/VL/DQ + BMI2, 32 means AVX2 + FMA + F16C, 16 is
+// portable. Include standard headers before switching the target: their inline functions must not be compiled
+// for it, or other files may run them.
 #pragma once
 
 #include <cstdint>
@@ -202,7 +202,14 @@ template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> at_most(Lanes<T, br
 #endif
 }
 
-// Memory: whole registers, or the first n elements (0 < n < size) and never a byte beyond them.
+// Memory: whole registers, or the first n elements (0 <= n <= size) and never a byte beyond them. A debug
+// build (MLPEXT_DEBUG) stops where n is anything else.
+
+#ifdef MLPEXT_DEBUG
+#define MLPEXT_CHECK(condition) ((condition) ? (void)0 : __builtin_trap())
+#else
+#define MLPEXT_CHECK(condition) ((void)0)
+#endif
 
 template <class P, class M> MLPEXT_INLINE P read(const M* p) {
   P x;
@@ -220,10 +227,19 @@ template <int element> MLPEXT_INLINE __m256i first(int n) {
 }
 #endif
 
+#if MLPEXT_VECTOR_BYTES == 64
+// The lowest `count` bits set, 0 <= count <= 64. Not (1 << count) - 1, which is 0 for 64: a shift by 64
+// shifts by 0.
+MLPEXT_INLINE uint64_t low_bits(uint64_t count) {
+  return _bzhi_u64(~uint64_t(0), static_cast<unsigned>(count));
+}
+#endif
+
 // The other elements read as 0.
 template <class P, class M> MLPEXT_INLINE P read(const M* p, int n) {
+  MLPEXT_CHECK(0 <= n && n * sizeof(M) <= sizeof(P));
 #if MLPEXT_VECTOR_BYTES == 64
-  const uint64_t bytes = (uint64_t(1) << (n * sizeof(M))) - 1;
+  const uint64_t bytes = low_bits(n * sizeof(M));
   if constexpr (sizeof(P) == 64) return (P)_mm512_maskz_loadu_epi8(bytes, p);
   else if constexpr (sizeof(P) == 32) return (P)_mm256_maskz_loadu_epi8(__mmask32(bytes), p);
   else if constexpr (sizeof(P) == 16) return (P)_mm_maskz_loadu_epi8(__mmask16(bytes), p);
@@ -237,8 +253,9 @@ template <class P, class M> MLPEXT_INLINE P read(const M* p, int n) {
   return x;
 }
 template <class P, class M> MLPEXT_INLINE void write(M* p, P x, int n) {
+  MLPEXT_CHECK(0 <= n && n * sizeof(M) <= sizeof(P));
 #if MLPEXT_VECTOR_BYTES == 64
-  const uint64_t bytes = (uint64_t(1) << (n * sizeof(M))) - 1;
+  const uint64_t bytes = low_bits(n * sizeof(M));
   if constexpr (sizeof(P) == 64) return _mm512_mask_storeu_epi8(p, bytes, (__m512i)x);
   else if constexpr (sizeof(P) == 32) return _mm256_mask_storeu_epi8(p, __mmask32(bytes), (__m256i)x);
   else if constexpr (sizeof(P) == 16) return _mm_mask_storeu_epi8(p, __mmask16(bytes), (__m128i)x);
