@@ -248,9 +248,6 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    if ranks.size > 1 or plan.chunk < plan.step_size:
-        parts = "the ranks" if ranks.size > 1 else f"the chunks of {plan.chunk} samples of batch mode"
-        objective.check_parts(model, samples, total, max(plan.chunk, 64), parts)
     device_type = next(model.parameters()).device.type
     native = NATIVE.get(device_type, cpu_engine)
     network = None
@@ -276,6 +273,9 @@ def fit(
     }
     run = _Run(model, loss, descent, generator, History(config), _EarlyStopping(patience))
     ranks.copy_first(run.weights())
+    if ranks.size > 1 or plan.chunk < plan.step_size:
+        parts = "the ranks" if ranks.size > 1 else f"the chunks of {plan.chunk} samples of batch mode"
+        objective.check_parts(model, samples, total, max(plan.chunk, 64), parts)
     if saved is not None:
         _check_same_run(saved["config"], config, f"the checkpoint in {checkpoint}")
         if len(saved["epochs"]) > epochs:

@@ -41,6 +41,42 @@ def train(seed=0, numbers=False, rows=1100, **options):
     return model, fit(model, x[:rows], d[:rows], **options)
 
 
+class Margin(torch.nn.Module):
+    """A loss with a parameter of its own, which the optimizer holds; each rank's is another at first."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.margin = torch.nn.Parameter(torch.full((3,), 0.1 * (1 + seed), dtype=torch.float64))
+
+    def forward(self, output, target):
+        logits = output - self.margin.abs() * torch.nn.functional.one_hot(target, 3)
+        return torch.nn.functional.cross_entropy(logits, target, reduction="none") - self.margin.sum()
+
+
+def train_with_margin(mode, seed=0):
+    torch.manual_seed(seed)
+    model, loss = MLP([6, 5, 3], "tanh", dtype=torch.float64), Margin(seed)
+    options = {"batch_size": 16, "epochs": 3, "seed": 0, "mode": mode, "engine": "autograd"}
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], 0.05, momentum=0.5)
+    x, d = data()
+    history = fit(model, x[:1089], d[:1089], loss=loss, optimizer=optimizer, **options)
+    return torch.nn.ModuleList([model, loss]), history
+
+
+def step_in_bfloat16():
+    """b after a step of lr 1 from zero, with x = 0 and d = 1: 1."""
+    model = MLP([1, 1], dtype=torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight.zero_(), model[0].bias.zero_()
+    options = {"mode": "batch", "lr": 1.0, "epochs": 1, "progress": False}
+    fit(model, torch.zeros(2**14, 1), torch.ones(2**14, 1), **options)
+    return model[0].bias.item()
+
+
+def lbfgs(parameters):
+    return torch.optim.LBFGS(parameters, lr=0.5, max_iter=3)
+
+
 def result(model, history):
     return {
         "weights": [weight.detach().to("cpu", copy=True) for weight in model.parameters()],
@@ -56,11 +92,21 @@ def as_rank(folder):
     # Each has weights of its own at first; rank 0's count.
     results = {name: result(*train(seed=rank, rows=1089, **options)) for name, options in CASES.items()}
     results["numbers"] = result(*train(seed=rank, rows=1089, numbers=True))
+    for mode in ("mini-batch", "batch"):
+        results[f"margin, {mode}"] = result(*train_with_margin(mode, rank))
+    results["lbfgs"] = result(*train(seed=rank, rows=1089, mode="batch", optimizer=lbfgs))
+    results["bfloat16"] = step_in_bfloat16()
     files = {"checkpoint": f"{folder}/rank {rank}/checkpoint", "log_dir": f"{folder}/rank {rank}"}
     train(**files)
     results["stopped"] = result(*train(callbacks=[lambda epoch: rank == 1 and epoch.epoch == 2]))
     errors = {}
-    for name, options in {"native": {"engine": "native"}, "stochastic": {"mode": "stochastic"}}.items():
+    weighted = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 10, 1], dtype=torch.float64))
+    for name, options in {
+        "native": {"engine": "native"},
+        "stochastic": {"mode": "stochastic"},
+        "weighted": {"loss": weighted},
+        "weighted batch": {"loss": weighted, "mode": "batch"},
+    }.items():
         with pytest.raises(ValueError) as caught:
             train(**options)
         errors[name] = str(caught.value)
@@ -160,6 +206,23 @@ def test_what_several_ranks_cannot_do(launched):
     for rank in launched[1]:
         assert "2 ranks add up their gradients" in rank["errors"]["native"]
         assert "mode='stochastic' takes 1 samples a step" in rank["errors"]["stochastic"]
+        for name in ("weighted", "weighted batch"):
+            assert "no plain mean over the samples, and the means of the ranks" in rank["errors"][name]
+
+
+@pytest.mark.parametrize("mode", ["mini-batch", "batch"])
+def test_a_loss_with_parameters_is_one_on_all_ranks(launched, mode):
+    ranks = [rank["results"][f"margin, {mode}"] for rank in launched[1]]
+    assert_like_one_process(ranks, result(*train_with_margin(mode)))
+
+
+def test_lbfgs_on_two_ranks(launched):
+    one = result(*train(rows=1089, mode="batch", optimizer=lbfgs))
+    assert_like_one_process([rank["results"]["lbfgs"] for rank in launched[1]], one, 1e-9)
+
+
+def test_ranks_add_up_in_full(launched):
+    assert [rank["results"]["bfloat16"] for rank in launched[1]] == [1.0, 1.0]
 
 
 @pytest.mark.cuda
