@@ -568,7 +568,7 @@ class _Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history.load_record(state)
         self.model.load_state_dict(state["model"])
-        _copy(state["beside_model"], self._beside_model())
+        _copy(state.get("beside_model", []), self._beside_model())
         if isinstance(self.descent, torch.optim.Optimizer):
             # torch numbers the parameters, and JSON knows only text as keys.
             state["descent"]["state"] = {
