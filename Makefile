@@ -11,7 +11,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients test-triton gradcheck accuracy bench check cuda-link cutlass-check clean
+.PHONY: help train test test-all test-clients test-triton fuzz gradcheck accuracy bench check cuda-link cutlass-check clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -26,6 +26,9 @@ test-clients: .venv/.built .venv-clients/.installed  ## with the packages that p
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
 test-triton: .venv/.built .venv-triton/.installed  ## Triton's kernel without a GPU, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q -m "" -k triton tests/test_triton.py tests/test_cuda_tensors_emulated.py
+fuzz: .venv/.built         ## random fits against NumPy's for MINUTES (1), on ISA (the best), from SEED (any)
+	OMP_NUM_THREADS=1 $(if $(ISA),MLPEXT_CPU_ISA=$(ISA)) $(V)/python tests/fuzz.py \
+		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 gradcheck: .venv/.built    ## derivatives against finite differences, alone
 	$(TEST) -m gradcheck
 accuracy: .venv/.built     ## errors over float32 on each instruction set, to docs/accuracy.md

@@ -1,5 +1,6 @@
 """`fit` on several ranks: gloo processes against one process."""
 
+import inspect
 import json
 import os
 import signal
@@ -157,7 +158,7 @@ def free_port():
 def torchrun(function, folder, ranks=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    command += [__file__, function.__name__, str(folder)]
+    command += [inspect.getfile(function), function.__name__, str(folder)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(ranks)]
