@@ -342,11 +342,11 @@ def _torch_states(
 
 
 def count_steps(descent: Descent, rule: dict[str, Any], steps: int) -> None:
-    """Tell rule and optimizer of so many steps more."""
+    """Tell rule and optimizer of so many steps more; frozen parameters have made none."""
     if "steps" in rule:
         rule["steps"] += steps
     if isinstance(descent, torch.optim.Optimizer):
         descent._opt_called = True  # type: ignore[attr-defined]  # schedulers warn unless step was called
         for parameter in descent.param_groups[0]["params"]:
-            if "step" in descent.state[parameter]:
+            if parameter.requires_grad and "step" in descent.state[parameter]:
                 descent.state[parameter]["step"] += steps
