@@ -119,6 +119,8 @@ def held_by(descent: Descent) -> list[nn.Parameter]:
 
 def needs_closure(descent: Descent) -> bool:
     """Whether a step of this optimizer asks for E and its gradient again (torch.optim.LBFGS)."""
+    if isinstance(descent, GradientDescent):
+        return False
     closure = inspect.signature(type(descent).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 

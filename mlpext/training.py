@@ -248,8 +248,7 @@ def fit(
             f"mode={mode!r} takes {min(plan.step_size, len(samples))} samples a step here, too few for "
             f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
         )
-    device_type = next(model.parameters()).device.type
-    native = NATIVE.get(device_type, cpu_engine)
+    native = NATIVE.get(_device(model).type, cpu_engine)
     network = None
     if engine == "native" or (engine == "auto" and native is cpu_engine):
         network = _served(engine, lambda: native.Network(model, samples, plan, descent))
@@ -272,7 +271,8 @@ def fit(
         "dtype": str(samples.dtype),
     }
     run = _Run(model, loss, descent, generator, History(config), _EarlyStopping(patience))
-    ranks.copy_first(run.weights())
+    weights = run.weights()
+    ranks.copy_first(weights)
     if ranks.size > 1 or plan.chunk < plan.step_size:
         parts = "the ranks" if ranks.size > 1 else f"the chunks of {plan.chunk} samples of batch mode"
         objective.check_parts(model, samples, total, max(plan.chunk, 64), parts)
@@ -291,7 +291,6 @@ def fit(
     log = Log(log_dir, history) if log_dir is not None and first else None
 
     count = len(samples)
-    weights = run.weights()
     bar = _Progress(progress and first, count, epochs, len(history))
     with _training(run), bar, _Interrupts() as interrupts:
         while len(history) < epochs and not stopping.due(len(history)):
@@ -325,7 +324,7 @@ def fit(
             ranks.copy_first(run.buffers())
 
             metrics = {} if plan.metric is None else {plan.metric.name: plan.metric.value(score, count)}
-            trouble = _trouble(losses, run.trained())
+            trouble = _trouble(losses, run.trained)
             if held_out is not None and trouble is None:
                 measured = ranks.first(objective.measure(model, held_out, total, held_out_metric))
                 metrics |= {f"val_{name}": value for name, value in measured.items()}
@@ -356,7 +355,8 @@ def fit(
                 store.save(run.state_dict())
             if ranks.any(any(map(_means_stop, answers))):
                 break
-    stopping.restore_best(run.weights())
+    if stopping.weights:
+        stopping.restore_best(run.weights())
     return history
 
 
@@ -484,8 +484,7 @@ class _EarlyStopping:
         return self.patience is not None and epoch - self.best_epoch >= self.patience
 
     def restore_best(self, weights: list[Tensor]) -> None:
-        if self.weights:
-            _copy(self.weights, weights)
+        _copy(self.weights, weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_epoch": self.best_epoch, "best_loss": self.best_loss, "weights": self.weights}
@@ -516,6 +515,7 @@ class _Run:
         self.generator = generator
         self.history = history
         self.stopping = stopping
+        self.trained = self._trained()
 
     def weights(self) -> list[Tensor]:
         """All tensors that training changes: parameters and buffers of the model, then those of a loss that
@@ -526,11 +526,12 @@ class _Run:
     def _beside_model(self) -> list[Tensor]:
         return self.weights()[len([*self.model.parameters(), *self.model.buffers()]) :]
 
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that have a gradient. ValueError where there are none."""
-        if not any(weight.requires_grad for weight in self.model.parameters()):
+    def _trained(self) -> list[nn.Parameter]:
+        """The parameters that have a gradient. ValueError where the model has none."""
+        own = list(self.model.parameters())
+        if not any(weight.requires_grad for weight in own):
             raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
-        weights = {id(weight): weight for weight in (*self.model.parameters(), *held_by(self.descent))}
+        weights = {id(weight): weight for weight in (*own, *held_by(self.descent))}
         return [weight for weight in weights.values() if weight.requires_grad]
 
     def buffers(self) -> Iterator[Tensor]:
@@ -538,14 +539,16 @@ class _Run:
 
     def follow_model(self) -> None:
         """Train what the model has now, after callbacks that may have changed it."""
-        self.trained()
+        self.trained = self._trained()
         objective.set_mode(self.model, training=True)
         if isinstance(self.descent, GradientDescent):
             self.descent.follow(self.model.parameters())
 
     def zero_grad(self) -> None:
         self.descent.zero_grad()
-        for module in self._modules:
+        for weight in self.trained:
+            weight.grad = None
+        for module in self._modules[1:]:
             module.zero_grad()
 
     @property
@@ -639,8 +642,6 @@ def _descent(
 ) -> tuple[Descent, dict[str, Any]]:
     """What updates the model's parameters, and its part of the run's configuration."""
     parameters = list(model.parameters())
-    if not any(parameter.requires_grad for parameter in parameters):
-        raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
     if any(parameter.is_inference() for parameter in parameters):
         raise ValueError("model was made in torch.inference_mode: its parameters can have no gradient")
     rates = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
