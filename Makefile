@@ -11,7 +11,8 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients test-triton fuzz gradcheck accuracy bench check cuda-link cutlass-check clean
+.PHONY: help train test test-all test-clients test-triton fuzz gradcheck accuracy bench check emulated sanitize cuda-link \
+	cutlass-check clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -42,6 +43,15 @@ check: .venv/.built        ## ruff, mypy, clang-format, the C++ with warnings as
 	$(V)/clang-format --dry-run -Werror $(CXX_FILES)
 	MLPEXT_WERROR=1 $(V)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
 	$(V)/python tools/cuda_check.py
+emulated: .venv/.built     ## build/emulated: with AVX-512's loops on AVX2, to test on machines that lack it
+	MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/emulated
+	$(call LINK_PYTHON,build/emulated)
+sanitize: .venv/.built     ## the engine's tests under ASan and UBSan, on each instruction set (AVX-512 emulated)
+	MLPEXT_SANITIZE=1 MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/sanitize \
+		--build-temp build/sanitize/objects
+	$(call LINK_PYTHON,build/sanitize)
+	set -e; for isa in baseline avx2 avx512; do echo "== $$isa"; \
+		MLPEXT_CPU_ISA=$$isa $(SANITIZED) tests/test_native_engine.py tests/test_random_fit.py; done
 cuda-link:                 ## build, link and import with a CUDA torch, no GPU needed (5.5 GB; CUDA_TORCH chooses)
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors
@@ -59,6 +69,16 @@ clean:                     ## remove what was built; .venv's packages stay
 
 # One thread: on a machine with few cores, busy OpenMP threads make small tensors ten times slower.
 TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxprocesses 4
+
+# The package's Python beside a library built elsewhere: links, so that edits need no build.
+LINK_PYTHON = ln -sf $(filter-out %/_build.py,$(wildcard $(CURDIR)/mlpext/*.py)) $(1)/mlpext/
+
+# The sanitizer's library must come first, and the C++ library with it, in which ASan looks for __cxa_throw at
+# the start. Leaks: Python and torch keep memory to the end. PYTHONSAFEPATH: not the mlpext of this folder.
+SANITIZED = env PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 MPLBACKEND=Agg \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(V)/python $(V)/pytest -q -p no:cacheprovider
 
 # The same torch as in .venv, so that the extension built there loads here; nothing may bring another one.
 .venv-clients/.installed: tests/clients/requirements.txt tests/clients/no-deps.txt | .venv/.deps

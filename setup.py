@@ -5,8 +5,8 @@ MLPEXT_CUTLASS_INCLUDE  with CUDA: the folder of CUTLASS's headers; empty: none.
                         nvidia-cutlass, if it is there. With them mlpext._cutlass is built too, which takes a
                         minute and 4 GB for each of four files (MAX_JOBS bounds how many at a time)
 MLPEXT_WERROR=1         warnings are errors: for `make check`, not for users
-MLPEXT_EMULATE_AVX512=1 the table of AVX-512 from tests/avx512_emulator, for any machine with AVX2: slow, for tests
-MLPEXT_SANITIZE=1       with ASan, UBSan and checks of what loops ask of one another: for `make sanitize`
+MLPEXT_EMULATE_AVX512=1 AVX-512's loops on AVX2, by tests/avx512_emulator: for tests on machines that lack it
+MLPEXT_SANITIZE=1       with ASan, UBSan and the checks of MLPEXT_DEBUG: for `make sanitize`
 """
 
 import os
@@ -62,19 +62,20 @@ if os.environ.get("MLPEXT_WERROR") == "1":
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
 
 sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + glob("csrc/training/*.cpp"))
-emulated = os.environ.get("MLPEXT_EMULATE_AVX512") == "1"
-if emulated:
-    sources[sources.index("csrc/cpu/avx512.cpp")] = "tests/avx512_emulator/avx512.cpp"
+if os.environ.get("MLPEXT_EMULATE_AVX512") == "1":
+    # Only these two differ, so that the objects of the ordinary build serve for the others.
+    emulated = {f"csrc/cpu/{name}.cpp": f"tests/avx512_emulator/{name}.cpp" for name in ("avx512", "isa")}
+    sources = [emulated.get(source, source) for source in sources]
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
 extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
-if emulated:
-    extension.define_macros.append(("MLPEXT_EMULATED_AVX512", None))
 if os.environ.get("MLPEXT_SANITIZE") == "1":
-    # vptr: would need the type information of classes that torch's libraries keep to themselves.
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
-    flags += [*sanitizers, "-O1", "-fno-omit-frame-pointer", "-DMLPEXT_DEBUG"]
+    # No vptr: it needs the type information of classes that torch's libraries keep to themselves. No
+    # use-after-scope: every inlined lane would be poisoned, and the loops compile four times as long.
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"]
+    flags += [*sanitizers, "-fno-sanitize-address-use-after-scope", "-fno-omit-frame-pointer", "-O1"]
     extension.extra_link_args = sanitizers
+    extension.define_macros.append(("MLPEXT_DEBUG", None))
 # torch's headers become system headers: a warning in them is not ours to mend.
 system = [f"-isystem{path}" for path in extension.include_dirs]
 if cuda and not os.path.exists(f"{cpp_extension.CUDA_HOME}/include/cublasLt.h"):

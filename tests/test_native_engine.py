@@ -13,7 +13,7 @@ import torch
 
 import mlpext
 from mlpext import nn
-from mlpext.training import fit, fit_many
+from mlpext.training import evaluate, fit, fit_many
 
 MODES = ("stochastic", "mini-batch", "batch")
 DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5}
@@ -79,6 +79,30 @@ def test_every_rule(options, mode, target):
 @pytest.mark.parametrize("widths", [(9, 1, 4), (9, 64, 65, 4), (9, 130, 4), (9, 4)], ids=str)
 def test_widths_around_the_panels(widths, mode):
     assert_engines_agree(nn.MLP(widths, "tanh", dtype=torch.float64), "numbers", mode=mode)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_number_of_outputs(mode, dtype):
+    """Up to two of the widest registers and one more: none is left out of the loss, nor of the gradient."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(5, 3, generator=generator, dtype=dtype)
+    for outputs in range(1, 34):
+        model = nn.MLP([3, 4, outputs], "tanh", dtype=dtype)
+        numbers = torch.randn(5, outputs, generator=generator, dtype=dtype)
+        classes = torch.randint(outputs, (5,), generator=generator)
+        for d, loss in ((numbers, "squared_error"), (classes, "squared_error"), (classes, "cross_entropy")):
+            if loss == "cross_entropy" and outputs == 1:
+                continue  # refused: E is 0 whatever the weights
+            options = {"mode": mode, "loss": loss, "epochs": 1, "progress": False, "engine": "native"}
+            expected = evaluate(model, x, d, loss=loss)["loss"]
+            measured = fit(model, x, d, lr=0, **options)["loss"][0]
+            assert measured == pytest.approx(expected, rel=1e-5, abs=1e-7), (outputs, loss)
+            before = [p.detach().clone() for p in model.parameters()]
+            fit(model, x, d, lr=0.1, **options)
+            for old, new in zip(before, model.parameters(), strict=True):
+                assert (old != new).all(), (outputs, loss)
 
 
 @pytest.mark.parametrize("mode", MODES)

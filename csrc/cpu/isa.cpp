@@ -24,8 +24,8 @@ namespace {
 
 #if defined(__x86_64__)
 bool has_avx512() {
-#ifdef MLPEXT_EMULATED_AVX512  // the tests' table, which needs no more than AVX2's
-  return true;
+#ifdef MLPEXT_EMULATED_AVX512  // the tests' table: AVX2's instructions, and the same masks
+  return __builtin_cpu_supports("bmi2");
 #else
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

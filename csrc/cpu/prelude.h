@@ -14,3 +14,7 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+#ifdef MLPEXT_DEBUG
+#include <cstdio>
+#include <cstdlib>
+#endif

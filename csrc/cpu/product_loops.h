@@ -426,7 +426,7 @@ template <class... M> constexpr cpu::ProductKernels product_kernels() {
           {combine<double>, combine<float>, nullptr, nullptr},
           {combine_winners<double>, combine_winners<float>, nullptr, nullptr},
           {combine_chosen<double>, combine_chosen<float>, nullptr, nullptr},
-#if MLPEXT_VECTOR_BYTES == 64
+#if MLPEXT_VECTOR_BYTES == 64 && !defined(MLPEXT_EMULATED_AVX512)
           dots<BFloat16, true>,
           combine<float, true>,
 #else

@@ -10,8 +10,17 @@
 #if MLPEXT_VECTOR_BYTES > 16 || defined(__SSE2__)
 #include <immintrin.h>
 #endif
+#ifdef MLPEXT_DEBUG
+#include <cstdio>
+#include <cstdlib>
+#endif
 
 #include "../dtype.h"
+
+#ifdef __SANITIZE_ADDRESS__
+extern "C" void __asan_loadN(void* p, std::size_t n);
+extern "C" void __asan_storeN(void* p, std::size_t n);
+#endif
 
 #define MLPEXT_INLINE inline __attribute__((always_inline))
 
@@ -202,14 +211,27 @@ template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> at_most(Lanes<T, br
 #endif
 }
 
-// Memory: whole registers, or the first n elements (0 <= n <= size) and never a byte beyond them. A debug
-// build (MLPEXT_DEBUG) stops where n is anything else.
+// Memory: whole registers, or the first n elements (0 <= n <= size) and never a byte beyond them.
 
+// A debug build (MLPEXT_DEBUG) stops where n is no such number. AddressSanitizer asks here for the bytes that
+// are touched, because it does not watch masked instructions.
 #ifdef MLPEXT_DEBUG
-#define MLPEXT_CHECK(condition) ((condition) ? (void)0 : __builtin_trap())
-#else
-#define MLPEXT_CHECK(condition) ((void)0)
+[[noreturn]] static void stop_at_part(int n, std::size_t size) {
+  std::fprintf(stderr, "mlpext: %d elements are no part of a register of %zu\n", n, size);
+  std::abort();
+}
 #endif
+template <class P, class M, bool stores> MLPEXT_INLINE void check_part(const M* p, int n) {
+#ifdef MLPEXT_DEBUG
+  constexpr std::size_t size = sizeof(P) / sizeof(M);
+  if (n < 0 || static_cast<std::size_t>(n) > size) stop_at_part(n, size);
+#endif
+#ifdef __SANITIZE_ADDRESS__
+  if (n > 0 && stores) __asan_storeN(const_cast<M*>(p), n * sizeof(M));
+  else if (n > 0) __asan_loadN(const_cast<M*>(p), n * sizeof(M));
+#endif
+  (void)p, (void)n;
+}
 
 template <class P, class M> MLPEXT_INLINE P read(const M* p) {
   P x;
@@ -228,18 +250,18 @@ template <int element> MLPEXT_INLINE __m256i first(int n) {
 #endif
 
 #if MLPEXT_VECTOR_BYTES == 64
-// The lowest `count` bits set, 0 <= count <= 64. Not (1 << count) - 1, which is 0 for 64: a shift by 64
-// shifts by 0.
-MLPEXT_INLINE uint64_t low_bits(uint64_t count) {
-  return _bzhi_u64(~uint64_t(0), static_cast<unsigned>(count));
+// The mask of n elements, a bit for each byte, 0..64 of them: (1 << 64) - 1 would be undefined, and no bit at
+// all where the instruction takes 64 for 0.
+template <class M> MLPEXT_INLINE uint64_t first_bytes(int n) {
+  return _bzhi_u64(~uint64_t(0), static_cast<unsigned>(n * sizeof(M)));
 }
 #endif
 
 // The other elements read as 0.
 template <class P, class M> MLPEXT_INLINE P read(const M* p, int n) {
-  MLPEXT_CHECK(0 <= n && n * sizeof(M) <= sizeof(P));
+  check_part<P, M, false>(p, n);
 #if MLPEXT_VECTOR_BYTES == 64
-  const uint64_t bytes = low_bits(n * sizeof(M));
+  const uint64_t bytes = first_bytes<M>(n);
   if constexpr (sizeof(P) == 64) return (P)_mm512_maskz_loadu_epi8(bytes, p);
   else if constexpr (sizeof(P) == 32) return (P)_mm256_maskz_loadu_epi8(__mmask32(bytes), p);
   else if constexpr (sizeof(P) == 16) return (P)_mm_maskz_loadu_epi8(__mmask16(bytes), p);
@@ -253,9 +275,9 @@ template <class P, class M> MLPEXT_INLINE P read(const M* p, int n) {
   return x;
 }
 template <class P, class M> MLPEXT_INLINE void write(M* p, P x, int n) {
-  MLPEXT_CHECK(0 <= n && n * sizeof(M) <= sizeof(P));
+  check_part<P, M, true>(p, n);
 #if MLPEXT_VECTOR_BYTES == 64
-  const uint64_t bytes = low_bits(n * sizeof(M));
+  const uint64_t bytes = first_bytes<M>(n);
   if constexpr (sizeof(P) == 64) return _mm512_mask_storeu_epi8(p, bytes, (__m512i)x);
   else if constexpr (sizeof(P) == 32) return _mm256_mask_storeu_epi8(p, __mmask32(bytes), (__m256i)x);
   else if constexpr (sizeof(P) == 16) return _mm_mask_storeu_epi8(p, __mmask16(bytes), (__m128i)x);
