@@ -127,7 +127,7 @@ class Rule:
 @dataclass
 class Trained:
     """What came of it. `unsure` are the rows of each epoch whose two largest outputs are within `margin`, and
-    `nearest` says how near any net of a training step came to a kink or a tie."""
+    `nearest` says how near any net came to a kink or a tie."""
 
     losses: list[float] = field(default_factory=list)
     metrics: list[float | None] = field(default_factory=list)
@@ -207,7 +207,8 @@ def fit(
         trained.metrics.append(value)
         trained.unsure.append(unsure)
         if held_out is not None:
-            o = forward(layers, held_out[0])[0]
+            o, _, nearest = forward(layers, held_out[0])
+            trained.nearest = min(trained.nearest, nearest)
             value = error(loss, o, held_out[1])[0] / len(o)
             trained.validation.append((value, *metric(kind, o, held_out[1], margin)))
         after_epoch(number)

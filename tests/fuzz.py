@@ -426,86 +426,87 @@ def expected(case: Case, x: np.ndarray, d: np.ndarray, margin: float) -> tuple[N
     return net, trained
 
 
-# Relative to the rounding of one operation: what sums of a few hundred terms through four layers come to, and
-# what the descent makes of it. The worst that 10,000 fits have shown is a fifth of it.
-TOLERANCE = {"float64": 500, "float32": 500, "bfloat16": 20}
+# In roundings of one operation: what sums of a few hundred terms through four layers come to, and what the
+# descent makes of it. In 10,000 fits it came to a fifth of LOSS and a tenth of WEIGHTS.
+LOSS = {"float64": 1000, "float32": 1000, "bfloat16": 20}
+WEIGHTS = {"float64": 100, "float32": 100, "bfloat16": 20}
 
 
 def check(case: Case, ranks: int = 1) -> dict[str, float] | None:
     """Train the case and compare losses, metrics and weights with the reference's. Returns the worst
-    differences, relative to the losses and to the movement of the weights; None where a net came so near a
-    kink that rounding chooses the derivative."""
-    eps = EPS[case.dtype]
-    bound = TOLERANCE[case.dtype] * eps
+    differences; None where a net came so near a kink that rounding chooses the derivative."""
+    bound = LOSS[case.dtype] * EPS[case.dtype]
     values, given, d = data(case)
-    reference_net, wanted = expected(case, values, d, bound)
+    theirs, wanted = expected(case, values, d, bound)
     assert np.isfinite(wanted.losses).all(), "the reference diverges: the case needs a smaller lr"
     if wanted.nearest < bound:
         return None
-    with tempfile.TemporaryDirectory() if _needs_folder(case) else contextlib.nullcontext("") as folder:
-        before = torch.get_num_threads()
-        torch.set_num_threads(case.threads)
-        try:
-            x = LAYOUTS[case.x_layout](values, case.dtype, folder)
-            target = LAYOUTS[case.d_layout](given, case.dtype, folder)
-            return _checked(case, ranks, x, target, folder, reference_net, wanted, bound)
-        finally:
-            torch.set_num_threads(before)
-
-
-def _needs_folder(case: Case) -> bool:
-    return case.resumed_after > 0 or "memmap" in (case.x_layout, case.d_layout)
-
-
-def _checked(
-    case: Case,
-    ranks: int,
-    x: Any,
-    target: Any,
-    folder: str,
-    reference_net: Net,
-    wanted: fit_reference.Trained,
-    bound: float,
-) -> dict[str, float]:
-    refused = case.refused or ranks > 1
-    changes = {}
-    if refused and case.engine == "native":
-        try:
-            train(case, x, target)
-        except ValueError as error:
-            assert "engine='native' cannot train this" in str(error), error
-        else:
-            raise AssertionError("the native engine trained what it does not serve")
-        changes = {"engine": "auto"}
-    net, history = train(case, x, target, **changes)
-    worst = {"loss": _loss_difference(history, wanted, bound), "weights": 0.0}
-    assert history.epochs[-1].updates == wanted.updates
-    assert len(net.pairs) == len(reference_net.pairs)
-    for number, ((parameter, _), (_, ours)) in enumerate(zip(net.pairs, reference_net.pairs, strict=True)):
-        got, moved = parameter.detach().double().numpy(), ours.value - ours.start
-        if ours.steps == 0 and case.callback != "clamp":
-            assert np.array_equal(got, ours.start), f"parameter {number} moved, and should not"
-            continue
-        # Each update rounds the weight, twice with decay, and so does the reference in float64; what is added
-        # is wrong by as much as its gradient.
-        rounding = 4 * EPS[case.dtype] * wanted.updates * max(np.abs(got).max(), np.abs(ours.start).max())
-        error = np.abs((got - ours.start) - moved) - rounding
-        assert (error <= bound * ours.reach).all(), (
-            f"parameter {number} is off by {error.max():.3g} beyond its rounding, of a movement of "
-            f"{np.abs(moved).max():.3g}"
-        )
-        worst["weights"] = max(worst["weights"], float((error / (ours.reach + 1e-300)).max()))
-    if not refused and case.engine != "autograd":
-        _assert_measured_as_trained(case, net, x, target, bound)
-    if case.resumed_after:
-        _assert_resumes(case, net, x, target, folder, changes)
-    if case.together > 1:
-        _assert_many_are_each_alone(case, x, target, changes)
+    with _folder(case) as folder, _threads(case.threads):
+        x = LAYOUTS[case.x_layout](values, case.dtype, folder)
+        target = LAYOUTS[case.d_layout](given, case.dtype, folder)
+        refused, changes = case.refused or ranks > 1, {}
+        if refused and case.engine == "native":
+            _assert_refused(case, x, target)
+            changes = {"engine": "auto"}
+        net, history = train(case, x, target, **changes)
+        worst = {
+            "loss": _loss_difference(case, history, wanted, bound),
+            "weights": _weight_difference(case, net, theirs, wanted.updates),
+        }
+        if not refused and case.engine != "autograd":
+            _assert_measured_as_trained(case, net, x, target, bound)
+        if case.resumed_after:
+            _assert_resumes(case, net, x, target, folder, changes)
+        if case.together > 1:
+            _assert_many_are_each_alone(case, x, target, changes)
     return worst
 
 
-def _loss_difference(history: Any, wanted: fit_reference.Trained, bound: float) -> float:
+def _folder(case: Case) -> contextlib.AbstractContextManager[str]:
+    needed = case.resumed_after or "memmap" in (case.x_layout, case.d_layout)
+    return tempfile.TemporaryDirectory() if needed else contextlib.nullcontext("")
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _assert_refused(case: Case, x: Any, target: Any) -> None:
+    try:
+        train(case, x, target)
+    except ValueError as error:
+        assert "engine='native' cannot train this" in str(error), error
+    else:
+        raise AssertionError("the native engine trained what it does not serve")
+
+
+def _weight_difference(case: Case, net: Net, theirs: Net, updates: int) -> float:
+    """The worst difference, relative to the largest entry of the parameter or to its movement if that is
+    larger. What is compared are the movements."""
+    eps, worst = EPS[case.dtype], 0.0
+    for number, ((parameter, _), (_, ours)) in enumerate(zip(net.pairs, theirs.pairs, strict=True)):
+        got, moved = parameter.detach().double().numpy(), ours.value - ours.start
+        largest = max(np.abs(got).max(), np.abs(ours.start).max())
+        # Each update rounds the weight, twice with decay, and so does the reference in float64; what is added
+        # is wrong by as much as its gradient. A parameter that is not trained keeps its bits.
+        rounding = 4 * eps * updates * largest if ours.steps or case.callback == "clamp" else 0.0
+        error = np.abs((got - ours.start) - moved)
+        assert (error <= rounding + WEIGHTS[case.dtype] * eps * ours.reach).all(), (
+            f"parameter {number} is off by {error.max():.3g}, of a movement of {np.abs(moved).max():.3g}"
+        )
+        worst = max(worst, float(error.max() / (max(largest, np.max(ours.reach)) or 1)))
+    return worst
+
+
+def _loss_difference(case: Case, history: Any, wanted: fit_reference.Trained, bound: float) -> float:
     """The worst relative difference of the losses of all epochs; metrics are compared on the way."""
+    assert history.epochs[-1].updates == wanted.updates
     pairs = list(zip(history["loss"], wanted.losses, strict=True))
     names = [name for name in ("accuracy", "r2") if name in history.columns]
     metrics = list(zip(wanted.metrics, wanted.unsure, strict=True))
@@ -518,7 +519,7 @@ def _loss_difference(history: Any, wanted: fit_reference.Trained, bound: float) 
         for name in names:
             for got, (_, value, unsure) in zip(history[f"val_{name}"], wanted.validation, strict=True):
                 _assert_metric(name, got, value, unsure, history.config["validation_samples"], bound)
-    worst, floor = 0.0, 1.0 if history.config["dtype"] == "torch.bfloat16" else 1e-2
+    worst, floor = 0.0, 1.0 if case.dtype == "bfloat16" else 1e-2
     for got, value in pairs:
         difference = abs(got - value) / max(abs(value), floor)
         assert difference <= bound, f"a loss is {got!r} instead of {value!r}"
@@ -577,8 +578,8 @@ STEPS = (1, 2, 3, 7, 8, 11, 12, 13, 16, 17, 32, 33, 48, 95, 96, 97, 100, 128, 10
 NAMES = (*mlpext.activations(), *("maxout",) * 6)
 SMOOTH = tuple(name for name in mlpext.activations() if not reference.kinks(name, {}))  # for bfloat16
 GRID = ("identity", "relu", "hardtanh", "relu6", "softshrink", "hardshrink", "maxout")  # exact in float32
-WORK = 400_000  # multiplications of one sweep over all samples, times epochs
-UPDATES = 60  # more where a draw says so: they cost Python
+WORK = 300_000  # multiplications of one sweep over all samples, times epochs
+UPDATES = 48  # more where a draw says so: they cost Python
 
 
 def draw(r: random.Random) -> Case:
@@ -603,7 +604,7 @@ def draw(r: random.Random) -> Case:
     fitting = [rows for rows in (MANY if many else ROWS) if rows * case.weights * epochs <= WORK]
     rows = r.choice(fitting or (MANY if many else FEW)[:3])
     case = dataclasses.replace(case, rows=rows, shuffle=r.random() < 0.8)
-    if rows >= 8 and r.random() < 0.25:
+    if rows >= 8 and values == "normal" and r.random() < 0.25:
         case = dataclasses.replace(case, validation=r.choice((0.25, 0.1, 0.5, 0.37)))
         if case.held_out < 1:
             case = dataclasses.replace(case, validation=None)
@@ -675,17 +676,17 @@ def _rule(r: random.Random, case: Case) -> Case:
     """An optimizer, and a step size with which the weights move well and float32's errors do not grow."""
     rows = case.rows - case.held_out
     updates = -(-rows // case.step_size) * case.epochs
+    widest = max(case.inputs, *(place.width for place in case.places[:-1]), 1)
     names = ("", "", "SGD") if case.dtype == "bfloat16" else ("", "", "SGD", "Adam", "AdamW")
     name = r.choice(names)
     decay = r.choice((0.0, 0.0, 0.01, 0.1))
     case = dataclasses.replace(case, optimizer=name, weight_decay=decay)
     if name in ("Adam", "AdamW"):
         eps = r.choice((1e-2, 1e-3) if case.dtype == "float32" else (1e-3, 1e-5, 1e-8))
-        widest = max(4, case.inputs, *(place.width for place in case.places))
-        lr = r.choice((0.1, 0.3, 1.0)) / (widest * min(updates, 10))
+        lr = r.choice((0.1, 0.3, 1.0)) / ((widest + 2) * min(updates, 10))
         return dataclasses.replace(case, eps=eps, lr=_digits(lr))
     momentum = r.choice((0.0, 0.0, 0.5, 0.9))
-    lr = r.choice((0.1, 0.3, 1.0)) * (1 - momentum) / ((case.inputs + 2) * min(updates, 10))
+    lr = r.choice((0.1, 0.3, 1.0)) * (1 - momentum) / ((widest + 2) * min(updates, 10))
     if case.reduction == "sum":
         lr /= min(case.step_size, rows)
     if updates > 100:
@@ -712,7 +713,7 @@ def _extras(r: random.Random, case: Case, tied: bool) -> Case:
         names = ["look", "clamp"]
         if case.optimizer:
             names.append("halve lr")
-        elif case.container != "layer":
+        elif case.container != "layer" and case.outputs <= 17:
             names.append("append")
         if len(case.places) > 1 and not tied:
             names += [] if case.places[0].frozen else ["freeze", "alternate"]
@@ -723,7 +724,7 @@ def _extras(r: random.Random, case: Case, tied: bool) -> Case:
         if case.optimizer:
             ways += ["a step of its own", "step hook", "global hook"]
         case = dataclasses.replace(case, halved_by=r.choice(ways))
-    if case.epochs > 1 and case.callback in ("", "look", "clamp", "halve lr") and r.random() < 0.1:
+    if case.epochs > 1 and case.callback in ("", "look", "clamp", "halve lr") and r.random() < 0.06:
         return dataclasses.replace(case, resumed_after=r.randrange(1, case.epochs))
     if not (case.callback or case.halved_by) and r.random() < 0.05:
         return dataclasses.replace(case, together=r.choice((2, 3)))
