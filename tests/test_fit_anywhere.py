@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from mlpext.functional import linear_activation
 from mlpext.history import History
-from mlpext.nn import MLP
+from mlpext.nn import MLP, LinearActivation, Maxout
 from mlpext.training import evaluate, fit
 
 
@@ -221,3 +222,44 @@ def test_a_callback_stops_with_numpys_true(answer):
 @pytest.mark.parametrize("answer", [None, False, np.False_, "go on", 1, torch.ones(3)])
 def test_any_other_answer_goes_on(answer):
     assert len(train(network(), *data(), callbacks=[lambda epoch: answer])) == 2
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor])
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor])
+def test_sizes_and_parameters_may_be_numpys_or_tensors(integer, number):
+    """torch.nn takes them; a module keeps plain numbers, so that repr, copies and files are the same."""
+    torch.manual_seed(1)
+    expected = MLP([6, 7, 4], ["elu"], alpha=0.5), Maxout(6, 4, pieces=3), LinearActivation(6, 4, "sine")
+    torch.manual_seed(1)
+    modules = (
+        MLP([integer(6), integer(7), integer(4)], ["elu"], alpha=number(0.5)),
+        Maxout(integer(6), integer(4), pieces=integer(3)),
+        LinearActivation(integer(6), integer(4), "sine", omega=number(1)),
+    )
+    x = torch.randn(5, 6)
+    for ours, theirs in zip(modules, expected, strict=True):
+        assert repr(ours) == repr(theirs) or isinstance(ours, LinearActivation)
+        assert torch.equal(ours(x), theirs(x))
+    assert type(modules[0][0].in_features) is int and type(modules[0][0].params["alpha"]) is float
+    given = linear_activation(x, modules[2].weight, None, "elu", alpha=number(0.5))
+    assert torch.equal(given, linear_activation(x, modules[2].weight, None, "elu", alpha=0.5))
+    history = train(modules[0], x, torch.randn(5, 4), engine="native")
+    json.dumps(history.config)
+
+
+@pytest.mark.parametrize("size", [True, np.True_, torch.tensor(True), 2.0, np.float64(2), "2", None])
+def test_what_is_no_size(size):
+    for make in (
+        lambda: MLP([size, 3]),
+        lambda: MLP([3, size]),
+        lambda: LinearActivation(3, size),
+        lambda: Maxout(3, 2, size),
+    ):
+        with pytest.raises(TypeError, match="expected an integer, got"):
+            make()
+
+
+@pytest.mark.parametrize("value", [True, np.True_, torch.tensor(True), "0.5", None, 1j])
+def test_what_is_no_parameter(value):
+    with pytest.raises(TypeError, match="alpha: expected a number, got"):
+        LinearActivation(3, 2, "elu", alpha=value)
