@@ -683,7 +683,8 @@ def _rule(r: random.Random, case: Case) -> Case:
     decay = r.choice((0.0, 0.0, 0.01, 0.1))
     case = dataclasses.replace(case, optimizer=name, weight_decay=decay)
     if name in ("Adam", "AdamW"):
-        eps = r.choice((1e-2, 1e-3) if case.dtype == "float32" else (1e-3, 1e-5, 1e-8))
+        # Smaller ones divide what rounding leaves of a gradient near 0 by itself.
+        eps = r.choice((1e-2, 1e-3) if case.dtype == "float32" else (1e-3, 1e-5))
         lr = r.choice((0.1, 0.3, 1.0)) / ((widest + 2) * min(updates, 10))
         return dataclasses.replace(case, eps=eps, lr=_digits(lr))
     momentum = r.choice((0.0, 0.0, 0.5, 0.9))
