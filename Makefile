@@ -50,8 +50,7 @@ sanitize: .venv/.built     ## the engine's tests under ASan and UBSan, on each i
 	MLPEXT_SANITIZE=1 MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/sanitize \
 		--build-temp build/sanitize/objects
 	$(call LINK_PYTHON,build/sanitize)
-	set -e; for isa in baseline avx2 avx512; do echo "== $$isa"; \
-		MLPEXT_CPU_ISA=$$isa $(SANITIZED) tests/test_native_engine.py tests/test_random_fit.py; done
+	set -e; for isa in baseline avx2 avx512; do echo "== $$isa"; MLPEXT_CPU_ISA=$$isa $(SANITIZED); done
 cuda-link:                 ## build, link and import with a CUDA torch, no GPU needed (5.5 GB; CUDA_TORCH chooses)
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors
@@ -73,12 +72,13 @@ TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxpr
 # The package's Python beside a library built elsewhere: links, so that edits need no build.
 LINK_PYTHON = ln -sf $(filter-out %/_build.py,$(wildcard $(CURDIR)/mlpext/*.py)) $(1)/mlpext/
 
-# The sanitizer's library must come first, and the C++ library with it, in which ASan looks for __cxa_throw at
-# the start. Leaks: Python and torch keep memory to the end. PYTHONSAFEPATH: not the mlpext of this folder.
-SANITIZED = env PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 MPLBACKEND=Agg \
+# ASan's library must come first, and with it the C++ library, in which it looks for __cxa_throw at the start.
+# Leaks: Python and torch keep memory to the end. PYTHONSAFEPATH: not the mlpext of this folder. The tests on two
+# ranks run torch's loop, half of the time here.
+SANITIZED = PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 MPLBACKEND=Agg \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	$(V)/python $(V)/pytest -q -p no:cacheprovider
+	$(V)/python $(V)/pytest -q -s -n auto --maxprocesses 4 -k "not ranks" tests/test_native_engine.py tests/test_random_fit.py
 
 # The same torch as in .venv, so that the extension built there loads here; nothing may bring another one.
 .venv-clients/.installed: tests/clients/requirements.txt tests/clients/no-deps.txt | .venv/.deps

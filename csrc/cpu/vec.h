@@ -18,8 +18,10 @@
 #include "../dtype.h"
 
 #ifdef __SANITIZE_ADDRESS__
-extern "C" void __asan_loadN(void* p, std::size_t n);
-extern "C" void __asan_storeN(void* p, std::size_t n);
+extern "C" {
+void __asan_loadN(void* p, std::size_t n);
+void __asan_storeN(void* p, std::size_t n);
+}
 #endif
 
 #define MLPEXT_INLINE inline __attribute__((always_inline))

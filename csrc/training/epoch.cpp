@@ -10,6 +10,9 @@
 #include <memory>
 
 #include "../cpu/tensors.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace mlpext::training {
 namespace {
@@ -37,6 +40,9 @@ void* scratch(int64_t bytes) {
     TORCH_CHECK(memory, "out of memory: training needs ", bytes, " bytes");
     size = bytes;
   }
+#ifdef __SANITIZE_ADDRESS__  // the last job's pieces
+  __asan_unpoison_memory_region(memory.get(), size);
+#endif
   std::memset(memory.get(), 0, bytes);
   return memory.get();
 }

@@ -127,7 +127,7 @@ template <class T> class Online : Walk<T> {
     x_row = padded<T>(in);
     x = arena.take<T>(online_block * x_row);
     gram = arena.take<T>(online_block * online_block);
-    layers = arena.take<OnlineLayer<T>>(count) - 1;  // layer 1 is layers[1]
+    layers = arena.take<OnlineLayer<T>>(count);
     lowest_trained = count;
     for (int64_t l = count - 1; l >= 0; --l)
       if (job.layers[l].weight.trained || job.layers[l].bias.trained) lowest_trained = l;
@@ -213,7 +213,7 @@ template <class T> class Online : Walk<T> {
   int64_t most;  // samples of a block
   int64_t x_row;
   T *x, *gram;
-  OnlineLayer<T>* layers;
+  OnlineLayer<T>* layers;  // layers[0] is empty: that one is `first`
   int64_t lowest_trained;  // the first layer, counted from the input, that is
 };
 

@@ -4,6 +4,9 @@
 #include "../cpu/vec_math.h"
 #include "job.h"
 #include "tiles.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace mlpext::MLPEXT_ISA {
 
@@ -20,12 +23,19 @@ using training::Rule;
 template <class T> constexpr Dtype dtype = sizeof(T) == 4 ? float32 : float64;
 
 // Hands out aligned pieces of the caller's scratch memory; without memory it only counts them.
+// AddressSanitizer is told of their ends: it knows only the whole.
 struct Arena {
   char* memory;
   int64_t used = 0;
   template <class T> T* take(int64_t n) {
     T* piece = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
-    used += (n * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    const int64_t bytes = n * static_cast<int64_t>(sizeof(T));
+    int64_t room = (bytes + 63) / 64 * 64;
+#ifdef __SANITIZE_ADDRESS__
+    room += 64;
+    if (memory) __asan_poison_memory_region(memory + used + bytes, room - bytes);
+#endif
+    used += room;
     return piece;
   }
 };
