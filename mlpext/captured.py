@@ -37,7 +37,7 @@ class Network:
     """As engine.Network, of a model on any device; with the steps of its epochs, and so their graphs."""
 
     def __init__(self, model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> None:
-        self._of = (model, samples, plan, descent)
+        self._of = (model, plan, descent)
         layers = engine.layers_of(model, next(model.parameters()).device)
         engine.check_rows(samples, plan, layers[0])
         self.model = model
@@ -58,7 +58,7 @@ class Network:
     def renewed(self, samples: Samples) -> Network:
         """The same with these samples after a change of layers, options or buffers; with its graphs where
         they still hold."""
-        model, _, plan, descent = self._of
+        model, plan, descent = self._of
         other = Network(model, samples, plan, descent)
         if other._taken_for_granted == self._taken_for_granted:
             other.steps = self.steps

@@ -117,6 +117,11 @@ def held_by(descent: Descent) -> list[nn.Parameter]:
     return descent.parameters
 
 
+def with_held(model: nn.Module, descent: Descent) -> list[nn.Parameter]:
+    """The model's parameters, then those that the optimizer holds besides, as a loss's; each once."""
+    return list({id(W): W for W in (*model.parameters(), *held_by(descent))}.values())
+
+
 def needs_closure(descent: Descent) -> bool:
     """Whether a step of this optimizer asks for E and its gradient again (torch.optim.LBFGS)."""
     if isinstance(descent, GradientDescent):
@@ -142,7 +147,7 @@ def run_epoch(
     ranks each takes its share of every step, adds up the gradients with the others, and makes the same
     update; all return the same, and stop together, after a block.
     """
-    weights = list({id(W): W for W in (*model.parameters(), *held_by(descent))}.values())
+    weights = with_held(model, descent)
     held = set(map(id, held_by(descent)))
     others = [W for W in weights if id(W) not in held]  # what the optimizer does not hold, nobody clears
     count = len(order)

@@ -55,7 +55,7 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, samples: Samples, plan: Plan, descent: Descent) -> None:
-        self._of = (model, samples, plan, descent)
+        self._of = (model, plan, descent)
         layers = layers_of(model, torch.device("cpu"))
         check_rows(samples, plan, layers[0])
         self.rule, states = rule_and_states(descent, layers)
@@ -64,7 +64,7 @@ class Network:
 
     def renewed(self, samples: Samples) -> Network:
         """The same after such a change, with these samples."""
-        model, _, plan, descent = self._of
+        model, plan, descent = self._of
         return Network(model, samples, plan, descent)
 
 

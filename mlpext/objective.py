@@ -94,8 +94,10 @@ def check_parts(
         x, target = samples[chosen.long()]
         output = model(x)
         value, count = total.value(output, target), len(output)
-        whole = total(output, target).item()
-        if value.ndim or count < 4 or not math.isfinite(whole):
+        if value.ndim or count < 4:
+            return
+        whole = value.item() * count
+        if not math.isfinite(whole):
             return
         # Parts that differ in what they hold whether the classes are sorted, alternate or come as they like.
         places = torch.arange(count, device=output.device)

@@ -40,7 +40,7 @@ from . import _C, captured, objective
 from . import descent as autograd
 from . import engine as cpu_engine
 from .checkpoint import Checkpoint
-from .descent import Descent, GradientDescent, Plan, held_by, needs_closure
+from .descent import Descent, GradientDescent, Plan, held_by, needs_closure, with_held
 from .history import Epoch, History, Log
 from .objective import LOSSES, Loss
 from .ranks import Ranks
@@ -528,11 +528,9 @@ class _Run:
 
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that have a gradient. ValueError where the model has none."""
-        own = list(self.model.parameters())
-        if not any(weight.requires_grad for weight in own):
+        if not any(weight.requires_grad for weight in self.model.parameters()):
             raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
-        weights = {id(weight): weight for weight in (*own, *held_by(self.descent))}
-        return [weight for weight in weights.values() if weight.requires_grad]
+        return [weight for weight in with_held(self.model, self.descent) if weight.requires_grad]
 
     def buffers(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(module.buffers() for module in self._modules)
