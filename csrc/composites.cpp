@@ -15,6 +15,7 @@
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/hardshrink.h>
+#include <ATen/ops/hardshrink_backward.h>
 #include <ATen/ops/hardsigmoid.h>
 #include <ATen/ops/hardswish.h>
 #include <ATen/ops/hardswish_backward.h>
@@ -40,6 +41,7 @@
 #include <ATen/ops/softplus.h>
 #include <ATen/ops/softplus_backward.h>
 #include <ATen/ops/softshrink.h>
+#include <ATen/ops/softshrink_backward.h>
 #include <ATen/ops/sqrt.h>
 #include <ATen/ops/square.h>
 #include <ATen/ops/tanh.h>
@@ -124,9 +126,9 @@ constexpr Row rows[] = {
      [](T g, T x, P) { return g * at::square(at::reciprocal(at::abs(x) + 1)); }},
     {"tanhshrink", [](T x, P) { return x - at::tanh(x); }, [](T g, T x, P) { return g * at::square(at::tanh(x)); }},
     {"softshrink", [](T x, P p) { return at::softshrink(x, p[0]); },
-     [](T g, T x, P p) { return at::where(at::abs(x) <= p[0], 0, g); }},
+     [](T g, T x, P p) { return at::softshrink_backward(g, x, p[0]); }},
     {"hardshrink", [](T x, P p) { return at::hardshrink(x, p[0]); },
-     [](T g, T x, P p) { return at::where(at::abs(x) <= p[0], 0, g); }},
+     [](T g, T x, P p) { return at::hardshrink_backward(g, x, p[0]); }},
     {"sine", [](T x, P p) { return at::sin(x * p[0]); }, [](T g, T x, P p) { return g * at::cos(x * p[0]) * p[0]; }},
     {"squareplus", [](T x, P p) { return (x + at::sqrt(x * x + p[0])) / 2; },
      [](T g, T x, P p) { return g * (x * at::rsqrt(x * x + p[0]) + 1) / 2; }},
