@@ -50,6 +50,8 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include "mlp.h"
+
 namespace mlpext::composite {
 namespace {
 
@@ -288,8 +290,17 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(T input, at::TensorL
 }
 
 std::vector<Tensor> mlp_backward(T grad_output, T input, at::TensorList weights, at::TensorList biases,
-                                 at::TensorList, const OptionalTensor&, bool, std::string_view names,
-                                 Params params, at::IntArrayRef output_mask) {
+                                 at::TensorList kept, const OptionalTensor& last, bool last_is_output,
+                                 std::string_view names, Params params, at::IntArrayRef output_mask) {
+  const Network network(weights, biases, names, params);
+  const Kept all{network, input, kept, last, last_is_output};
+  return network.gradients(grad_output, output_mask,
+                           [&](int64_t l, T dy, Mask mask) { return layer_backward(all, l, dy, mask); });
+}
+
+std::vector<Tensor> mlp_backward_from_input(T grad_output, T input, at::TensorList weights,
+                                            at::TensorList biases, std::string_view names, Params params,
+                                            at::IntArrayRef output_mask) {
   const Network network(weights, biases, names, params);
   const auto [outputs, sources] = outputs_of(network, input);
   return network.gradients(grad_output, output_mask, [&](int64_t l, T dy, Mask mask) {

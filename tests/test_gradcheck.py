@@ -125,8 +125,8 @@ def test_derivatives_of_native_to_third_order(op):
 
 @all_ops
 def test_a_gradient_depends_on_what_natives_depends_on(op):
-    """From a constant cotangent, so that only f' can depend on the inputs: zeros where f' is constant, an error
-    where native's gradient has no graph, and never one where it has."""
+    """Of a constant cotangent only f' can depend on an input: zeros where it is piecewise constant, and an
+    error only where native's gradient has no graph either."""
 
     def second(f):
         tensors = op.inputs()
