@@ -253,7 +253,7 @@ struct ActivationRule : Fixed<1, 1> {
 Tensor activation(DispatchKeySet keys, const Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
-  if (!plain_eager(keys, input) || !served(input) || !info.usual(params.data()))
+  if (!plain_eager(keys, input) || !served(input) || !usual(index, params, input.scalar_type()))
     return composite::activation(input, name, params);
 
   auto forward = [&] {
@@ -278,7 +278,7 @@ Tensor& activation_(DispatchKeySet keys, Tensor& input, std::string_view name, P
   const ActivationInfo& info = activation_infos[index];
   const bool keeps_output = info.output_suffices(params.data());
   // With a negative slope native refuses the backward of the in-place form, and so do we.
-  if (!plain_eager(keys, input) || !served(input) || !info.usual(params.data()) ||
+  if (!plain_eager(keys, input) || !served(input) || !usual(index, params, input.scalar_type()) ||
       info.has_derivative_from_output != keeps_output)
     return composite::activation_(input, name, params);
 
@@ -421,7 +421,7 @@ Tensor linear_activation(DispatchKeySet keys, const Tensor& input, const Tensor&
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
   if (!plain_eager(keys, input, weight, bias) || !linear_served(input, weight, bias) ||
-      !info.usual(params.data()))
+      !usual(index, params, input.scalar_type()))
     return composite::linear_activation(input, weight, bias, name, params);
 
   const bool requires_grad = compute_requires_grad(input, weight, bias);
