@@ -9,6 +9,9 @@ autocast work as for torch's own functions. TypeError and RuntimeError are raise
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,13 +39,35 @@ def _parameters(activation: str, given: dict[str, float]) -> tuple[float, ...]:
     defaults = _PARAMETERS.get(activation)
     if defaults is None:
         raise ValueError(f"activation: unknown name {activation!r}, expected one of {', '.join(_PARAMETERS)}")
-    for name, value in given.items():
+    for name in given:
         if name not in defaults:
             accepted = ", ".join(defaults) or "no parameters"
             raise TypeError(f"{name}: not a parameter of activation {activation!r}, which takes {accepted}")
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-    return tuple({**defaults, **given}.values())
+    return tuple({**defaults, **{name: _number(name, value) for name, value in given.items()}}.values())
+
+
+def _is_bool(value: object) -> bool:
+    """Also NumPy's, and a tensor of one."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _number(name: str, value: Any) -> float:
+    """A plain int or float; of a number of NumPy's or a tensor of one, its value."""
+    if type(value) in (int, float):
+        return value  # type: ignore[no-any-return]
+    if _is_bool(value) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    """What operator.index makes of it, but for a bool."""
+    try:
+        if not _is_bool(value):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
 def sigmoid(input: Tensor) -> Tensor:
@@ -165,8 +190,6 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     >>> mlpext.functional.hardtanh(torch.tensor([-3.0, 0.5]))
     tensor([-1.0000,  0.5000])
     """
-    if min_val > max_val:
-        return F.hardtanh(input, min_val, max_val)  # raises
     return _C.activation(input, "hardtanh", (min_val, max_val), inplace)
 
 

@@ -168,7 +168,7 @@ class Sine(Module):
 
     def __init__(self, omega: float = 1.0) -> None:
         super().__init__()
-        self.omega = omega
+        self.omega = F._number("omega", omega)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.sine(input, self.omega)
@@ -186,7 +186,7 @@ class Squareplus(Module):
 
     def __init__(self, b: float = 4.0) -> None:
         super().__init__()
-        self.b = b
+        self.b = F._number("b", b)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.squareplus(input, self.b)
@@ -195,12 +195,13 @@ class Squareplus(Module):
         return f"b={self.b}"
 
 
-def _check_sizes(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer, got {size!r}")
+def _sizes(**sizes: Any) -> list[int]:
+    """As plain integers, after a check."""
+    plain = [F._integer(name, size) for name, size in sizes.items()]
+    for name, size in zip(sizes, plain, strict=True):
         if size < 0:
             raise RuntimeError(f"{name}: {size} is negative, expected 0 or more")
+    return plain
 
 
 class _Affine(Module):
@@ -249,7 +250,7 @@ class LinearActivation(_Affine):
         **params: float,
     ) -> None:
         super().__init__()
-        _check_sizes(in_features=in_features, out_features=out_features)
+        in_features, out_features = _sizes(in_features=in_features, out_features=out_features)
         if isinstance(activation, bool):
             raise TypeError(
                 f"activation: expected a name (str), got {activation!r}; write bias={activation!r}"
@@ -304,7 +305,9 @@ class Maxout(_Affine):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_sizes(in_features=in_features, out_features=out_features, pieces=pieces)
+        in_features, out_features, pieces = _sizes(
+            in_features=in_features, out_features=out_features, pieces=pieces
+        )
         if pieces < 1:
             raise ValueError(f"pieces: {pieces}, expected 1 or more")
         self.in_features = in_features
