@@ -13,6 +13,7 @@ struct ActivationInfo {
   std::span<const Param> params;
   bool keeps_output;
   bool coarse_in_half;
+  bool rounds_params;
   bool has_derivative_from_output;
   bool (*usual)(const double* params);
   bool (*output_suffices)(const double* params);
@@ -40,8 +41,13 @@ template <class... A> constexpr std::array<ActivationInfo, sizeof...(A)> activat
       A::params,
       A::keeps_output,
       A::coarse_in_half,
+      A::rounds_params,
       HasDerivativeFromOutput<A>,
-      [](const double* params) { return with_params<A>(params).usual(); },
+      [](const double* params) {
+        for (std::size_t i = 0; i < A::params.size(); ++i)
+          if (params[i] - params[i] != 0) return false;  // infinite or NaN
+        return with_params<A>(params).usual();
+      },
       [](const double* params) {
         return HasDerivativeFromOutput<A> && with_params<A>(params).output_suffices();
       },

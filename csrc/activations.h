@@ -43,9 +43,10 @@ struct Formula {
   static constexpr bool coarse_in_half = false;  // 16-bit y has too few digits for derivative_from_output
   static constexpr bool zero_blocks_gradient =
       false;  // f' = 0 gives 0 even for an infinite or NaN gradient, as native
+  static constexpr bool rounds_params = false;  // native compares x with parameters rounded to its dtype
   MLPEXT_FORMULA constexpr bool usual() const {
     return true;
-  }  // false: native operators serve these parameters
+  }  // false: native operators serve these parameters, as they do all that are not finite numbers
   MLPEXT_FORMULA constexpr bool output_suffices() const {
     return true;
   }  // false: these parameters make f non-monotone
@@ -91,6 +92,7 @@ struct Hardtanh : Formula {  // x held between min_val and max_val
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     return select((x > V(min_val)) & (x < V(max_val)), V(1), V(0));
   }
+  MLPEXT_FORMULA constexpr bool usual() const { return min_val <= max_val; }
 };
 
 struct ReLU : Formula {  // max(0, x)
@@ -169,7 +171,10 @@ struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 20
   template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
     return select(y > V(0), V(1), V(1) + y / V(alpha));
   }
-  MLPEXT_FORMULA constexpr bool usual() const { return alpha != 0; }
+  // Native takes alpha and 1 / alpha in float, and refuses what is none there.
+  MLPEXT_FORMULA constexpr bool usual() const {
+    return (alpha > 1e-38 && alpha < 1e38) || (alpha < -1e-38 && alpha > -1e38);
+  }
   MLPEXT_FORMULA constexpr bool output_suffices() const { return alpha > 0; }
 };
 
@@ -302,6 +307,7 @@ struct Tanhshrink : Formula {  // x - tanh(x)
 struct Softshrink : Formula {  // x moved towards 0 by lambd, and 0 within
   static constexpr std::string_view name = "softshrink";
   static constexpr std::array<Param, 1> params{{{"lambd", 0.5}}};
+  static constexpr bool rounds_params = true;
   static constexpr bool zero_blocks_gradient = true;
   double lambd;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
@@ -314,6 +320,7 @@ struct Softshrink : Formula {  // x moved towards 0 by lambd, and 0 within
 struct Hardshrink : Formula {  // x, and 0 where |x| <= lambd
   static constexpr std::string_view name = "hardshrink";
   static constexpr std::array<Param, 1> params{{{"lambd", 0.5}}};
+  static constexpr bool rounds_params = true;
   static constexpr bool zero_blocks_gradient = true;
   double lambd;
   template <class V> MLPEXT_FORMULA V forward(V x) const { return select(abs(x) <= V(lambd), V(0), x); }
@@ -333,9 +340,9 @@ struct Squareplus
   static constexpr std::string_view name = "squareplus";
   static constexpr std::array<Param, 1> params{{{"b", 4}}};
   double b;
-  // Above 1e18 the square would overflow in float, and b no longer shows.
+  static constexpr double far = 1e18;  // above, the square would overflow in float, and b no longer shows
   template <class V> MLPEXT_FORMULA V root(V x) const {
-    return select(abs(x) > V(1e18), abs(x), sqrt(madd(x, x, V(b))));
+    return select(abs(x) > V(far), abs(x), sqrt(madd(x, x, V(b))));
   }
   template <class V> MLPEXT_FORMULA V tail(V x) const {
     V half = V(0.5) * abs(x);  // halves, whose sum cannot overflow
@@ -346,7 +353,9 @@ struct Squareplus
     V d = tail(x) / root(x);
     return select(x > V(0), V(1) - d, d);
   }
-  MLPEXT_FORMULA constexpr bool usual() const { return b > 0; }
+  MLPEXT_FORMULA constexpr bool usual() const {
+    return b > 1e-30 && b < 1e20;
+  }  // a number in float, as is b / 4
 };
 
 // The list. An activation's index is its place here.

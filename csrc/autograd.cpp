@@ -82,11 +82,35 @@ struct Varying {
   template <class T> using PerSaved = std::vector<T>;
 };
 
+// A tensor whose values the usual backward does not read: not packed, so that saved-tensor hooks copy nothing
+// in vain, and an error only for a backward that does read it after a change in place.
+struct Reference {
+  Tensor tensor;
+  uint32_t version;
+
+  // Out of inference mode, where gradients are, an inference tensor cannot change, and it has no version.
+  explicit Reference(const Tensor& tensor)
+      : tensor(tensor), version(tensor.is_inference() ? 0 : tensor._version()) {}
+
+  const Tensor& unchanged() const {
+    TORCH_CHECK(
+        tensor.is_inference() || tensor._version() == version,
+        "one of the variables needed for gradient computation has been modified by an inplace operation: [",
+        tensor.toString(), " ", tensor.sizes(), "] is at version ", tensor._version(), "; expected version ",
+        version, " instead.");
+    return tensor;
+  }
+};
+using Saved = std::variant<SavedVariable, Reference>;
+
+// What a backward wants of a saved tensor.
+enum class Want { nothing, shape, values };
+
 // The node of a family. Rule says what is saved and how the gradients come of it:
 //   name                               what grad_fn prints
 //   PerInput, PerSaved                 lists with an entry for each gradient returned, each tensor saved
 //   saves_output(i)                    whether saved tensor i is an output of the node itself
-//   needs(i, mask)                     whether saved tensor i is wanted for the gradients asked for
+//   wants(i, mask, graph)              what of saved tensor i the gradients, or a graph of them, need
 //   attributes(visit)                  everything else that the gradients depend on (for compiled autograd)
 //   backward(grads, tensors, mask)     the gradients
 template <class Rule> struct FamilyNode final : torch::autograd::TraceableFunction {
@@ -94,13 +118,16 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
   using Tensors = typename Rule::template PerSaved<Tensor>;
 
   Rule rule;
-  typename Rule::template PerSaved<SavedVariable> saved;
+  typename Rule::template PerSaved<Saved> saved;
 
   std::string name() const override { return Rule::name; }
 
   void release_variables() override {
     std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable& variable : saved) variable.reset_data();
+    for (Saved& each : saved) {
+      if (auto* variable = std::get_if<SavedVariable>(&each)) variable->reset_data();
+      else each = SavedVariable();
+    }
   }
 
   InputMask mask() const {
@@ -110,24 +137,37 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
     return asked;
   }
 
-  Tensors unpack(const InputMask& mask) {
-    Tensors tensors;
-    if constexpr (!Rule::fixed) tensors.resize(saved.size());
-    for (std::size_t i = 0; i < tensors.size(); ++i)
-      if (rule.needs(i, mask)) tensors[i] = saved[i].unpack(getptr());
-    return tensors;
+  Tensor unpack(const Saved& from, Want want) {
+    if (want == Want::nothing) return {};
+    if (const auto* reference = std::get_if<Reference>(&from))
+      return want == Want::values ? reference->unchanged() : reference->tensor;
+    const auto& variable = std::get<SavedVariable>(from);
+    if (want == Want::shape && !variable.has_hooks()) return *variable.get_raw_data();  // changed or not
+    return variable.unpack(getptr());
   }
 
   variable_list apply(variable_list&& grads) override {
     std::lock_guard<std::mutex> lock(mutex_);  // a graph may be run backward from several threads
     const InputMask asked = mask();
-    return rule.backward(grads, unpack(asked), asked);
+    Tensors tensors;
+    if constexpr (!Rule::fixed) tensors.resize(saved.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i)
+      tensors[i] = unpack(saved[i], rule.wants(i, asked, /*graph=*/at::GradMode::is_enabled()));
+    return rule.backward(grads, tensors, asked);
   }
+
+  // Compiled autograd, which makes no graph of a backward. What is not wanted must not be touched: it may
+  // have been changed, and a call of an unpack hook whose result nobody takes is an error.
+  Want compiled_want(std::size_t i) const { return rule.wants(i, mask(), /*graph=*/false); }
 
   void compiled_args(torch::autograd::CompiledNodeArgs& args) const override {
     for (std::size_t i = 0; i < saved.size(); ++i) {
-      args.collect(saved[i], rule.saves_output(i));
-      args.collect(rule.needs(i, mask()));
+      const Want want = compiled_want(i);
+      args.collect(static_cast<int>(want));
+      if (want == Want::nothing) continue;
+      if (const auto* reference = std::get_if<Reference>(&saved[i]))
+        args.collect(want == Want::values ? reference->unchanged() : reference->tensor);
+      else args.collect(std::get<SavedVariable>(saved[i]), rule.saves_output(i));
     }
     Rule(rule).attributes([&](auto& attribute) { args.collect(attribute); });
   }
@@ -146,23 +186,35 @@ template <class Rule> struct FamilyNode final : torch::autograd::TraceableFuncti
       return true;
     }();
     static_cast<void>(bound);
-    const InputMask asked = mask();
-    for (SavedVariable& variable : saved) swap.before(variable);
+    Tensors tensors;
+    if constexpr (!Rule::fixed) tensors.resize(saved.size());
+    for (std::size_t i = 0; i < tensors.size(); ++i) {
+      if (compiled_want(i) == Want::nothing) continue;
+      if (auto* reference = std::get_if<Reference>(&saved[i])) {
+        swap.before(reference->tensor);
+        tensors[i] = reference->tensor;
+        swap.after(reference->tensor);
+      } else {
+        auto& variable = std::get<SavedVariable>(saved[i]);
+        swap.before(variable);
+        tensors[i] = variable.unpack(getptr());
+        swap.after(variable);
+      }
+    }
     torch::autograd::PackedArgs packed;
-    packed.pack(asked);
+    packed.pack(mask());
     if constexpr (Rule::fixed)
-      for (const Tensor& tensor : unpack(asked)) packed.pack(tensor);
-    else packed.pack(unpack(asked));
+      for (const Tensor& tensor : tensors) packed.pack(tensor);
+    else packed.pack(tensors);
     rule.attributes([&](const auto& attribute) { packed.pack(attribute); });
-    variable_list result = compiler->call_function(
+    return compiler->call_function(
         swap.get_py_compiler(), "apply_functional", Rule::name, grads, packed.vec(),
         IValuePacker<std::vector<std::optional<torch::autograd::InputMetadata>>>::pack(
             torch::dynamo::autograd::get_input_metadata(next_edges())));
-    for (SavedVariable& variable : saved) swap.after(variable);
-    return result;
   }
 
   static variable_list functional(const variable_list& grads, const std::vector<c10::IValue>& values) {
+    const at::NoGradGuard no_graph;
     torch::autograd::PackedArgs packed(values);
     const auto asked = packed.unpack<InputMask>();
     Tensors tensors;
@@ -188,7 +240,7 @@ struct ActivationRule : Fixed<1, 1> {
   bool from_output = false;
 
   bool saves_output(std::size_t) const { return from_output; }
-  bool needs(std::size_t, PerInput<bool>) const { return true; }
+  Want wants(std::size_t, PerInput<bool>, bool) const { return Want::values; }
   template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit), visit(from_output); }
   variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors,
                          PerInput<bool> mask) const {
@@ -201,7 +253,7 @@ struct ActivationRule : Fixed<1, 1> {
 Tensor activation(DispatchKeySet keys, const Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
-  if (!plain_eager(keys, input) || !served(input) || !info.usual(params.data()))
+  if (!plain_eager(keys, input) || !served(input) || !usual(index, params, input.scalar_type()))
     return composite::activation(input, name, params);
 
   auto forward = [&] {
@@ -226,7 +278,7 @@ Tensor& activation_(DispatchKeySet keys, Tensor& input, std::string_view name, P
   const ActivationInfo& info = activation_infos[index];
   const bool keeps_output = info.output_suffices(params.data());
   // With a negative slope native refuses the backward of the in-place form, and so do we.
-  if (!plain_eager(keys, input) || !served(input) || !info.usual(params.data()) ||
+  if (!plain_eager(keys, input) || !served(input) || !usual(index, params, input.scalar_type()) ||
       info.has_derivative_from_output != keeps_output)
     return composite::activation_(input, name, params);
 
@@ -277,7 +329,7 @@ struct MaxoutRule : Fixed<1, 1> {  // saved: the index of the piece that won
   int64_t pieces = 1, dim = 0;
 
   bool saves_output(std::size_t) const { return false; }
-  bool needs(std::size_t, PerInput<bool>) const { return true; }
+  Want wants(std::size_t, PerInput<bool>, bool) const { return Want::values; }
   template <class Visit> void attributes(Visit&& visit) { visit(pieces), visit(dim); }
   variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors,
                          PerInput<bool> mask) const {
@@ -318,7 +370,7 @@ struct LinearActivationRule : Fixed<3, 4> {
   static constexpr const char* name = "LinearActivationBackward0";
   // `kept` is y where the derivative follows from it, else the pre-activation z, which is the node's second
   // output so that a graph of the backward reaches through it.
-  enum Saved : std::size_t { input, weight, bias, kept };
+  enum Slot : std::size_t { input, weight, bias, kept };
 
   Remembered activation;
   bool from_output = false;
@@ -331,12 +383,11 @@ struct LinearActivationRule : Fixed<3, 4> {
   bool is_identity() const { return activation.index == 0; }
   bool output_changed() const { return version && version->current_version() != saved_version; }
 
-  bool needs(std::size_t i, Mask mask) const {
+  Want wants(std::size_t i, Mask mask, bool) const {
     const bool again = output_changed();
-    if (i == input) return mask[1] || again;
-    if (i == weight) return mask[0] || again;
-    if (i == bias) return again;
-    return !is_identity() && !again;
+    const bool wanted =
+        i == kept ? !is_identity() && !again : again || (i == input && mask[1]) || (i == weight && mask[0]);
+    return wanted ? Want::values : Want::nothing;
   }
   template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit), visit(from_output); }
   variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors, Mask mask) const {
@@ -370,7 +421,7 @@ Tensor linear_activation(DispatchKeySet keys, const Tensor& input, const Tensor&
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
   if (!plain_eager(keys, input, weight, bias) || !linear_served(input, weight, bias) ||
-      !info.usual(params.data()))
+      !usual(index, params, input.scalar_type()))
     return composite::linear_activation(input, weight, bias, name, params);
 
   const bool requires_grad = compute_requires_grad(input, weight, bias);
@@ -389,20 +440,25 @@ Tensor linear_activation(DispatchKeySet keys, const Tensor& input, const Tensor&
   node->set_next_edges(collect_next_edges(input, weight, bias));
   node->rule.activation = {index, params};
   node->rule.from_output = keep_output;
-  const bool may_recompute = keep_output && !keep_nothing;
   // Where native's activation keeps its input (elu and its family), `y += skip` trains natively, and so must
-  // it here.
-  if (node->should_compute_output(1) || (may_recompute && !info.keeps_output))
-    node->saved[Rule::input] = SavedVariable(input, /*is_output=*/false);
-  if (node->should_compute_output(0) || may_recompute)
-    node->saved[Rule::weight] = SavedVariable(weight, /*is_output=*/false);
-  if (may_recompute && bias) node->saved[Rule::bias] = SavedVariable(*bias, /*is_output=*/false);
+  // it here; elsewhere it may where x is at hand.
+  const bool for_weight = node->should_compute_output(1);
+  const bool recomputable = keep_output && !keep_nothing && (for_weight || !info.keeps_output);
+  const auto save = [&](Rule::Slot i, const Tensor& tensor, bool for_gradients) {
+    if (for_gradients) node->saved[i] = SavedVariable(tensor, /*is_output=*/false);
+    else if (recomputable) node->saved[i] = Reference(tensor);
+  };
+  save(Rule::input, input, for_weight);
+  save(Rule::weight, weight, node->should_compute_output(0));
+  if (bias) save(Rule::bias, *bias, false);
 
   torch::autograd::set_history(output, node);
   if (keep_output && !keep_nothing) {
     node->saved[Rule::kept] = SavedVariable(output, /*is_output=*/true);
-    node->rule.version = torch::autograd::impl::version_counter(output);
-    node->rule.saved_version = node->rule.version->current_version();
+    if (recomputable) {
+      node->rule.version = torch::autograd::impl::version_counter(output);
+      node->rule.saved_version = node->rule.version->current_version();
+    }
   } else if (!keep_nothing) {
     torch::autograd::set_history(z, node);
     node->saved[Rule::kept] = SavedVariable(z, /*is_output=*/true);
@@ -427,12 +483,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
 
 struct LinearMaxoutRule : Fixed<3, 3> {
   static constexpr const char* name = "LinearMaxoutBackward0";
-  enum Saved : std::size_t { input, weight, index };
+  enum Slot : std::size_t { input, weight, index };
 
   int64_t pieces = 1;
 
   bool saves_output(std::size_t) const { return false; }
-  bool needs(std::size_t i, Mask mask) const { return i == input ? mask[1] : i == weight ? mask[0] : true; }
+  Want wants(std::size_t i, Mask mask, bool) const {
+    return i == index || (i == input ? mask[1] : mask[0]) ? Want::values : Want::nothing;
+  }
   template <class Visit> void attributes(Visit&& visit) { visit(pieces); }
   variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors, Mask mask) const {
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
@@ -495,7 +553,21 @@ struct MlpRule : Varying {
 
   bool saves_output(std::size_t i) const { return from_output && i + 1 == count; }
   bool output_changed() const { return version && version->current_version() != saved_version; }
-  bool needs(std::size_t i, const PerInput<bool>&) const { return !(saves_output(i) && output_changed()); }
+
+  // A graph goes forward again from the input, and wants all of it but what was kept.
+  Want wants(std::size_t i, const PerInput<bool>& mask, bool graph) const {
+    const std::size_t n = layers, arguments = mask.size();
+    if (i >= arguments) return graph || (saves_output(i) && output_changed()) ? Want::nothing : Want::values;
+    const std::size_t layer = i == 0 ? 0 : (i - 1) % n;
+    const bool again = graph || (output_changed() && layer == n - 1);
+    const auto asked_below = [&] {  // whether a gradient passes through W of this layer
+      if (mask[0]) return true;
+      for (std::size_t j = 1; j < arguments; ++j)
+        if (mask[j] && (j - 1) % n < layer) return true;
+      return false;
+    };
+    return again || (i == 0 ? mask[1] : i <= n && asked_below()) ? Want::values : Want::shape;
+  }
   template <class Visit> void attributes(Visit&& visit) {
     visit(names), visit(params), visit(layers), visit(has_biases), visit(has_last), visit(from_output);
   }
@@ -506,7 +578,10 @@ struct MlpRule : Varying {
     const at::TensorList all = tensors;
     const std::size_t n = layers, end = all.size() - has_last;
     const at::TensorList weights = all.slice(1, n), biases = all.slice(1 + n, has_biases ? n : 0);
-    const at::TensorList kept = all.slice(1 + n + biases.size(), end - 1 - n - biases.size());
+    const at::TensorList kept = all.slice(mask.size(), end - mask.size());
+    const c10::SmallVector<int64_t, 17> asked(mask.begin(), mask.end());
+    if (at::GradMode::is_enabled())
+      return composite::mlp_backward_from_input(grads[0], all[0], weights, biases, names, params, asked);
     Tensor last = has_last ? all[end] : Tensor();
     bool last_is_output = from_output;
     if (has_last && !last.defined()) {
@@ -515,7 +590,7 @@ struct MlpRule : Varying {
       last_is_output = false;
     }
     return ops::mlp_backward().call(grads[0], all[0], weights, biases, kept, optional(last), last_is_output,
-                                    names, params, c10::SmallVector<int64_t, 17>(mask.begin(), mask.end()));
+                                    names, params, asked);
   }
 };
 
@@ -561,14 +636,21 @@ Tensor mlp(DispatchKeySet keys, const Tensor& input, at::TensorList weights, at:
   rule.has_last = rule.from_output || last.defined();
   rule.count = 1 + weights.size() + biases.size() + kept.size() + rule.has_last;
   node->saved.reserve(rule.count);
-  auto save = [&](const Tensor& tensor) { node->saved.emplace_back(tensor, /*is_output=*/false); };
-  save(x);
-  for (const Tensor& weight : weights) save(weight);
-  for (const Tensor& bias : biases) save(bias);
+  const auto save = [&](const Tensor& tensor) {
+    node->saved.emplace_back(SavedVariable(tensor, /*is_output=*/false));
+  };
+  const auto save_if = [&](bool for_gradients, const Tensor& tensor) {
+    if (for_gradients) save(tensor);
+    else node->saved.emplace_back(Reference(tensor));
+  };
+  save_if(node->should_compute_output(1), x);
+  save_if(node->should_compute_output(0), weights[0]);
+  for (const Tensor& weight : weights.slice(1)) save(weight);
+  for (const Tensor& bias : biases) save_if(false, bias);
   for (const Tensor& tensor : kept) save(tensor);
   torch::autograd::set_history(output, node);
   if (rule.from_output) {
-    node->saved.emplace_back(output, /*is_output=*/true);
+    node->saved.emplace_back(SavedVariable(output, /*is_output=*/true));
     rule.version = torch::autograd::impl::version_counter(output);
     rule.saved_version = rule.version->current_version();
   } else if (last.defined()) {
@@ -582,8 +664,12 @@ std::vector<Tensor> mlp_backward(DispatchKeySet keys, const Tensor& grad_output,
                                  at::TensorList weights, at::TensorList biases, at::TensorList kept,
                                  const OptionalTensor& last, bool last_is_output, std::string_view names,
                                  Params params, at::IntArrayRef output_mask) {
-  if (!plain_eager(keys, grad_output, input, weights, biases) ||
-      compute_requires_grad(grad_output, input, weights, biases))
+  // What was kept is no function of the input and the parameters.
+  if (compute_requires_grad(grad_output, input, weights, biases) || has_tangent(input) ||
+      has_tangent(weights) || has_tangent(biases))
+    return composite::mlp_backward_from_input(grad_output, input, weights, biases, names, params,
+                                              output_mask);
+  if (!plain_eager(keys, grad_output))
     return composite::mlp_backward(grad_output, input, weights, biases, kept, last, last_is_output, names,
                                    params, output_mask);
   at::AutoDispatchBelowADInplaceOrView guard;

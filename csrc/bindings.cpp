@@ -26,6 +26,30 @@ OptionalTensor optional_tensor(py::handle object) {
   return object.is_none() ? std::nullopt : OptionalTensor(tensor(object));
 }
 
+// What float(object) is, for a number of NumPy's or a tensor of one too; none for what torch refuses: a
+// tensor that wants a gradient or has dimensions, an integer beyond 64 bits.
+std::optional<double> number(PyObject* object) {
+  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
+  if (THPVariable_Check(object) &&
+      (THPVariable_Unpack(object).dim() > 0 || THPVariable_Unpack(object).requires_grad()))
+    return std::nullopt;
+  int overflow = 0;
+  if (PyLong_Check(object)) static_cast<void>(PyLong_AsLongLongAndOverflow(object, &overflow));
+  const double value = overflow ? -1 : PyFloat_AsDouble(object);
+  if (overflow || (value == -1 && PyErr_Occurred())) return PyErr_Clear(), std::nullopt;
+  return value;
+}
+
+// What operator.index(object) is; none for a bool and for what is no integer.
+std::optional<int64_t> integer(py::handle object) {
+  const bool is_bool = PyBool_Check(object.ptr()) ||
+                       (THPVariable_Check(object.ptr()) && tensor(object).scalar_type() == at::kBool);
+  const auto index = py::reinterpret_steal<py::object>(is_bool ? nullptr : PyNumber_Index(object.ptr()));
+  const int64_t value = index ? PyLong_AsLongLong(index.ptr()) : -1;
+  if (!index || (value == -1 && PyErr_Occurred())) return PyErr_Clear(), std::nullopt;
+  return value;
+}
+
 // A tuple of at most two numbers; anything else is left to the native functions to accept or refuse.
 struct Numbers {
   std::array<double, 2> values;
@@ -35,10 +59,9 @@ struct Numbers {
   explicit Numbers(py::handle tuple) {
     if (!PyTuple_CheckExact(tuple.ptr()) || PyTuple_GET_SIZE(tuple.ptr()) > 2) return;
     for (size = 0; size < static_cast<std::size_t>(PyTuple_GET_SIZE(tuple.ptr())); ++size) {
-      PyObject* number = PyTuple_GET_ITEM(tuple.ptr(), size);
-      if (!PyFloat_Check(number) && !PyLong_Check(number)) return;
-      values[size] = PyFloat_AsDouble(number);
-      if (values[size] == -1 && PyErr_Occurred()) throw py::error_already_set();
+      const auto value = number(PyTuple_GET_ITEM(tuple.ptr(), size));
+      if (!value) return;
+      values[size] = *value;
     }
     valid = true;
   }
@@ -85,11 +108,10 @@ py::object activation(py::handle input, py::handle name, py::handle params, bool
 }
 
 py::object maxout(py::handle input, py::handle pieces, py::handle dim) {
-  if (!plain(input) || !PyLong_CheckExact(pieces.ptr()) || !PyLong_CheckExact(dim.ptr()) ||
-      at::impl::torch_function_mode_enabled())
+  const auto k = integer(pieces), d = integer(dim);
+  if (!plain(input) || !k || !d || at::impl::torch_function_mode_enabled())
     return native("maxout", input, pieces, dim);
-  const auto k = pieces.cast<int64_t>(), d = dim.cast<int64_t>();
-  return released([&] { return ops::maxout().call(tensor(input), k, d); });
+  return released([&] { return ops::maxout().call(tensor(input), *k, *d); });
 }
 
 py::object linear_activation(py::handle input, py::handle weight, py::handle bias, py::handle name,
@@ -161,9 +183,9 @@ class NetworkModule {
     PyObject *key, *value;
     Py_ssize_t position = 0;
     while (PyDict_Next(values, &position, &key, &value)) {
-      if (!PyFloat_Check(value) && !PyLong_Check(value)) return false;
-      params.push_back(PyFloat_AsDouble(value));
-      if (params.back() == -1 && PyErr_Occurred()) throw py::error_already_set();
+      const auto param = number(value);
+      if (!param) return false;
+      params.push_back(*param);
     }
     return true;
   }

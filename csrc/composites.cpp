@@ -24,6 +24,8 @@
 #include <ATen/ops/leaky_relu_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/log_sigmoid.h>
+#include <ATen/ops/log_sigmoid_backward.h>
+#include <ATen/ops/log_sigmoid_forward.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/max.h>
 #include <ATen/ops/mish.h>
@@ -35,6 +37,7 @@
 #include <ATen/ops/selu.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/sign.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/sin.h>
 #include <ATen/ops/softplus.h>
@@ -47,6 +50,8 @@
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+
+#include "mlp.h"
 
 namespace mlpext::composite {
 namespace {
@@ -64,6 +69,79 @@ struct Row {
 
 // torch's Python adds numbers as tensors, which nested tensors can and Scalars cannot.
 Tensor one() { return at::native::wrapped_scalar_tensor(1); }
+
+// Whether x is of the dtypes that have kernels, and dense; all else takes torch's own formulas.
+bool ordinary(T x) {
+  const auto dtype = x.scalar_type();
+  return (dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf) &&
+         x.layout() == at::kStrided && !x.is_nested();
+}
+
+// Several operators in `least` or wider, rounded once at the end, as the kernels and torch's own single
+// operators are.
+template <class F> Tensor wide(T x, const F& f, at::ScalarType least = at::kFloat) {
+  const auto dtype = x.scalar_type();
+  if (!ordinary(x) || at::promote_types(dtype, least) == dtype) return f(x);
+  return f(x.to(at::promote_types(dtype, least))).to(dtype);
+}
+
+// (x + root) / 2 cancels below 0, where b / (root - x) / 2 is the same number. Each side has every derivative
+// at 0, which a kink at 0 in both, as in max(x, 0) and |x|, would lose.
+struct SquareplusParts {
+  Tensor root, slope, left;  // slope: of the root
+
+  SquareplusParts(T x, double b) {
+    const Tensor size = at::abs(x);
+    // Where b no longer shows. Further out the square, and in autograd's gradient of the root its inverse,
+    // would leave the dtype.
+    const Tensor far = size > std::min(1e9 * std::sqrt(b), 1e154);
+    const Tensor near = x.masked_fill(far, 0);
+    const Tensor near_root = at::sqrt(near * near + b);
+    root = at::where(far, size, near_root);
+    slope = at::where(far, at::sign(x), near / near_root);
+    left = b / 4 / (root / 2 + size / 2);  // halves, whose sum cannot overflow
+  }
+};
+
+at::ScalarType squareplus_dtype(double b) { return Squareplus{{}, b}.usual() ? at::kFloat : at::kDouble; }
+bool squareplus_is_ordinary(T x, double b) { return ordinary(x) && 0 < b && std::isfinite(b); }
+
+Tensor squareplus(T x, double b) {
+  if (!squareplus_is_ordinary(x, b)) return (x + at::sqrt(x * x + b)) / 2;
+  return wide(
+      x,
+      [&](T x) {
+        const SquareplusParts parts(x, b);
+        return at::where(x >= 0, x / 2 + parts.root / 2, parts.left);
+      },
+      squareplus_dtype(b));
+}
+
+Tensor squareplus_backward(T g, T x, double b) {
+  if (!squareplus_is_ordinary(x, b)) return g * (x * at::rsqrt(x * x + b) + 1) / 2;
+  return wide(
+      x,
+      [&](T x) {
+        const SquareplusParts parts(x, b);
+        return g * at::where(x >= 0, parts.slope / 2 + 0.5, parts.left / parts.root);
+      },
+      squareplus_dtype(b));
+}
+
+// As at::hardshrink_backward, which has no symbolic shapes: with an edge to x, and lambd rounded to its
+// dtype.
+Tensor shrink_backward(T g, T x, P p) {
+  const auto dtype = x.scalar_type();
+  const auto rounded = static_cast<float>(p[0]);
+  const double lambd = dtype == at::kHalf       ? static_cast<double>(c10::Half(rounded))
+                       : dtype == at::kBFloat16 ? static_cast<double>(c10::BFloat16(rounded))
+                                                : p[0];
+  return at::threshold_backward(g, at::abs(x), lambd);
+}
+
+void check_bounds(P p) {  // as torch's Python does
+  TORCH_CHECK_VALUE(!(p[0] > p[1]), "min_val cannot be greater than max_val, got ", p[0], " and ", p[1]);
+}
 
 // clang-format off
 constexpr Row rows[] = {
@@ -91,10 +169,12 @@ constexpr Row rows[] = {
     {"gelu_tanh", [](T x, P) { return at::gelu(x, "tanh"); },
      [](T g, T x, P) { return at::gelu_backward(g, x, "tanh"); }},
     {"silu", [](T x, P) { return at::silu(x); },
-     [](T g, T x, P) { Tensor s = at::sigmoid(x); return g * (s * (1 + x * (1 - s))); }, nullptr,
+     [](T g, T x, P) { return wide(x, [&](T x) { Tensor s = at::sigmoid(x); return g * (s * (1 + x * (1 - s))); }); }, nullptr,
      [](Tensor& x, P) -> Tensor& { return at::silu_(x); }},
     {"mish", [](T x, P) { return at::mish(x); },
-     [](T g, T x, P) { Tensor t = at::tanh(at::softplus(x)); return g * (t + x * at::sigmoid(x) * (1 - t * t)); }, nullptr,
+     [](T g, T x, P) {
+       return wide(x, [&](T x) { Tensor t = at::tanh(at::softplus(x)); return g * (t + x * at::sigmoid(x) * (1 - t * t)); });
+     }, nullptr,
      [](Tensor& x, P) -> Tensor& { return at::mish_(x); }},
     {"softplus", [](T x, P p) { return at::softplus(x, p[0], p[1]); },
      [](T g, T x, P p) { return at::softplus_backward(g, x, p[0], p[1]); }},
@@ -109,27 +189,27 @@ constexpr Row rows[] = {
     {"relu6", [](T x, P) { return at::relu6(x); },
      [](T g, T x, P) { return at::hardtanh_backward(g, x, 0, 6); }, nullptr,
      [](Tensor& x, P) -> Tensor& { return at::relu6_(x); }},
-    {"hardtanh", [](T x, P p) { return at::hardtanh(x, p[0], p[1]); },
+    {"hardtanh", [](T x, P p) { check_bounds(p); return at::hardtanh(x, p[0], p[1]); },
      [](T g, T x, P p) { return at::hardtanh_backward(g, x, p[0], p[1]); }, nullptr,
-     [](Tensor& x, P p) -> Tensor& { return at::hardtanh_(x, p[0], p[1]); }},
+     [](Tensor& x, P p) -> Tensor& { check_bounds(p); return at::hardtanh_(x, p[0], p[1]); }},
     // Not at::hardsigmoid, whose backward has no derivative.
-    {"hardsigmoid", [](T x, P) { return x.is_floating_point() && x.layout() == at::kStrided ? at::hardtanh(x + 3, 0, 6) / 6 : at::hardsigmoid(x); },
+    {"hardsigmoid", [](T x, P) { return ordinary(x) ? wide(x, [](T x) { return (at::hardtanh(x, -3, 3) + 3) / 6; }) : at::hardsigmoid(x); },
      [](T g, T x, P) { return at::hardtanh_backward(g, x, -3, 3) / 6; }, nullptr,
      [](Tensor& x, P) -> Tensor& { return at::hardsigmoid_(x); }},
     {"hardswish", [](T x, P) { return at::hardswish(x); },
      [](T g, T x, P) { return at::hardswish_backward(g, x); }, nullptr,
      [](Tensor& x, P) -> Tensor& { return at::hardswish_(x); }},
-    {"logsigmoid", [](T x, P) { return at::log_sigmoid(x); }, [](T g, T x, P) { return g * at::sigmoid(-x); }},
+    {"logsigmoid", [](T x, P) { return at::log_sigmoid(x); },
+     [](T g, T x, P) { return at::log_sigmoid_backward(g, x, std::get<1>(at::log_sigmoid_forward(x))); }},
     {"softsign", [](T x, P) { return x / at::add(at::abs(x), one()); },
      [](T g, T x, P) { return g * at::square(at::reciprocal(at::abs(x) + 1)); }},
     {"tanhshrink", [](T x, P) { return x - at::tanh(x); }, [](T g, T x, P) { return g * at::square(at::tanh(x)); }},
-    {"softshrink", [](T x, P p) { return at::softshrink(x, p[0]); },
-     [](T g, T x, P p) { return at::where(at::abs(x) <= p[0], 0, g); }},
-    {"hardshrink", [](T x, P p) { return at::hardshrink(x, p[0]); },
-     [](T g, T x, P p) { return at::where(at::abs(x) <= p[0], 0, g); }},
-    {"sine", [](T x, P p) { return at::sin(x * p[0]); }, [](T g, T x, P p) { return g * at::cos(x * p[0]) * p[0]; }},
-    {"squareplus", [](T x, P p) { return (x + at::sqrt(x * x + p[0])) / 2; },
-     [](T g, T x, P p) { return g * (x * at::rsqrt(x * x + p[0]) + 1) / 2; }},
+    {"softshrink", [](T x, P p) { return at::softshrink(x, p[0]); }, shrink_backward},
+    {"hardshrink", [](T x, P p) { return at::hardshrink(x, p[0]); }, shrink_backward},
+    {"sine", [](T x, P p) { return wide(x, [&](T x) { return at::sin(x * p[0]); }); },
+     [](T g, T x, P p) { return wide(x, [&](T x) { return g * at::cos(x * p[0]) * p[0]; }); }},
+    {"squareplus", [](T x, P p) { return squareplus(x, p[0]); },
+     [](T g, T x, P p) { return squareplus_backward(g, x, p[0]); }},
 };
 // clang-format on
 
@@ -286,8 +366,17 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(T input, at::TensorL
 }
 
 std::vector<Tensor> mlp_backward(T grad_output, T input, at::TensorList weights, at::TensorList biases,
-                                 at::TensorList, const OptionalTensor&, bool, std::string_view names,
-                                 Params params, at::IntArrayRef output_mask) {
+                                 at::TensorList kept, const OptionalTensor& last, bool last_is_output,
+                                 std::string_view names, Params params, at::IntArrayRef output_mask) {
+  const Network network(weights, biases, names, params);
+  const Kept all{network, input, kept, last, last_is_output};
+  return network.gradients(grad_output, output_mask,
+                           [&](int64_t l, T dy, Mask mask) { return layer_backward(all, l, dy, mask); });
+}
+
+std::vector<Tensor> mlp_backward_from_input(T grad_output, T input, at::TensorList weights,
+                                            at::TensorList biases, std::string_view names, Params params,
+                                            at::IntArrayRef output_mask) {
   const Network network(weights, biases, names, params);
   const auto [outputs, sources] = outputs_of(network, input);
   return network.gradients(grad_output, output_mask, [&](int64_t l, T dy, Mask mask) {

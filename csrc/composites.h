@@ -36,10 +36,15 @@ Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases, s
 std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(const Tensor& input, at::TensorList weights,
                                                             at::TensorList biases, std::string_view names,
                                                             Params params);
-// Goes forward again from the input, so that a graph of it reaches all that the gradients depend on.
 std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input, at::TensorList weights,
                                  at::TensorList biases, at::TensorList kept, const OptionalTensor& last,
                                  bool last_is_output, std::string_view names, Params params,
                                  at::IntArrayRef output_mask);
+// The same without what mlp_forward kept: goes forward again from the input, so that a graph of it reaches
+// all that the gradients depend on.
+std::vector<Tensor> mlp_backward_from_input(const Tensor& grad_output, const Tensor& input,
+                                            at::TensorList weights, at::TensorList biases,
+                                            std::string_view names, Params params,
+                                            at::IntArrayRef output_mask);
 
 }  // namespace mlpext::composite

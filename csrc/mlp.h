@@ -32,6 +32,18 @@ struct Kept {
   }
 };
 
+// The gradients of one layer.
+inline std::tuple<Tensor, Tensor, Tensor> layer_backward(const Kept& kept, int64_t l, const Tensor& dy,
+                                                         Mask mask) {
+  const Network::Layer& layer = kept.network.layers[l];
+  const Tensor& weight = kept.network.weights[l];
+  const OptionalTensor source = kept.source(l);
+  return layer.maxout
+             ? ops::linear_maxout_backward().call(dy, kept.x(l), weight, *source, weight.size(0), mask)
+             : ops::linear_activation_backward().call(dy, kept.x(l), weight, source, layer.name, layer.params,
+                                                      kept.from_output(l), mask);
+}
+
 template <auto linear_maxout, auto linear_maxout_forward, auto linear_activation_forward> struct Mlp {
   static Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
                     std::string_view names, Params params) {
@@ -78,32 +90,6 @@ template <auto linear_maxout, auto linear_maxout_forward, auto linear_activation
     const Network network(weights, biases, names, params);
     if (!network.served(input)) return composite::mlp_forward(input, weights, biases, names, params);
     return layers_forward(network, input, layer_forward);
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor> layer_backward(const Kept& kept, int64_t l, const Tensor& dy,
-                                                           Mask mask) {
-    const Network::Layer& layer = kept.network.layers[l];
-    const Tensor& weight = kept.network.weights[l];
-    const OptionalTensor source = kept.source(l);
-    return layer.maxout
-               ? ops::linear_maxout_backward().call(dy, kept.x(l), weight, *source, weight.size(0), mask)
-               : ops::linear_activation_backward().call(dy, kept.x(l), weight, source, layer.name,
-                                                        layer.params, kept.from_output(l), mask);
-  }
-
-  static std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
-                                          at::TensorList weights, at::TensorList biases, at::TensorList kept,
-                                          const OptionalTensor& last, bool last_is_output,
-                                          std::string_view names, Params params,
-                                          at::IntArrayRef output_mask) {
-    const Network network(weights, biases, names, params);
-    if (!network.served(input))
-      return composite::mlp_backward(grad_output, input, weights, biases, kept, last, last_is_output, names,
-                                     params, output_mask);
-    const Kept all{network, input, kept, last, last_is_output};
-    return network.gradients(grad_output, output_mask, [&](int64_t l, const Tensor& dy, Mask mask) {
-      return layer_backward(all, l, dy, mask);
-    });
   }
 };
 

@@ -8,7 +8,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 
 #include "composites.h"
 
@@ -66,6 +68,27 @@ std::size_t activation_index(std::string_view name, Params params) {
   for (const ActivationInfo& info : activation_infos)
     known += (known.empty() ? "" : ", ") + std::string(info.name);
   TORCH_CHECK_VALUE(false, "activation: unknown name '", name, "', expected one of ", known);
+}
+
+namespace {
+
+template <class Number> bool holds(double param, bool to_the_last_digit) {
+  return std::abs(param) <= static_cast<double>(std::numeric_limits<Number>::max()) &&
+         (!to_the_last_digit || static_cast<double>(static_cast<Number>(static_cast<float>(param))) == param);
+}
+
+}  // namespace
+
+bool usual(std::size_t activation, Params params, at::ScalarType dtype) {
+  const ActivationInfo& info = activation_infos[activation];
+  return info.usual(params.data()) && std::ranges::all_of(params, [&](double param) {
+           switch (dtype) {
+             case at::kFloat: return holds<float>(param, false);  // the kernels round there too
+             case at::kHalf: return holds<c10::Half>(param, info.rounds_params);
+             case at::kBFloat16: return holds<c10::BFloat16>(param, info.rounds_params);
+             default: return true;
+           }
+         });
 }
 
 namespace {
@@ -163,7 +186,7 @@ bool Network::served(const Tensor& input) const {
     const Layer& layer = layers[l];
     const bool own = layer.maxout ? linear_maxout_served(input, weights[l], bias(l))
                                   : linear_served(input, weights[l], bias(l)) &&
-                                        activation_infos[layer.activation].usual(layer.params.data());
+                                        usual(layer.activation, layer.params, input.scalar_type());
     if (!own || weights[l].scalar_type() != input.scalar_type()) return false;
   }
   return true;
@@ -209,8 +232,8 @@ void check_linear_maxout(const Tensor& input, const Tensor& weight, const Option
 }
 
 int64_t check_maxout(const Tensor& input, int64_t pieces, int64_t dim) {
-  TORCH_CHECK(input.dim() >= 1, "input: a 0-d tensor has no dimension to split into pieces");
   dim = at::maybe_wrap_dim(dim, input.dim());
+  TORCH_CHECK(input.dim() >= 1, "input: a 0-d tensor has no dimension to split into pieces");
   TORCH_CHECK(pieces >= 1 && input.size(dim) % pieces == 0, "pieces: ", pieces, " does not divide dimension ",
               dim, " of input, whose shape is ", input.sizes());
   return dim;

@@ -78,6 +78,10 @@ MLPEXT_OPERATOR(mlp_backward,
 // The place of `name` in the list; refuses an unknown name, or the wrong number of parameters for it.
 std::size_t activation_index(std::string_view name, Params params);
 
+// Whether the kernels serve these parameters of an activation in that dtype; else torch's own operators do,
+// which round some of them to the dtype, and refuse what it cannot hold.
+bool usual(std::size_t activation, Params params, at::ScalarType dtype);
+
 // A network as the mlp operators are given it: `names` are "tanh,maxout,identity", `params` those of its
 // activations one after the other; there is a bias for every layer, or none at all.
 struct Network {

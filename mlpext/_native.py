@@ -7,6 +7,7 @@ its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,13 +19,42 @@ from torch.overrides import is_tensor_like
 
 from mlpext import _C
 
+
+def _wide(function: Callable[..., Tensor], input: Tensor, parameter: float) -> Tensor:
+    """`function` computed in float32 or wider and rounded once, as `wide` of csrc/composites.cpp has it."""
+    if input.dtype in (torch.float16, torch.bfloat16):
+        return function(input.float(), parameter).to(input.dtype)
+    return function(input, parameter)
+
+
+def _sine(input: Tensor, omega: float) -> Tensor:
+    return _wide(lambda x, omega: torch.sin(x * omega), input, omega)
+
+
+def _squareplus(input: Tensor, b: float) -> Tensor:
+    """As csrc/composites.cpp has it, which says why; torch.export must see torch's operators."""
+    if not isinstance(input, Tensor) or not 1e-30 < b < 1e20:  # a proxy of torch.fx: a call of the operator
+        return torch.ops.mlpext.activation(input, "squareplus", (b,))  # type: ignore[no-any-return]
+    if not input.is_floating_point() or input.layout != torch.strided or input.is_nested:
+        return (input + torch.sqrt(input * input + b)) / 2
+
+    def parts(x: Tensor, b: float) -> Tensor:
+        size = x.abs()
+        far = size > 1e9 * math.sqrt(b)
+        near = x.masked_fill(far, 0)
+        root = torch.where(far, size, torch.sqrt(near * near + b))
+        return torch.where(x >= 0, x / 2 + root / 2, b / 4 / (root / 2 + size / 2))
+
+    return _wide(parts, input, b)
+
+
 # Where torch.nn.functional has no function of that name.
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "sine": lambda input, omega: torch.sin(input * omega),
-    "squareplus": lambda input, b: (input + torch.sqrt(input * input + b)) / 2,
+    "sine": _sine,
+    "squareplus": _squareplus,
 }
 
 

@@ -190,8 +190,6 @@ def hardtanh(input: Tensor, min_val: float = -1.0, max_val: float = 1.0, inplace
     >>> mlpext.functional.hardtanh(torch.tensor([-3.0, 0.5]))
     tensor([-1.0000,  0.5000])
     """
-    if min_val > max_val:
-        return F.hardtanh(input, min_val, max_val)  # raises
     return _C.activation(input, "hardtanh", (min_val, max_val), inplace)
 
 

@@ -5,11 +5,9 @@ import pytest
 import torch
 
 import accuracy
-import mlpext
 from common import NAMES, ours
 
 STRIDE = 4093
-FUSED = mlpext._C.cpu_isa() != "baseline"
 
 
 @pytest.mark.isa
@@ -17,14 +15,9 @@ FUSED = mlpext._C.cpu_isa() != "baseline"
 def test_errors_are_within_the_bounds(name):
     implementation = {"ours": lambda x: accuracy.value_and_derivative(ours(name, {}), x)}
     errors = accuracy.measure(name, implementation, STRIDE)["ours"]
-    bounds = {"value": accuracy.VALUE.get(name, accuracy.OTHERS["value"])}
-    if name in accuracy.ABSOLUTE:
-        bounds["absolute"] = accuracy.ABSOLUTE[name]
-    else:
-        bounds["derivative"] = accuracy.DERIVATIVE.get(name, accuracy.OTHERS["derivative"])
-    for what, (fused, unfused) in bounds.items():
+    for what, bound in accuracy.bounds(name, {}).items():
         worst = getattr(errors, what)
-        assert worst.error <= (fused if FUSED else unfused), (what, worst)
+        assert worst.error <= bound, (what, worst)
 
 
 def test_an_error_is_seen():

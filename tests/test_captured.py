@@ -355,8 +355,15 @@ def test_no_synchronisation_within_an_epoch(mode, target, device, monkeypatch):
 def test_auto_takes_the_loop_until_graphs_are_measured(device, monkeypatch):
     if device == "cpu":
         monkeypatch.setitem(training.NATIVE, "cpu", captured)
-    monkeypatch.setattr(captured, "run_epoch", None)
-    trained("auto", nn.MLP([9, 7, 4], "tanh", device=device), "numbers")
+    calls = []
+    monkeypatch.setattr(captured, "run_epoch", lambda *arguments: calls.append(arguments))
+    model = nn.MLP([9, 7, 4], "tanh", device=device)
+    other = copy.deepcopy(model)
+    trained("auto", model, "numbers")
+    trained("autograd", other, "numbers")
+    assert not calls
+    for ours, loops in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, loops)
 
 
 # ---------------------------------------------------------------- fit_many

@@ -9,7 +9,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import mlpext
-from common import MAXOUT_OPS, activation_op, all_ops, assert_close, default_ops, few_ops, linear_op
+from common import (
+    MAXOUT_OPS,
+    activation_op,
+    all_ops,
+    assert_close,
+    default_ops,
+    few_ops,
+    linear_maxout_op,
+    linear_op,
+    mlp_op,
+)
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 CORE_OPS = [
@@ -357,6 +367,35 @@ def test_compiled_autograd_dynamic(op):
 @few_ops
 def test_compiled_autograd_dynamic_for_more(op):
     compiled_autograd_with_hooks(op, dynamic=True)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["", "output changed"])
+@pytest.mark.parametrize("wanted", [slice(None), slice(1), slice(1, 2)], ids=["all", "first", "second"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        linear_op("elu", {"alpha": 1.3}),
+        linear_op("gelu", {}),
+        linear_maxout_op(3),
+        mlp_op(("tanh", {}), ("elu", {})),
+    ],
+    ids=lambda op: op.id,
+)
+def test_compiled_autograd_with_saved_tensor_hooks(op, wanted, changed):
+    """Each tensor that is packed is unpacked once where the gradients asked for need it, else not at all."""
+
+    def grads(f):
+        tensors = op.inputs(torch.float64)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+            y = f(*tensors)
+        if changed:
+            y += 1
+        y.square().sum().backward(inputs=tensors[wanted])
+        return [t.grad for t in tensors[wanted]]
+
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        actual = grads(op.ours)
+    assert_close(actual, grads(op.native))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError, gradcheck, gradgradcheck
 
-from common import FEW_OPS, all_ops, assert_close, few_ops, linear_op
+from common import FEW_OPS, all_ops, assert_close, few_ops, linear_op, outcome
 
 pytestmark = [
     pytest.mark.gradcheck,
@@ -121,3 +121,23 @@ def test_derivatives_of_native_to_third_order(op):
             else:
                 scale = 1e-8 * max(1.0, e.abs().max().item())
                 assert_close(a, e, f"order {order}, input {which}", rtol=1e-8, atol=scale)
+
+
+@all_ops
+def test_a_gradient_depends_on_what_natives_depends_on(op):
+    """Of a constant cotangent only f' can depend on an input: zeros where it is piecewise constant, and an
+    error only where native's gradient has no graph either."""
+
+    def second(f):
+        tensors = op.inputs()
+        first = torch.autograd.grad(f(*tensors).sum(), tensors, create_graph=True)
+        for gradient in first:
+            yield outcome(
+                torch.autograd.grad, gradient.sum(), tensors, retain_graph=True, materialize_grads=True
+            )
+
+    for which, (actual, expected) in enumerate(zip(second(op.ours), second(op.native), strict=True)):
+        if isinstance(expected, type):
+            assert actual is expected, which
+        else:
+            assert_close(actual, expected, which)

@@ -206,7 +206,10 @@ def test_what_other_types_do():
         ((6,), -2, -1, (ValueError, RuntimeError), "pieces"),
         ((6,), 2, 1, IndexError, "[Dd]im"),
         ((6,), 2, -2, IndexError, "[Dd]im"),
-        ((), 1, 0, (ValueError, RuntimeError, IndexError), "input|dim"),
+        ((), 1, 0, RuntimeError, "input"),
+        ((), 1, 1, IndexError, "[Dd]im"),
+        ((), 1, -2, IndexError, "[Dd]im"),
+        ((6,), True, -1, (TypeError, RuntimeError), None),
         ((6,), 2.5, -1, TypeError, None),
         ((6,), "2", -1, TypeError, None),
     ],
@@ -215,6 +218,13 @@ def test_bad_arguments(shape, pieces, dim, exception, message):
     for requires_grad in (False, True):
         with pytest.raises(exception, match=message):
             F.maxout(torch.zeros(shape, requires_grad=requires_grad), pieces, dim)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, torch.tensor], ids=lambda i: i.__name__)
+def test_integers_of_numpy_and_torch(integer):
+    x = torch.randn(3, 6)
+    assert_same_bits(F.maxout(x, integer(2), dim=integer(1)), F.maxout(x, 2, dim=1))
+    assert_same_bits(F.maxout(x, integer(3), dim=-integer(1) if integer is np.int64 else -1), F.maxout(x, 3))
 
 
 @pytest.mark.parametrize("wrong", [None, 1.0, [1.0, 2.0], "x"], ids=repr)

@@ -124,13 +124,63 @@ def test_the_output_may_be_changed_in_place(name):
         assert_close(*outcomes)
 
 
-def test_parameters_changed_in_place_are_noticed():
-    model = network()
-    y = model(torch.randn(4, 5, dtype=torch.float64))
-    with torch.no_grad():
-        model[1].weight.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+def changed(model, x, name, wanted, **options):
+    """The gradients after a change of a parameter, or None where autograd refuses them."""
+    calls = {"whole": whole, "native": lambda model, x: natives(model)(x)}
+    for call in calls.values():
+        y = call(model, x)
+        with torch.no_grad():
+            model.get_parameter(name).add_(1)
+        try:
+            yield torch.autograd.grad(y.sum(), [model.get_parameter(w) for w in wanted], **options)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            yield None
+        with torch.no_grad():
+            model.get_parameter(name).sub_(1)
+
+
+def natives(model):
+    """torch's layers with the same parameters."""
+    layers = []
+    for layer in model:
+        linear = torch.nn.Linear(layer.in_features, layer.out_features)
+        linear.weight, linear.bias = layer.weight, layer.bias
+        layers += [linear, torch.nn.Identity() if layer.activation == "identity" else torch.nn.Tanh()]
+    return torch.nn.Sequential(*layers)
+
+
+PARAMETERS = [f"{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
+
+
+@pytest.mark.parametrize("wanted", [PARAMETERS, ["2.weight"], ["1.bias"]], ids=["all", "last", "middle"])
+@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("output", ["identity", "tanh"])
+def test_a_parameter_changed_in_place_is_an_error_only_where_backward_reads_it(output, name, wanted):
+    """Biases, the first weight where x needs no gradient, all below the gradients asked for: as native."""
+    model, x = network(output=output), torch.randn(4, 5, dtype=torch.float64)
+    actual, expected = changed(model, x, name, wanted)
+    if expected is None:  # native also looks at a weight that these gradients do not need
+        assert actual is None or (name[0] == wanted[0][0] and wanted != PARAMETERS)
+    else:
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_graph_of_the_backward_reads_every_parameter(name):
+    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
+    actual, expected = changed(model, x, name, PARAMETERS, create_graph=True)
+    assert actual is None  # never from other numbers; native keeps each layer's output, and goes on
+    assert (expected is None) == (name in ("1.weight", "2.weight"))
+
+
+def test_input_changed_in_place_under_a_frozen_first_weight():
+    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
+    model[0].weight.requires_grad_(False)
+    expected = torch.autograd.grad(whole(model, x).sum(), model[0].bias)
+    y = whole(model, x)
+    x.add_(1)
+    assert_close(torch.autograd.grad(y.sum(), model[0].bias), expected)
 
 
 def test_backward_twice():

@@ -6,6 +6,7 @@ import io
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.utils.parametrize as parametrize
@@ -206,6 +207,85 @@ def test_layer_wants_a_name(wrong):
         nn.LinearActivation(5, 3, wrong)
 
 
+SCALARS = [np.int64, np.int32, np.uint8, torch.tensor]
+
+
+@pytest.mark.parametrize("integer", SCALARS, ids=lambda s: s.__name__)
+def test_sizes_of_numpy_and_torch(integer):
+    """Taken as by torch.nn, and kept as plain integers."""
+    for made, plain in [
+        (nn.LinearActivation(integer(3), integer(2)), nn.LinearActivation(3, 2)),
+        (nn.Maxout(integer(3), integer(2), pieces=integer(4)), nn.Maxout(3, 2, pieces=4)),
+        (
+            nn.MLP([3, integer(5), integer(2)], "maxout", pieces=integer(3)),
+            nn.MLP([3, 5, 2], "maxout", pieces=3),
+        ),
+        (nn.MLP(np.array([3, 5, 2])), nn.MLP([3, 5, 2])),
+    ]:
+        assert repr(made) == repr(plain) == repr(copy.deepcopy(made))
+        for part in made.modules():
+            sizes = [vars(part).get(name) for name in ("in_features", "out_features", "pieces")]
+            assert all(size is None or type(size) is int for size in sizes)
+        assert [p.shape for p in made.parameters()] == [p.shape for p in plain.parameters()]
+        made.load_state_dict(plain.state_dict())
+        x = torch.randn(4, 3)
+        assert_close(made(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32, np.float64, np.float16, torch.tensor], ids=lambda s: s.__name__
+)
+def test_parameters_of_numpy_and_torch(number):
+    x = torch.randn(4, 3)
+    for made, plain in [
+        (nn.LinearActivation(3, 2, "elu", alpha=number(0.5)), nn.LinearActivation(3, 2, "elu", alpha=0.5)),
+        (nn.MLP([3, 4, 2], "elu", alpha=number(0.5)), nn.MLP([3, 4, 2], "elu", alpha=0.5)),
+        (nn.Sine(number(0.5)), nn.Sine(0.5)),
+        (nn.Squareplus(number(0.5)), nn.Squareplus(0.5)),
+        (nn.ELU(number(0.5)), nn.ELU(0.5)),
+    ]:
+        if not isinstance(made, nn.ELU):  # torch's own constructor
+            assert repr(made) == repr(plain)
+        made.load_state_dict(plain.state_dict())
+        assert_close(made(x), plain(x))
+    for name, parameter in [
+        ("elu", "alpha"),
+        ("sine", "omega"),
+        ("squareplus", "b"),
+        ("hardshrink", "lambd"),
+    ]:
+        f = getattr(mlpext.functional, name)
+        assert_close(f(x, **{parameter: number(0.5)}), f(x, 0.5))
+    weight = torch.randn(2, 3)
+    f = mlpext.functional.linear_activation
+    assert_close(f(x, weight, None, "elu", alpha=number(0.5)), f(x, weight, None, "elu", alpha=0.5))
+    layer = nn.LinearActivation(3, 2, "elu")
+    layer.params["alpha"] = number(0.5)  # read at each call
+    assert_close(layer(x), f(x, layer.weight, layer.bias, "elu", alpha=0.5))
+
+
+@pytest.mark.parametrize("wrong", [True, np.bool_(True), torch.tensor(True), "3", 2.0, None], ids=repr)
+def test_what_is_no_size_is_refused(wrong):
+    for make in (
+        lambda: nn.LinearActivation(wrong, 2),
+        lambda: nn.Maxout(3, 2, pieces=wrong),
+        lambda: nn.MLP([3, wrong, 2]),
+    ):
+        with pytest.raises(TypeError, match="expected an integer"):
+            make()
+
+
+@pytest.mark.parametrize("wrong", [True, np.bool_(True), torch.tensor(True), "0.5", None, 1j], ids=repr)
+def test_what_is_no_parameter_is_refused(wrong):
+    for make in (
+        lambda: nn.LinearActivation(3, 2, "elu", alpha=wrong),
+        lambda: nn.MLP([3, 4, 2], "elu", alpha=wrong),
+        lambda: nn.Sine(wrong),
+    ):
+        with pytest.raises(TypeError, match="expected a number"):
+            make()
+
+
 def test_layers_bad_arguments():
     with pytest.raises(ValueError, match=r"swish.*silu"):
         nn.LinearActivation(5, 3, "swish")
@@ -402,7 +482,20 @@ def test_replaced_weights(make):
     assert_close(model(x), pruned(x))
     model = make()
     torch.nn.utils.parametrizations.weight_norm(model)
-    assert model(x).shape == (2, 3)
+    length, direction = model.parametrizations.weight.original0, model.parametrizations.weight.original1
+    with torch.no_grad():
+        length.mul_(3)
+    normed = copy.deepcopy(reference)
+    dims = tuple(range(1, direction.dim()))
+    weight = (3 * direction).detach().requires_grad_()  # 3 ||v|| v / ||v||
+    y = torch.func.functional_call(normed, {"weight": weight, "bias": model.bias}, x)
+    assert_close(model(x), y)
+    # Of the length, the gradient along the direction; of the direction, what is across it, times 3.
+    (grad_weight,) = torch.autograd.grad(y.square().sum(), weight)
+    unit = direction.detach() / direction.detach().norm(dim=dims, keepdim=True)
+    along = (grad_weight * unit).sum(dims, keepdim=True)
+    actual = torch.autograd.grad(model(x).square().sum(), [length, direction])
+    assert_close(actual, (along, 3 * (grad_weight - along * unit)))
 
 
 @every_layer

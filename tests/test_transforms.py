@@ -1,8 +1,10 @@
 """torch.func, forward mode and all else that looks at tensors from above: the same as native operators."""
 
 import copy
+import math
 import threading
 
+import mpmath
 import pytest
 import torch
 from torch.func import (
@@ -23,7 +25,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mlpext
-from common import activation_op, all_ops, every_inplace_case, few_ops, linear_op, native, ours, outcome
+from common import (
+    activation_op,
+    all_ops,
+    every_float,
+    every_functional_case,
+    every_inplace_case,
+    few_ops,
+    linear_op,
+    native,
+    ours,
+    outcome,
+    points,
+    values_of,
+    worst,
+)
+from test_activations import derivative_error, every_finite, gradients_of_ones, reference_of, value_error
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
@@ -669,3 +686,73 @@ def test_activation_of_a_view_of_an_expanded_leaf():
         f(x.expand(3, 4).t()[1:]).square().sum().backward()
         results.append(x.grad)
     close(*results)
+
+
+# ---------------------------------------------------------------- the composites' own numbers
+
+
+def composites(f, theirs, name, parameters, x):
+    """By each way into the composite of an activation: whether it is the value, ours, native's."""
+
+    def backward(x):
+        return torch.ops.mlpext.activation_backward(
+            torch.ones_like(x), x, name, values_of(name, parameters), False
+        )
+
+    def with_graph(f):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(f(leaf).sum(), leaf, create_graph=True)[0].detach()
+
+    def both(way):
+        return way(f), way(theirs)
+
+    return {
+        "vmap": (True, vmap(f)(x[None])[0], theirs(x)),
+        "vmap of backward": (False, vmap(backward)(x[None])[0], gradients_of_ones(theirs, x)),
+        "create_graph": (False, *both(with_graph)),
+        "grad": (False, *both(lambda f: grad(lambda x: f(x).sum())(x))),
+        "jvp": (False, *both(lambda f: jvp(f, (x,), (torch.ones_like(x),))[1])),
+    }
+
+
+@every_float
+@every_functional_case
+def test_composites_are_as_exact_as_the_kernels(name, parameters, dtype):
+    """Or as native, by the same way."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    x = every_finite(dtype)[::7] if half else points(name, parameters, dtype, 1000)
+    at = x.double().numpy()
+    value, slope = reference_of(name, parameters, x)
+    theirs = native(name, parameters)
+    for what, (is_value, actual, natives) in composites(
+        ours(name, parameters), theirs, name, parameters, x
+    ).items():
+        error_of = value_error if is_value else derivative_error
+        error, bound = error_of(name, parameters, actual, at, value if is_value else slope)
+        if name in ("sine", "squareplus"):  # torch has none
+            assert error.max() <= bound, f"{what}: {worst(error, at)}"
+        elif error.max() > bound:
+            other, _ = error_of(name, parameters, natives, at, value if is_value else slope)
+            assert error.max() <= 1.01 * other.max(), f"{what}: {worst(error, at)}, native {worst(other, at)}"
+
+
+@pytest.mark.parametrize("b", [4.0, 0.25, 1e-300, 1e300, math.inf])
+def test_squareplus_far_out_and_at_its_corner(b):
+    """x, 0 and b where each alone shows; every derivative at 0, where both sides meet."""
+    x = torch.tensor([-1e20, -1e4, -300.0, 0.0, 300.0, 1e4, 1e20], dtype=torch.float64)
+    with mpmath.workdps(700):
+        roots = [mpmath.sqrt(mpmath.mpf(v) ** 2 + b) for v in x.tolist()]
+        value = x.new_tensor([float((v + r) / 2) for v, r in zip(x.tolist(), roots, strict=True)])
+        slope = x.new_tensor([float((v / r + 1) / 2) for v, r in zip(x.tolist(), roots, strict=True)])
+    f = ours("squareplus", {"b": b})
+    for dtype in (torch.float64, torch.float32):
+        t = x.to(dtype)
+        for way in (f, vmap(f), torch.compile(f, backend="aot_eager")):
+            close(way(t), value.to(dtype), rtol=1e-6, atol=1e-44)
+        leaf = t.clone().requires_grad_()
+        plain = torch.autograd.grad(f(leaf).sum(), leaf)[0]
+        for derivative in (vmap(grad(f))(t), plain, jvp(f, (t,), (torch.ones_like(t),))[1]):
+            close(derivative, slope.to(dtype), rtol=1e-6, atol=1e-44)
+    zero = torch.zeros((), dtype=torch.float64)
+    if math.isfinite(b):
+        close(grad(grad(f))(zero), torch.tensor(1 / math.sqrt(b) / 2, dtype=torch.float64))

@@ -85,7 +85,7 @@ void strided_forward(const Tensor& input, Tensor& output, std::size_t index, Par
 
 Tensor activation(const Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!served(input) || !activation_infos[index].usual(params.data()))
+  if (!served(input) || !usual(index, params, input.scalar_type()))
     return composite::activation(input, name, params);
   Tensor output;
   if (input.is_non_overlapping_and_dense()) {
@@ -99,7 +99,7 @@ Tensor activation(const Tensor& input, std::string_view name, Params params) {
 
 Tensor& activation_(Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!served(input) || !activation_infos[index].usual(params.data()))
+  if (!served(input) || !usual(index, params, input.scalar_type()))
     return composite::activation_(input, name, params);
   if (input.is_non_overlapping_and_dense()) run_forward(input, input, index, params);
   else strided_forward(input, input, index, params);
@@ -124,7 +124,8 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::
   const ActivationInfo& info = activation_infos[index];
   const ActivationKernels& table = kernels().activations[index];
   if (!served(grad_output) || !served(saved) || grad_output.scalar_type() != saved.scalar_type() ||
-      !info.usual(params.data()) || (from_output && !info.output_suffices(params.data())))
+      !usual(index, params, grad_output.scalar_type()) ||
+      (from_output && !info.output_suffices(params.data())))
     return composite::activation_backward(grad_output, saved, name, params, from_output);
 
   const Backward kernel = (from_output ? table.backward_from_output : table.backward)[dtype_of(saved)];

@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
   const std::size_t index = activation_index(name, params);
-  if (!linear_served(input, weight, bias) || !activation_infos[index].usual(params.data()))
+  if (!linear_served(input, weight, bias) || !usual(index, params, input.scalar_type()))
     return composite::linear_activation_forward(input, weight, bias, name, params, keep_preactivation);
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
@@ -106,9 +106,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
   const ActivationKernels& table = kernels().activations[index];
   const bool identity = name == Identity::name;
   if (!blocked(dtype) ||
-      (!identity &&
-       (!served(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
-        !activation_infos[index].usual(params.data()) || (from_output && !table.backward_from_output[0])))) {
+      (!identity && (!served(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
+                     !usual(index, params, grad_output.scalar_type()) ||
+                     (from_output && !table.backward_from_output[0])))) {
     const Tensor dz =
         identity ? grad_output : activation_backward(grad_output, *saved, name, params, from_output);
     auto [dx, dw, db] = product_backward(rows_of(dz), input, weight, output_mask);

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
   const std::size_t index = activation_index(name, params);
-  if (!linear_served(input, weight, bias) || !activation_infos[index].usual(params.data()))
+  if (!linear_served(input, weight, bias) || !usual(index, params, input.scalar_type()))
     return composite::linear_activation_forward(input, weight, bias, name, params, keep_preactivation);
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
@@ -103,9 +103,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
   const ActivationInfo& info = activation_infos[index];
   const bool identity = name == Identity::name;
   if (!served(grad_output) ||
-      (!identity && (!served(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
-                     saved->device() != grad_output.device() || !info.usual(params.data()) ||
-                     (from_output && !info.output_suffices(params.data())))))
+      (!identity &&
+       (!served(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
+        saved->device() != grad_output.device() || !usual(index, params, grad_output.scalar_type()) ||
+        (from_output && !info.output_suffices(params.data())))))
     return composite::linear_activation_backward(grad_output, input, weight, saved, name, params, from_output,
                                                  output_mask);
   const auto [dz, sums] =

@@ -49,8 +49,8 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
   const Network network(weights, biases, names, params);
   if (!(cublaslt() || cutlass()) || !network.served(input) ||
       grad_output.scalar_type() != input.scalar_type() || grad_output.device() != input.device())
-    return Layers::mlp_backward(grad_output, input, weights, biases, kept, last, last_is_output, names,
-                                params, output_mask);
+    return composite::mlp_backward(grad_output, input, weights, biases, kept, last, last_is_output, names,
+                                   params, output_mask);
   const Kept all{network, input, kept, last, last_is_output};
   const auto signs_below = [&](int64_t l) {
     int64_t count = 0;
@@ -69,7 +69,7 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
       grad_output, output_mask,
       [&](int64_t l, const Tensor& dy, Mask mask) -> std::tuple<Tensor, Tensor, Tensor> {
         const Network::Layer& layer = network.layers[l];
-        if (layer.maxout) return Layers::layer_backward(all, l, dy, mask);
+        if (layer.maxout) return layer_backward(all, l, dy, mask);
         Tensor dz = rows_of(dy), sums = std::exchange(db, Tensor()), dx;
         if (!std::exchange(is_dz, false))
           std::tie(dz, sums) = activation_backward_rows(dy, all.source(l), layer.name, layer.params,
