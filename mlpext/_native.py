@@ -32,8 +32,8 @@ def _sine(input: Tensor, omega: float) -> Tensor:
 
 
 def _squareplus(input: Tensor, b: float) -> Tensor:
-    """As csrc/composites.cpp has it, which says why; torch.export must see torch's operators."""
-    if not isinstance(input, Tensor) or not 1e-30 < b < 1e20:  # a proxy of torch.fx: a call of the operator
+    """As csrc/composites.cpp has it, which says why."""
+    if not 1e-30 < b < 1e20:
         return torch.ops.mlpext.activation(input, "squareplus", (b,))  # type: ignore[no-any-return]
     if not input.is_floating_point() or input.layout != torch.strided or input.is_nested:
         return (input + torch.sqrt(input * input + b)) / 2
@@ -53,19 +53,21 @@ _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "sine": _sine,
-    "squareplus": _squareplus,
 }
+# Where torch has none at all: out of its operators, which torch.export must see.
+_COMPOSED = {"sine": _sine, "squareplus": _squareplus}
 
 
 def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
     """The function `name` of torch.nn.functional, or what torch makes it of."""
     function: Callable[..., Tensor] | None = _FUNCTIONS.get(name) or getattr(F, name, None)
-    if function is None:  # torch lacks it: the operator, which decomposes when it is traced
-        if not is_tensor_like(input):  # type: ignore[no-untyped-call]
-            raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
-        return torch.ops.mlpext.activation(input, name, params)  # type: ignore[no-any-return]
-    return function(input, *params, inplace=True) if inplace else function(input, *params)
+    if function is not None:
+        return function(input, *params, inplace=True) if inplace else function(input, *params)
+    if not is_tensor_like(input):  # type: ignore[no-untyped-call]
+        raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
+    if name in _COMPOSED and isinstance(input, Tensor):  # no proxy of torch.fx
+        return _COMPOSED[name](input, *params)
+    return torch.ops.mlpext.activation(input, name, params)  # type: ignore[no-any-return]
 
 
 def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
