@@ -27,8 +27,8 @@ test-clients: .venv/.built .venv-clients/.installed  ## with the packages that p
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
 test-triton: .venv/.built .venv-triton/.installed  ## Triton's kernel without a GPU, in an environment of its own
 	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q -m "" -k triton tests/test_triton.py tests/test_cuda_tensors_emulated.py
-fuzz: .venv/.built         ## random fits against NumPy's for MINUTES (1), on ISA (the best), from SEED (any)
-	OMP_NUM_THREADS=1 $(if $(ISA),MLPEXT_CPU_ISA=$(ISA)) $(V)/python tests/fuzz.py \
+fuzz: .venv/.built         ## random cases of ops (or WHAT=fits) for MINUTES (1), on ISA (the best), from SEED (any)
+	OMP_NUM_THREADS=1 $(if $(ISA),MLPEXT_CPU_ISA=$(ISA)) $(V)/python tests/fuzz.py $(or $(WHAT),ops) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 gradcheck: .venv/.built    ## derivatives against finite differences, alone
 	$(TEST) -m gradcheck

@@ -169,7 +169,7 @@ struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 20
     return select(x > V(0), V(1), exp(x / V(alpha)));
   }
   template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
-    return select(y > V(0), V(1), V(1) + y / V(alpha));
+    return select(y > V(0), V(1), (y + V(alpha)) / V(alpha));
   }
   // Native takes alpha and 1 / alpha in float, and refuses what is none there.
   MLPEXT_FORMULA constexpr bool usual() const {

@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import mlpext
 import reference
-from common import native, ours
+from common import distance, native, ours, ulp
 
 ROOT = Path(__file__).parent.parent
 RESULTS, TABLE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
@@ -67,6 +68,51 @@ def bounds(name: str, parameters: dict) -> dict[str, float]:
         derivative: {**DERIVATIVE, **ABSOLUTE}.get(name, OTHERS["derivative"]),
     }
     return {what: pair[mlpext._C.cpu_isa() == "baseline"] + bool(parameters) for what, pair in pairs.items()}
+
+
+WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}  # what 16 bits are computed in
+
+
+def unavoidable(name, parameters, x, dtype):
+    """Absolute errors that the definition itself brings with it in `dtype`."""
+    info = torch.finfo(dtype)
+    if name == "sine":  # omega * x is rounded, or overflows, before sin sees it
+        omega = parameters.get("omega", 1.0)
+        exact = math.frexp(omega)[0] in (0.5, -0.5, 0.0)
+        with np.errstate(over="ignore"):
+            angle = np.abs(omega * x)
+        return np.where(angle > info.max, np.inf, 0.0 if exact else angle * info.eps)
+    if name == "tanhshrink":  # x - tanh(x)
+        return 1.5 * info.eps * np.abs(x)
+    if name in ("gelu", "gelu_tanh", "silu", "mish"):  # x * gate, where the gate is subnormal
+        return np.abs(x) * info.smallest_normal * info.eps
+    return np.zeros_like(x)
+
+
+def beyond(slack, error):
+    return np.where(np.isinf(slack), 0.0, np.maximum(error - np.where(np.isinf(slack), 0.0, slack), 0.0))
+
+
+def value_error(name, parameters, value, at, expected):
+    """Of each point, in units of the last place, and the bound."""
+    slack = unavoidable(name, parameters, at, WIDE.get(value.dtype, value.dtype))
+    error = beyond(slack, distance(value, *expected)) / ulp(expected[0], value.dtype)
+    return error, 0.502 if value.dtype in WIDE else bounds(name, parameters)["value"]
+
+
+def derivative_error(name, parameters, slope, at, expected):
+    """The same of the derivative; in units of 1's last place where that is what is bounded."""
+    dtype, bound = slope.dtype, bounds(name, parameters)
+    slack = unavoidable(name, parameters, at, WIDE.get(dtype, dtype))
+    slack = slack * max(1.0, abs(parameters.get("omega", 1.0)))
+    if dtype in WIDE:  # y kept in 16 bits, or x
+        slack = slack + (torch.finfo(dtype).eps if name in ("sigmoid", "tanh") else 2e-7)
+    error = beyond(slack, distance(slope, *expected))
+    if dtype in WIDE:
+        return error / ulp(expected[0], dtype), 0.51
+    if "absolute" in bound:
+        return error / torch.finfo(dtype).eps, bound["absolute"]
+    return error / ulp(expected[0], dtype), bound["derivative"]
 
 
 CHUNK = 1 << 16

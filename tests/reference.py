@@ -156,7 +156,7 @@ def mish(m, x):
     {"beta": 2.0, "threshold": 5.0},
     {"beta": 0.5},
     {"beta": 1.0, "threshold": 1.0},
-    kinks=lambda beta=1.0, threshold=20.0: (threshold / beta,),
+    kinks=lambda beta=1.0, threshold=20.0: (threshold / beta,) if beta else (),
 )
 def softplus(m, x, beta=1.0, threshold=20.0):
     z = beta * x
@@ -289,6 +289,8 @@ def limits(name: str, parameters: dict) -> np.ndarray:
     far = np.where(np.abs(far) < 1e-20, np.copysign(0.0, far), far)
     if parameters.get("negative_slope") == 0:
         far[0, 0] = np.nan
+    if name == "squareplus":  # a b of 1e18 still shows at -1e30
+        far[:] = ((0, np.inf), (0, 1))
     return far
 
 

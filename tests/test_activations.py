@@ -23,7 +23,6 @@ from common import (
     assert_same_outcome,
     bits,
     class_name,
-    distance,
     every_case,
     every_float,
     every_functional_case,
@@ -81,29 +80,6 @@ if mlpext._C.cpu_isa() == "baseline":  # the reduction by quarter turns loses mo
     BEYOND_NATIVE["sine"] = 2.0
 
 
-WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}  # what 16 bits are computed in
-
-
-def unavoidable(name, parameters, x, dtype):
-    """Absolute errors that the definition itself brings with it in `dtype`."""
-    info = torch.finfo(dtype)
-    if name == "sine":  # omega * x is rounded, or overflows, before sin sees it
-        omega = parameters.get("omega", 1.0)
-        exact = math.frexp(omega)[0] in (0.5, -0.5, 0.0)
-        with np.errstate(over="ignore"):
-            angle = np.abs(omega * x)
-        return np.where(angle > info.max, np.inf, 0.0 if exact else angle * info.eps)
-    if name == "tanhshrink":  # x - tanh(x)
-        return 1.5 * info.eps * np.abs(x)
-    if name in ("gelu", "gelu_tanh", "silu", "mish"):  # x * gate, where the gate is subnormal
-        return np.abs(x) * info.smallest_normal * info.eps
-    return np.zeros_like(x)
-
-
-def beyond(slack, error):
-    return np.where(np.isinf(slack), 0.0, np.maximum(error - np.where(np.isinf(slack), 0.0, slack), 0.0))
-
-
 def reference_of(name, parameters, x):
     """[value | derivative][leading | rest] at the points of a tensor."""
     at = x.double().numpy()
@@ -120,9 +96,9 @@ def reference_of(name, parameters, x):
 def test_value_to_the_last_places(name, parameters, dtype, count):
     x = points(name, parameters, dtype, count)
     at, expected = x.double().numpy(), reference_of(name, parameters, x)[0]
-    error, bound = value_error(name, parameters, forward(name, parameters, x), at, expected)
+    error, bound = accuracy.value_error(name, parameters, forward(name, parameters, x), at, expected)
     assert error.max() <= bound, worst(error, at)
-    natives, _ = value_error(name, parameters, native(name, parameters)(x), at, expected)
+    natives, _ = accuracy.value_error(name, parameters, native(name, parameters)(x), at, expected)
     allowed = natives.max() + BEYOND_NATIVE.get(name, 1.0)
     assert error.max() <= allowed, f"{worst(error, at)}, native {worst(natives, at)}"
 
@@ -135,35 +111,10 @@ def test_value_to_the_last_places(name, parameters, dtype, count):
 def test_derivative_to_the_last_places(name, parameters, dtype, count):
     x = points(name, parameters, dtype, count)
     at, expected = x.double().numpy(), reference_of(name, parameters, x)[1]
-    error, bound = derivative_error(
+    error, bound = accuracy.derivative_error(
         name, parameters, gradients_of_ones(ours(name, parameters), x), at, expected
     )
     assert error.max() <= bound, worst(error, at)
-
-
-def value_error(name, parameters, value, at, expected):
-    """Of each point, in units of the last place, and the bound."""
-    slack = unavoidable(name, parameters, at, WIDE.get(value.dtype, value.dtype))
-    error = beyond(slack, distance(value, *expected)) / ulp(expected[0], value.dtype)
-    return error, 0.502 if value.dtype in WIDE else accuracy.bounds(name, parameters)["value"]
-
-
-def derivative_error(name, parameters, slope, at, expected):
-    """The same of the derivative; in units of 1's last place where that is what is bounded."""
-    dtype, bounds = slope.dtype, accuracy.bounds(name, parameters)
-    slack = unavoidable(name, parameters, at, WIDE.get(dtype, dtype)) * max(
-        1.0, abs(parameters.get("omega", 1.0))
-    )
-    if dtype in WIDE:
-        slack = slack + (
-            torch.finfo(dtype).eps if name in ("sigmoid", "tanh") else 2e-7
-        )  # kept in 16 bits, or not
-    error = beyond(slack, distance(slope, *expected))
-    if dtype in WIDE:
-        return error / ulp(expected[0], dtype), 0.51
-    if "absolute" in bounds:
-        return error / torch.finfo(dtype).eps, bounds["absolute"]
-    return error / ulp(expected[0], dtype), bounds["derivative"]
 
 
 def gradients_of_ones(f, x):
@@ -186,14 +137,14 @@ def test_sixteen_bits_all_values(name, parameters, dtype):
     at = x.double().numpy()
     value, slope = reference.fast(name, parameters, at)
     y = forward(name, parameters, x)
-    error, bound = value_error(name, parameters, y, at, (value, 0.0))
+    error, bound = accuracy.value_error(name, parameters, y, at, (value, 0.0))
     assert error.max() <= bound, worst(error, at)
-    clear = unavoidable(name, parameters, at, torch.float32) < 1e-3 * ulp(value, dtype)
+    clear = accuracy.unavoidable(name, parameters, at, torch.float32) < 1e-3 * ulp(value, dtype)
     nearest = torch.from_numpy(np.array(value)).to(dtype)
     share = (bits(y + 0.0) == bits(nearest + 0.0)).numpy()[clear].mean()
     assert share >= 0.999, share
 
-    error, bound = derivative_error(
+    error, bound = accuracy.derivative_error(
         name, parameters, gradients_of_ones(ours(name, parameters), x), at, (slope, 0.0)
     )
     assert error.max() <= bound, worst(error, at)

@@ -1,4 +1,4 @@
-"""Random training runs against NumPy's: every way into `fit`, drawn and compared as tests/fuzz.py has it.
+"""Random training runs against NumPy's: every way into `fit`, drawn and compared as random_fits.py has it.
 
 `make fuzz` goes on where these stop. A case that fails is printed as it can be put here, as an example.
 """
@@ -15,7 +15,7 @@ import torch
 
 import mlpext
 import reference
-from fuzz import Case, Place, check, draw
+from random_fits import Case, Place, check, draw
 from test_ranks import torchrun
 
 randoms = st.randoms(use_true_random=False)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import accuracy
 import mlpext
 from common import (
     activation_op,
@@ -40,7 +41,7 @@ from common import (
     values_of,
     worst,
 )
-from test_activations import derivative_error, every_finite, gradients_of_ones, reference_of, value_error
+from test_activations import every_finite, gradients_of_ones, reference_of
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),
@@ -727,7 +728,7 @@ def test_composites_are_as_exact_as_the_kernels(name, parameters, dtype):
     for what, (is_value, actual, natives) in composites(
         ours(name, parameters), theirs, name, parameters, x
     ).items():
-        error_of = value_error if is_value else derivative_error
+        error_of = accuracy.value_error if is_value else accuracy.derivative_error
         error, bound = error_of(name, parameters, actual, at, value if is_value else slope)
         if name in ("sine", "squareplus"):  # torch has none
             assert error.max() <= bound, f"{what}: {worst(error, at)}"

@@ -1,0 +1,204 @@
+"""Random calls of every operator beside torch's own, drawn and compared as tests/random_ops.py has it.
+
+`make fuzz` goes on where these stop. A case that fails is printed as it can be put here, as an example.
+"""
+
+import dataclasses
+import random
+
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+
+import random_ops
+from common import NAMES
+from random_ops import DIFFERENCES, IN_PLACE, WAYS, Case, Layer, check, draw
+
+randoms = st.randoms(use_true_random=False)
+
+
+@pytest.mark.isa
+@hypothesis.settings(max_examples=8000, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(r=randoms)
+def test_a_random_call_is_torchs(r):
+    """Values, gradients, shapes, dtypes, strides and exceptions."""
+    case = draw(r)
+    hypothesis.note(case)
+    check(case)
+
+
+@hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(r=randoms)
+def test_a_random_call_compiled_is_torchs(r):
+    case = draw(r, compiled=True)
+    hypothesis.note(case)
+    check(case)
+
+
+def test_every_activation_and_every_way_is_drawn():
+    r = random.Random(0)
+    cases = [draw(r) for _ in range(5000)]
+    assert {layer.name for case in cases for layer in case.layers} == {*NAMES, "maxout"}
+    assert {case.way for case in cases} == WAYS.keys() - {"compile"}
+
+
+def examples(*cases):
+    return pytest.mark.parametrize("case", cases, ids=repr)
+
+
+def _alone(name, **rest):
+    params = rest.pop("params", {})
+    return Case(layers=(Layer(0, name, tuple(params.items())),), **rest)
+
+
+def _layer(name, **rest):
+    params, width = rest.pop("params", {}), rest.pop("width", 8)
+    return Case("layer", (Layer(width, name, tuple(params.items())),), **rest)
+
+
+# ---------------------------------------------------------------- what once failed
+
+
+@pytest.mark.isa
+@examples(
+    *(
+        case
+        for name in ("softshrink", "hardshrink")
+        for params in ({}, {"lambd": 1.25})
+        for case in (
+            _alone(name, params=params, way="twice"),
+            _layer(name, params=params, shape=(3, 5), way="twice", masks=(True,) * 3),
+            Case("mlp", (Layer(4, name), Layer(3, "identity")), (2, 5), way="twice", masks=(True,) * 5),
+        )
+    )
+)
+def test_a_gradient_of_a_constant_gradient(case):
+    """Raised: the composite's gradient did not depend on x."""
+    assert check(case) is None
+
+
+@pytest.mark.isa
+@examples(
+    *(
+        _alone("celu", params={"alpha": alpha}, shape=(33,), way=way, dtype=dtype)
+        for alpha in (1.7, 0.5, 30.0)
+        for way in IN_PLACE
+        for dtype in ("float32", "float64")
+    )
+)
+def test_the_derivative_from_a_rounded_output(case):
+    """1 + y / alpha loses a digit that (y + alpha) / alpha keeps."""
+    assert check(case) is None
+
+
+@pytest.mark.isa
+@examples(
+    *(
+        _alone("squareplus", params=params, shape=(65,), values=values, way=way, dtype=dtype)
+        for params in ({}, {"b": 1e-30}, {"b": 1e18})
+        for values in ("wide", "special")
+        for way in ("backward", "no_grad", "saved tensors hooks")
+        for dtype in ("float32", "bfloat16", "float16", "float64")
+    )
+)
+def test_squareplus_of_anything(case):
+    """Through torch's operators it was 0 at -1e4, and infinite in float16 at 300."""
+    check(case)
+
+
+@pytest.mark.isa
+@examples(
+    *(
+        _layer(name, params=params, shape=(33, 15), dtype=dtype, masks=masks, way=way)
+        for name, params in (("hardshrink", {"lambd": 0.2}), ("leaky_relu", {"negative_slope": 1 / 3}))
+        for dtype in ("bfloat16", "float16")
+        for masks in ((True, True, True), (False, True, False), (False, False, True))
+        for way in ("backward", "saved tensors hooks")
+    )
+)
+def test_parameters_that_16_bits_round(case):
+    check(case)
+
+
+# ---------------------------------------------------------------- what differs on purpose
+
+ON_PURPOSE = (
+    _layer("mish", shape=(49,), layouts=("contiguous", "overlapping", "offset"), masks=(True, True, False)),
+    _alone("leaky_relu", shape=(12, 12, 5), layouts=("transposed", "contiguous")),
+    _alone("identity", shape=(48, 3), layouts=("contiguous", "one number"), way="twice"),
+    _alone("squareplus", shape=(15, 2), way="per sample", seed=1460067629),
+    _alone("sine", params={"omega": -0.5}, shape=(), way="jvp"),
+    _alone("logsigmoid", shape=(12, 2), layouts=("transposed", "contiguous"), way="no_grad"),
+    _layer("gelu", shape=(9,), dtype="bfloat16", masks=(True,) * 3, way="jvp", wrong="dtype", seed=912752567),
+    _alone("elu", params={"alpha": 1e30}, shape=(33, 1), values="wide", seed=632501607),
+    _alone("gelu", shape=(47, 2), layouts=("contiguous", "overlapping")),
+    _alone("hardswish", shape=(4, 31), values="special", layouts=("contiguous", "offset"), seed=56199652),
+    _alone(
+        "sine",
+        params={"omega": 1e30},
+        shape=(3, 1, 1, 3, 2, 4),
+        dtype="bfloat16",
+        values="wide",
+        seed=1618757023,
+    ),
+)
+
+
+def test_every_difference_has_an_example_and_is_one(monkeypatch):
+    """Without its line in the table each example is a failure."""
+    assert {check(case) for case in ON_PURPOSE} == DIFFERENCES.keys()
+    monkeypatch.setattr(random_ops, "DIFFERENCES", {})
+    for case in ON_PURPOSE:
+        with pytest.raises(AssertionError):
+            check(case)
+
+
+# ---------------------------------------------------------------- the comparison itself
+
+
+def _spoiled(monkeypatch, change):
+    """Every result of ours after `change`."""
+    functions = random_ops.functions
+
+    def spoiled(case, tensors):
+        ours, native = functions(case, tensors)
+        return (lambda *args: change(ours(*args))), native
+
+    monkeypatch.setattr(random_ops, "functions", spoiled)
+
+
+def _last_off(y):
+    off = torch.zeros(y.numel(), dtype=y.dtype)
+    off[-1] = y.detach().abs().amax() / 8
+    return y + off.view(y.shape)
+
+
+FAULTS = {
+    "one element": _last_off,
+    "dtype": lambda y: y.double(),
+    "shape": lambda y: y.unsqueeze(0),
+    "strides": lambda y: y.t().contiguous().t(),
+    "graph": lambda y: y.detach(),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@examples(
+    *(
+        dataclasses.replace(case, way=way, dtype=dtype)
+        for case in (
+            _alone("tanh", shape=(9, 17)),
+            _layer("sigmoid", shape=(9, 17), masks=(True,) * 3),
+            Case("maxout", (Layer(0, "maxout"),), (9, 16)),
+            Case("mlp", (Layer(7, "tanh"), Layer(5, "gelu")), (9, 16), masks=(True,) * 5),
+        )
+        for way in ("backward", "twice", "jvp")
+        for dtype in ("float32", "bfloat16")
+    )
+)
+def test_a_fault_is_seen(monkeypatch, case, fault):
+    assert check(case) in (None, *DIFFERENCES, "too near a kink to tell")
+    _spoiled(monkeypatch, FAULTS[fault])
+    with pytest.raises(Exception):  # noqa: B017 - whatever the comparison makes of it
+        check(case)
