@@ -78,11 +78,6 @@ if os.environ.get("MLPEXT_SANITIZE") == "1":
     flags += ["-fno-omit-frame-pointer", "-O1"]
     extension.extra_link_args = sanitizers
     extension.define_macros.append(("MLPEXT_DEBUG", None))
-    # What only hands tensors on comes from the ordinary build.
-    watched = [s for s in extension.sources if s.startswith(("csrc/cpu/", "csrc/training/", "tests/"))]
-    others = [Path(f"build/torch-{torch.__version__}", s) for s in extension.sources if s not in watched]
-    extension.sources = watched
-    extension.extra_objects = [str(path.with_suffix(".o")) for path in others]
 # torch's headers become system headers: a warning in them is not ours to mend.
 system = [f"-isystem{path}" for path in extension.include_dirs]
 if cuda and not os.path.exists(f"{cpp_extension.CUDA_HOME}/include/cublasLt.h"):

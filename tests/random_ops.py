@@ -463,13 +463,17 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
     "a layer's gradients are contiguous; torch's are transposed where its product is": (
         lambda case, problem: case.family in ("layer", "mlp") and _of_a_gradient(case, problem)
     ),
-    "a gradient whose layout is not x's: for relu and leaky_relu here, for hardsigmoid torch's": (
+    "a gradient has the layout of x; relu's, leaky_relu's, a second one, and torch's of a gradient that is "
+    "not contiguous, may have another": (
         lambda case, problem: (
-            case.layer.name in ("relu", "leaky_relu", "hardsigmoid") and _of_a_gradient(case, problem)
+            case.family == "activation"
+            and (
+                case.layer.name in ("relu", "leaky_relu")
+                or case.layouts[-1] != "contiguous"
+                or case.way not in ORDINARY
+            )
+            and _of_a_gradient(case, problem)
         )
-    ),
-    "a second derivative is made of several operators; torch's of others, with other strides": (
-        lambda case, problem: case.way not in ORDINARY and _of_a_gradient(case, problem)
     ),
     "torch has no such function; out of several operators come other strides, and refusals": (
         lambda case, problem: (
@@ -490,12 +494,12 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
             and (problem.native == "None" or case.way in FUNCTORCH)
         )
     ),
-    "the exponential far below 0 is 2^-1100 times its factor, not 0": (
+    "elu: the exponential far below 0 is 2^-1100 times alpha, not 0, and a subnormal alpha has few digits": (
         lambda case, problem: (
             problem.what == "numbers"
             and problem.result > 0
             and case.layer.name == "elu"
-            and abs(case.params.get("alpha", 1)) > 1e20
+            and not 1e-300 < abs(case.params.get("alpha", 1)) < 1e20
         )
     ),
     "torch's gelu fails where elements of the gradient share memory": (
@@ -834,10 +838,18 @@ def draw(r: random.Random, compiled: bool = False) -> Case:
         widths = [r.choice(SIZES if family == "layer" else SIZES[1:18]) for _ in range(count)]
         extremes = family == "layer" and case.way in ORDINARY and r.random() < 0.2
         layers = tuple(_layer(r, width, extremes) for width in widths)
+        if family == "mlp":  # an alpha below 0 makes e^-x, of which the next layers make anything
+            layers = tuple(
+                Layer(each.width, each.name) if dict(each.params).get("alpha", 1) < 0 else each
+                for each in layers
+            )
         case = dataclasses.replace(case, layers=layers, shape=shape, bias=r.random() < 0.8)
         if r.random() < 0.03 and not compiled:
             case = dataclasses.replace(case, wrong=r.choice(WRONG[: 3 + case.bias]))
-    if r.random() < 0.06 and case.way in ORDINARY and not case.wrong and case.usual:
+    common_ones = all(
+        layer.name == "maxout" or (layer.name, dict(layer.params)) in reference.CASES for layer in case.layers
+    )
+    if r.random() < 0.06 and case.way in ORDINARY and not case.wrong and common_ones:
         case = dataclasses.replace(case, dtype=r.choice([*OTHER_DTYPES]))
     values = ["normal", "normal", "grid"]
     if case.way in ORDINARY:

@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
     return {shaped(dx, grad_output), dw, db};
   }
   const Tensor dy = rows_of(grad_output);
-  const Tensor kept = identity ? dy : rows_of(*saved).contiguous();
-  const Matrix g = matrix(dy), s = matrix(kept);
+  const Tensor kept = identity ? Tensor() : rows_of(*saved).contiguous();
+  const Matrix g = matrix(dy);
   const int64_t size = dy.element_size();
   const BackwardRows derive = (from_output ? table.backward_rows_from_output : table.backward_rows)[dtype];
   const auto form = [&](int64_t row, int64_t rows, void* to, int64_t stride) {
@@ -126,9 +126,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
       copy_rows(dtype, {from, rows, g.columns, g.row_stride, g.column_stride}, to, stride);
       from = static_cast<const char*>(to), from_stride = stride;
     }
-    const bool one_run = from_stride == g.columns && s.row_stride == g.columns && stride == g.columns;
-    derive(params.data(), from, from_stride, static_cast<const char*>(s.data) + row * s.row_stride * size,
-           s.row_stride, to, stride, one_run ? 1 : rows, one_run ? rows * g.columns : g.columns);
+    // Identity's derivative looks at nothing; it is given what is there in any case.
+    const auto* source =
+        identity ? from : static_cast<const char*>(kept.const_data_ptr()) + row * g.columns * size;
+    const int64_t source_stride = identity ? from_stride : g.columns;
+    const bool one_run = from_stride == g.columns && source_stride == g.columns && stride == g.columns;
+    derive(params.data(), from, from_stride, source, source_stride, to, stride, one_run ? 1 : rows,
+           one_run ? rows * g.columns : g.columns);
   };
   auto [dx, dw, db] =
       blocked_backward(dtype, dy.scalar_type(), {g.rows, g.columns, identity ? &g : nullptr, form}, input,
