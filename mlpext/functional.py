@@ -4,12 +4,14 @@ errors.
 Unless a function says otherwise: `input` has any shape; float64, float32, bfloat16 and float16 tensors on
 the CPU take the package's kernels, and whatever else torch accepts takes torch's. The result has the shape,
 dtype and memory format of `input`. Derivatives of every order, forward mode, torch.func, torch.compile and
-autocast work as for torch's own functions. TypeError and RuntimeError are raised as torch raises them.
+autocast work as for torch's own functions. TypeError and RuntimeError are raised as torch raises them. With
+`out`, a tensor to write to (of gelu, softplus, logsigmoid, softshrink and hardshrink), torch's own run.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -70,6 +72,11 @@ def _integer(name: str, value: Any) -> int:
     raise TypeError(f"{name}: expected an integer, got {value!r}")
 
 
+def _into(out: Tensor, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """`function` of torch, whose stubs leave `out` away."""
+    return function(*args, out=out, **kwargs)
+
+
 def sigmoid(input: Tensor) -> Tensor:
     """1 / (1 + e^-x). Lecture row 3. At most 2.4 ULP in float32, below -88 too.
 
@@ -115,7 +122,7 @@ def elu(input: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
     return _C.activation(input, "elu", (alpha,), inplace)
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, approximate: str = "none", *, out: Tensor | None = None) -> Tensor:
     """x P(X <= x) for a normal X; approximate="tanh": x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))).
 
     Hendrycks and Gimpel, 2016. Keeps its digits in the negative tail, where 1 + erf(x) cancels.
@@ -123,6 +130,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     >>> mlpext.functional.gelu(torch.tensor([-1.0, 2.0]))
     tensor([-0.1587,  1.9545])
     """
+    if out is not None:
+        return _into(out, F.gelu, input, approximate=approximate)
     if approximate == "none":
         return _C.activation(input, "gelu")
     if approximate == "tanh":
@@ -148,12 +157,16 @@ def mish(input: Tensor, inplace: bool = False) -> Tensor:
     return _C.activation(input, "mish", (), inplace)
 
 
-def softplus(input: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+def softplus(
+    input: Tensor, beta: float = 1.0, threshold: float = 20.0, *, out: Tensor | None = None
+) -> Tensor:
     """log(1 + e^(beta x)) / beta, and x where beta x > threshold. Dugas et al., 2000.
 
     >>> mlpext.functional.softplus(torch.tensor([-1.0, 2.0]))
     tensor([0.3133, 2.1269])
     """
+    if out is not None:
+        return _into(out, F.softplus, input, beta, threshold)
     return _C.activation(input, "softplus", (beta, threshold))
 
 
@@ -211,12 +224,14 @@ def hardswish(input: Tensor, inplace: bool = False) -> Tensor:
     return _C.activation(input, "hardswish", (), inplace)
 
 
-def logsigmoid(input: Tensor) -> Tensor:
+def logsigmoid(input: Tensor, *, out: Tensor | None = None) -> Tensor:
     """log(1 / (1 + e^-x)).
 
     >>> mlpext.functional.logsigmoid(torch.tensor([-1.0, 2.0]))
     tensor([-1.3133, -0.1269])
     """
+    if out is not None:
+        return _into(out, F.logsigmoid, input)
     return _C.activation(input, "logsigmoid")
 
 
@@ -238,21 +253,25 @@ def tanhshrink(input: Tensor) -> Tensor:
     return _C.activation(input, "tanhshrink")
 
 
-def softshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+def softshrink(input: Tensor, lambd: float = 0.5, *, out: Tensor | None = None) -> Tensor:
     """x moved towards 0 by lambd >= 0, and 0 where |x| <= lambd.
 
     >>> mlpext.functional.softshrink(torch.tensor([-1.0, 2.0]))
     tensor([-0.5000,  1.5000])
     """
+    if out is not None:
+        return _into(out, F.softshrink, input, lambd)
     return _C.activation(input, "softshrink", (lambd,))
 
 
-def hardshrink(input: Tensor, lambd: float = 0.5) -> Tensor:
+def hardshrink(input: Tensor, lambd: float = 0.5, *, out: Tensor | None = None) -> Tensor:
     """x, and 0 where |x| <= lambd.
 
     >>> mlpext.functional.hardshrink(torch.tensor([-0.2, 2.0]))
     tensor([0., 2.])
     """
+    if out is not None:
+        return _into(out, F.hardshrink, input, lambd)
     return _C.activation(input, "hardshrink", (lambd,))
 
 

@@ -37,8 +37,7 @@ def native(name: str, parameters: dict, inplace: bool = False) -> Callable:
         "identity": lambda x: x,
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
-        "gelu_tanh": lambda x: TF.gelu(x, approximate="tanh"),
-        "hardshrink": lambda x, lambd=0.5: TF.hardshrink(x, lambd),
+        "gelu_tanh": functools.partial(TF.gelu, approximate="tanh"),
         "sine": lambda x, omega=1.0: torch.sin(x if omega == 1 else x * omega),
         "squareplus": lambda x, b=4.0: (x + torch.sqrt(x * x + b)) / 2,
     }

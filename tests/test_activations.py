@@ -17,6 +17,7 @@ import mlpext
 import mlpext.functional as F
 import reference
 from common import (
+    CASES,
     FUNCTIONAL_CASES,
     NAMES,
     assert_same_bits,
@@ -497,6 +498,43 @@ def test_inplace_with_a_negative_slope_raises_as_native(name, parameters):
 def test_inplace_is_offered_where_torch_offers_it(name):
     offered = "inplace" in inspect.signature(getattr(F, name)).parameters
     assert offered == has_inplace(name)
+
+
+WITH_OUT = ("gelu", "gelu_tanh", "softplus", "logsigmoid", "softshrink", "hardshrink")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "identity"])
+def test_out_is_offered_where_torch_offers_it(name):
+    x = torch.linspace(-3, 3, 12).view(3, 4)
+    for f in (ours(name, {}), *([native(name, {})] if name not in ("sigmoid", "tanh", "sine") else [])):
+        if name in WITH_OUT:
+            out = torch.empty(3, 4)
+            assert f(x, out=out) is out
+            torch.testing.assert_close(out, native(name, {})(x))
+        else:
+            with pytest.raises(TypeError, match="out"):
+                f(x, out=torch.empty(3, 4))
+
+
+@pytest.mark.parametrize("name, parameters", [c for c in CASES if c.values[0] in WITH_OUT])
+def test_out_is_written_or_refused_as_torchs(name, parameters):
+    x = torch.linspace(-30, 30, 24).view(4, 6)
+    outs = {
+        "strided": lambda: torch.zeros(4, 12)[:, ::2],
+        "empty": lambda: torch.empty(0),
+        "itself": lambda: x.clone(),
+        "another shape": lambda: torch.zeros(2),
+        "another dtype": lambda: torch.zeros(4, 6, dtype=torch.float64),
+        "wants a gradient": lambda: torch.zeros(4, 6, requires_grad=True),
+        "no tensor": lambda: 3,
+    }
+    for what, make in outs.items():
+        results = []
+        for f in (ours(name, parameters), native(name, parameters)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # resizing is deprecated
+                results.append(outcome(f, x, out=make()))
+        assert_same_outcome(*results, what)
 
 
 # ---------------------------------------------------------------- types and bad arguments
