@@ -11,7 +11,8 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients test-triton fuzz gradcheck accuracy bench check emulated sanitize cuda-link \
+.PHONY: help train test test-all test-clients test-triton fuzz gradcheck accuracy bench check emulated sanitize tsan \
+	coverage cuda-link \
 	cutlass-check clean
 .DEFAULT_GOAL := help
 
@@ -21,8 +22,9 @@ train: .venv/.built        ## train the reference network on digits, in all thre
 	$(V)/python -m mlpext train
 test: .venv/.built         ## the tests (slow ones and those that need a GPU left out)
 	$(TEST)
-test-all: .venv/.built     ## every test
+test-all: .venv/.built     ## every test, and the sanitizers
 	$(TEST) -m ""
+	$(MAKE) sanitize tsan
 test-clients: .venv/.built .venv-clients/.installed  ## with the packages that people use, in an environment of their own
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
 test-triton: .venv/.built .venv-triton/.installed  ## Triton's kernel without a GPU, in an environment of its own
@@ -46,11 +48,24 @@ check: .venv/.built        ## ruff, mypy, clang-format, the C++ with warnings as
 emulated: .venv/.built     ## build/emulated: with AVX-512's loops on AVX2, to test on machines that lack it
 	MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/emulated
 	$(call LINK_PYTHON,build/emulated)
-sanitize: .venv/.built     ## the engine's tests under ASan and UBSan, on each instruction set (AVX-512 emulated)
-	MLPEXT_SANITIZE=1 MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/sanitize \
+sanitize: .venv/.built     ## operators and engine under ASan and UBSan, on each instruction set (AVX-512 emulated)
+	MLPEXT_INSTRUMENT=address MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/sanitize \
 		--build-temp build/sanitize/objects
 	$(call LINK_PYTHON,build/sanitize)
-	set -e; for isa in baseline avx2 avx512; do echo "== $$isa"; MLPEXT_CPU_ISA=$$isa $(SANITIZED); done
+	set -e; for isa in baseline avx2 avx512; do echo "== $$isa"; MLPEXT_CPU_ISA=$$isa $(call SANITIZED,sanitize,asan) \
+		-n auto --maxprocesses 4 $(COMPUTES) tests/test_random_fit.py; done
+tsan: .venv/.built         ## the same under TSan, with two threads
+	MLPEXT_INSTRUMENT=thread $(V)/python setup.py -q build_ext --build-lib build/tsan --build-temp build/tsan/objects
+	$(call LINK_PYTHON,build/tsan)
+	MLPEXT_TEST_THREADS=2 $(call SANITIZED,tsan,tsan) $(COMPUTES)
+coverage: .venv/.built     ## lines that make test does not run, of C++ and Python, to build/coverage/report
+	$(V)/python -m pip install -q gcovr pytest-cov
+	MLPEXT_INSTRUMENT=coverage $(V)/python setup.py -q build_ext --build-lib build/coverage --build-temp build/coverage/objects
+	$(call LINK_PYTHON,build/coverage)
+	find build/coverage -name '*.gcda' -delete
+	PYTHONSAFEPATH=1 PYTHONPATH=build/coverage $(TEST) --cov mlpext --cov-report term-missing:skip-covered \
+		> build/coverage/report; grep -E "passed|failed" build/coverage/report
+	$(V)/gcovr -r . -f csrc --txt-summary --txt build/coverage/report.cpp build/coverage/objects
 cuda-link:                 ## build, link and import with a CUDA torch, no GPU needed (5.5 GB; CUDA_TORCH chooses)
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors
@@ -72,13 +87,14 @@ TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxpr
 # The package's Python beside a library built elsewhere: links, so that edits need no build.
 LINK_PYTHON = ln -sf $(filter-out %/_build.py,$(wildcard $(CURDIR)/mlpext/*.py)) $(1)/mlpext/
 
-# ASan's library must come first, and with it the C++ library, in which it looks for __cxa_throw at the start.
+# A sanitizer's library must come first, and with it the C++ library, in which it looks for __cxa_throw at the start.
 # Leaks: Python and torch keep memory to the end. PYTHONSAFEPATH: not the mlpext of this folder. The tests on two
 # ranks run torch's loop, half of the time here.
-SANITIZED = PYTHONSAFEPATH=1 PYTHONPATH=build/sanitize OMP_NUM_THREADS=1 MPLBACKEND=Agg \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	$(V)/python $(V)/pytest -q -s -n auto --maxprocesses 4 -k "not ranks" tests/test_native_engine.py tests/test_random_fit.py
+SANITIZED = PYTHONSAFEPATH=1 PYTHONPATH=build/$(1) OMP_NUM_THREADS=1 MPLBACKEND=Agg \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="halt_on_error=1 suppressions=tests/tsan.supp" \
+	LD_PRELOAD="$$(g++ -print-file-name=lib$(2).so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(V)/python $(V)/pytest -q -s -k "not ranks"
+COMPUTES = $(addprefix tests/test_,$(addsuffix .py,product maxout linear_activation linear_maxout mlp random_ops native_engine))
 
 # The same torch as in .venv, so that the extension built there loads here; nothing may bring another one.
 .venv-clients/.installed: tests/clients/requirements.txt tests/clients/no-deps.txt | .venv/.deps

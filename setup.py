@@ -6,7 +6,8 @@ MLPEXT_CUTLASS_INCLUDE  with CUDA: the folder of CUTLASS's headers; empty: none.
                         minute and 4 GB for each of four files (MAX_JOBS bounds how many at a time)
 MLPEXT_WERROR=1         warnings are errors: for `make check`, not for users
 MLPEXT_EMULATE_AVX512=1 AVX-512's loops on AVX2, by tests/avx512_emulator: for tests on machines that lack it
-MLPEXT_SANITIZE=1       with ASan, UBSan and the checks of MLPEXT_DEBUG: for `make sanitize`
+MLPEXT_INSTRUMENT=...   address: with ASan and UBSan, thread: with TSan, both with the checks of MLPEXT_DEBUG;
+                        coverage: with gcov's counters
 """
 
 import os
@@ -70,13 +71,24 @@ if os.environ.get("MLPEXT_EMULATE_AVX512") == "1":
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
 extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
-if os.environ.get("MLPEXT_SANITIZE") == "1":
+instrument = os.environ.get("MLPEXT_INSTRUMENT", "")
+if instrument not in ("", "address", "thread", "coverage"):
+    stop(f"MLPEXT_INSTRUMENT={instrument!r} is none of address, thread, coverage")
+if instrument == "address":
     # Left out: null and object-size, where ASan stops too, and use-after-scope, which poisons every lane of
     # every inlined word. Together they make compiling four times as long.
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size"]
-    flags += [*sanitizers, "-fno-sanitize-address-use-after-scope", "-fno-sanitize-recover=undefined"]
-    flags += ["-fno-omit-frame-pointer", "-O1"]
-    extension.extra_link_args = sanitizers
+    instruments = ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size"]
+    flags += ["-fno-sanitize-address-use-after-scope", "-fno-sanitize-recover=undefined"]
+elif instrument == "thread":
+    instruments = ["-fsanitize=thread"]
+    flags.append("-Wno-tsan")  # of fences in torch's headers, which TSan does not follow
+    extension.sources.append("tests/std_threads.cpp")
+elif instrument == "coverage":
+    instruments = ["--coverage"]
+if instrument:
+    flags += [*instruments, "-fno-omit-frame-pointer", "-O1"]
+    extension.extra_link_args = instruments
+if instrument in ("address", "thread"):
     extension.define_macros.append(("MLPEXT_DEBUG", None))
 # torch's headers become system headers: a warning in them is not ours to mend.
 system = [f"-isystem{path}" for path in extension.include_dirs]

@@ -761,6 +761,10 @@ def _bound(case: Case, k: int, actual: torch.Tensor, wanted: torch.Tensor) -> to
     spare = 32 if dtype == torch.float64 else 0  # reference.py's own roundings there
     slack = accuracy.unavoidable(case.layer.name, case.params, x, accuracy.WIDE.get(dtype, dtype))
     slack = torch.from_numpy(np.asarray(slack)) + torch.finfo(torch.float64).tiny
+    # x / alpha and beta x are rounded, and alpha and beta before, which e^ makes relative to the result.
+    rate = {"celu": 1 / (case.params.get("alpha") or 1), "softplus": case.params.get("beta", 1)}
+    exponent = np.minimum(np.abs(x * rate.get(case.layer.name, 0)), 1000)
+    slack = slack + torch.as_tensor(np.nan_to_num(exponent)) * torch.finfo(dtype).eps * wanted.abs()
     bounds = accuracy.bounds(case.layer.name, case.params)
     if k == 0:
         return unit * (0.502 if narrow else bounds["value"] + spare) + slack
