@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -280,28 +281,35 @@ def main() -> None:
         f.pipe.send(None)
 
 
+TEXT = """\
+# Accuracy
+
+The largest error of each activation over the float32 numbers: {tried}. Errors are against float64, in
+ULP, units in the last place of the exact value; at 0.5 every result is the nearest number. Infinities and
+NaN are tested apart; of float16 and bfloat16 tests/test_activations.py tries all 65,536 values, and at
+least 99.9 % of the results are the nearest number. Made by `make accuracy`; tests/accuracy.py has the
+bounds that tests hold.
+
+What a user need not mind: large figures in the derivative's ULP column. The derivative is the one that
+autograd takes. Where it passes through 0, or is made from a rounded y as torch's is (1 - y^2 of tanh
+where y is nearly 1), the exact value is so small that a rounding of 1 is many of its units. Its absolute
+error, in the last columns in units of 2^-23, stays at a few roundings of 1.
+
+These are activations alone, which keep x where torch's do. A fused layer of elu, selu or celu keeps y,
+and takes f'(z) = y + alpha from it. Far below 0 the rounded y has few digits of that sum left: in float32
+the gradient is 3 % off at z = -15, and 0 at z = -17, where torch's Linear + ELU, which keeps z, is off by
+3e-8. The absolute error stays below 2^-23.
+
+Where torch's own operators stand in for the kernels (README, "Nothing breaks"), each is held to the same
+bounds, or to torch's error where that is larger."""
+
+
 def table(results: dict) -> str:
     """docs/accuracy.md."""
     isas = [label for label in next(iter(results.values()))["errors"] if label != "native"]
+    text = TEXT.format(tried=_tried(results))
     lines = [
-        "# Accuracy",
-        "",
-        "Made by `make accuracy`; tests/accuracy.py has the bounds that tests hold. Largest error over the",
-        "float32 inputs (infinities and NaN are tested apart), against float64. ULP: units in the last",
-        "place of the exact value; 0.5: every result is the nearest number. The derivative is the one that",
-        "autograd takes; where it passes through 0, or is made from a rounded y as native's is, only its",
-        "absolute error, here in units of 2^-23, says something. Every stride-th number was tried: 1 is all",
-        "of them. float16 and bfloat16: tests/test_activations.py tries all 65,536 values, and at least",
-        "99.9 % of the results are the nearest number.",
-        "",
-        "These are activations alone, which keep x where torch's do. A fused layer of elu, selu or celu",
-        "keeps y, and takes f'(z) = y + alpha from it. Far below 0 the rounded y has few digits of that sum",
-        "left: in float32 the gradient is 3 % off at z = -15, and 0 at z = -17, where torch's Linear + ELU,",
-        "which keeps z, is off by 3e-8. The absolute error stays below 2^-23.",
-        "",
-        'Where torch\'s own operators stand in for the kernels (README, "Nothing breaks"), each is held to',
-        "the same bounds, or to torch's error where that is larger.",
-        "",
+        *(textwrap.fill(paragraph.replace("\n", " "), 110) + "\n" for paragraph in text.split("\n\n")),
         f"| activation | stride | value, ULP: {' / '.join(isas)} | native "
         "| derivative, ULP | native | absolute | native |",
         "|---|---|---|---|---|---|---|---|",
@@ -312,6 +320,17 @@ def table(results: dict) -> str:
             cells += [" / ".join(_figure(errors[isa][what]) for isa in isas), _figure(errors["native"][what])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _tried(results: dict) -> str:
+    """Which numbers: all where the stride is 1."""
+    full = [name for name in mlpext.activations() if results.get(name, {}).get("stride") == 1]
+    others = sorted({result["stride"] for result in results.values()} - {1})
+    words = [f"all 2^32 of them for {', '.join(full)}"] if full else []
+    words += (
+        [f"one in {' or '.join(map(str, others))} for {'the others' if full else 'each'}"] if others else []
+    )
+    return "; ".join(words)
 
 
 def _figure(worst: dict) -> str:
