@@ -14,7 +14,7 @@ import inspect
 import io
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from itertools import product
@@ -52,6 +52,13 @@ def is_list(module: Module) -> bool:
     cls = type(module)
     scripted = isinstance(module, torch.jit.ScriptModule)
     return is_torchs(cls) and not scripted and cls.forward is Module.forward
+
+
+def is_identity(module: Module) -> bool:
+    """Whether a call of `module` gives back what it is given, and nobody watches: Identity, or what `fuse`
+    has put in the place of an activation."""
+    untouched = type(module).forward is Identity.forward and "forward" not in vars(module)
+    return untouched and not has_hooks(module)
 
 
 def is_torchs(cls: type) -> bool:
@@ -149,8 +156,7 @@ def follower(node: fx.Node) -> fx.Node | str:
     if user.op == "call_module":
         if user.args != (node,) or user.kwargs:
             return f"its output goes to {describe(user)} among other arguments"
-        module = user.meta["module"]
-        if type(module) is Identity and not has_hooks(module):
+        if is_identity(user.meta["module"]):
             return follower(user)
     return user
 
@@ -158,7 +164,7 @@ def follower(node: fx.Node) -> fx.Node | str:
 def source(node: fx.Node) -> Any:
     """What a call's first argument comes from; Identity is looked through."""
     came = node.args[0] if node.args else None
-    if isinstance(came, fx.Node) and came.op == "call_module" and type(came.meta["module"]) is Identity:
+    if isinstance(came, fx.Node) and came.op == "call_module" and is_identity(came.meta["module"]):
         return source(came)
     return came
 
@@ -247,6 +253,30 @@ def methods(cls: type) -> dict[str, Uses]:
             for kind in ("called", "opened", "foreign"):
                 getattr(known, kind).update(getattr(uses, kind))
     return found
+
+
+def codes(cls: type) -> Iterator[types.CodeType]:
+    """The code of the methods of `cls` down to Module, and of functions within; `__init__` runs before."""
+    members = [
+        member
+        for base in cls.__mro__
+        if base not in Module.__mro__
+        for name, member in vars(base).items()
+        if name != "__init__"
+    ]
+    todo = [function.__code__ for member in members if (function := _function(member)) is not None]
+    while todo:
+        code = todo.pop()
+        yield code
+        todo += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+
+
+_MODULES_OWN = {*dir(Module), *vars(Module())}
+
+
+def attributes(cls: type) -> set[str]:
+    """Names of the attributes that a class of modules has or its code may read, beside those of Module."""
+    return {*dir(cls), *(name for code in codes(cls) for name in code.co_names)} - _MODULES_OWN
 
 
 def _function(member: Any) -> types.FunctionType | None:

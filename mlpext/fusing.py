@@ -16,13 +16,33 @@ from torch import Tensor, fx
 from torch.nn import Identity, Linear, Module
 
 from mlpext import nn
-from mlpext._calls import Calls, describe, follower, has_hooks, is_torchs, source
+from mlpext._calls import Calls, attributes, describe, follower, has_hooks, is_torchs, source
 from mlpext._fusable import OURS, Row, activation_called, activation_of, why_not_linear
 from mlpext._fused_graph import FusedGraph, fuse_graph
 
 M = TypeVar("M", bound=Module)
 
 _WAS = "_class_before_fuse"
+
+
+class FusedActivation(Identity):
+    """What `fuse` puts in an activation's place: it returns its input, since the layer before has computed
+    the activation. Changes to the activation's parameters, which that layer would not see, are refused.
+    `inplace` is none of them: no output hangs on it, and utilities set it on all modules of a model.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        was = vars(self).get(_WAS)
+        if was is not None and name != "inplace" and name in attributes(was):
+            raise AttributeError(
+                f"{name}: this {was.__name__} has become part of the linear layer before it, and a change "
+                "here would be lost; mlpext.unfuse(model) first, or change `params` of that layer"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        was = vars(self).get(_WAS)
+        return was.__name__ if was else ""
 
 
 class Report(list[Row]):
@@ -49,10 +69,11 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
     as this package's, and everything else as it was.
 
     Same outputs, same parameters (the same objects: an optimizer made before goes on), same state_dict keys.
-    The Linear becomes a LinearActivation, its activation a torch.nn.Identity. `model` itself stays as it is,
-    unless `inplace`; the result shares its parameters and buffers. A pair is fused only where every use of
-    both is seen to be the one after the other; hooks, parametrizations, subclasses of Linear and the like are
-    left alone. Methods of the model are read; code outside it that calls a Linear directly is not known.
+    The Linear becomes a LinearActivation, its activation a FusedActivation, which is an Identity. `model`
+    itself stays as it is, unless `inplace`; the result shares its parameters and buffers. A pair is fused
+    only where every use of both is seen to be the one after the other; hooks, parametrizations, subclasses of
+    Linear and the like are left alone. Methods of the model are read; code outside it that calls a Linear
+    directly is not known.
 
     `graph=True` fuses functional calls, `F.elu(self.a(x))`, too; where the whole model can be traced by
     torch.fx, the result is then a GraphModule. `report=True` returns (model, Report): what was fused, what
@@ -158,7 +179,7 @@ def _fuse(model: Module) -> dict[Module, Row]:
     for linear in followers:
         _become(linear, nn.LinearActivation)
     for activation in fused_into:
-        _become(activation, Identity)
+        _become(activation, FusedActivation)
     for module, row in rows.items():
         if row.action == "replaced":
             _become(module, OURS[type(module)])

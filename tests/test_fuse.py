@@ -15,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import mlpext
+from mlpext.fusing import FusedActivation
 from mlpext.nn import LinearActivation
 
 # ---------------------------------------------------------------- architectures
@@ -499,7 +500,7 @@ def fuse(model, *inputs, **kwargs):
 def test_every_activation(name):
     module = getattr(nn, name)(**ACTIVATIONS[name])
     fused, _ = fuse(nn.Sequential(nn.Linear(6, 8), module))
-    assert types(fused) == {"": nn.Sequential, "0": LinearActivation, "1": nn.Identity}
+    assert types(fused) == {"": nn.Sequential, "0": LinearActivation, "1": FusedActivation}
 
     bare, report = fuse(nn.Sequential(nn.LayerNorm(6), getattr(nn, name)(**ACTIVATIONS[name])))
     assert type(bare[1]) is getattr(mlpext.nn, name) and repr(bare[1]) == repr(module)
@@ -541,7 +542,7 @@ class TrainOnly(nn.Module):
 def test_modules_that_only_call_an_activation():
     for cls, name in ((OwnSine, "sine"), (OwnSiLU, "silu")):
         fused, _ = fuse(nn.Sequential(nn.Linear(6, 8), cls()))
-        assert fused[0].activation == name and type(fused[1]) is nn.Identity
+        assert fused[0].activation == name and type(fused[1]) is FusedActivation
         assert type(mlpext.unfuse(fused)[1]) is cls
         assert type(fuse(nn.Sequential(cls()))[0][0]) is cls
     for cls in (Scaled, TrainOnly):
@@ -748,6 +749,93 @@ def test_changed_after_it_was_fused():
         change(fused.fc)
         change(twin.fc)
         assert_same(twin, fused, (randn(5, 6),))
+
+
+class OwnLeaky(nn.Module):
+    """An activation of one's own, with its parameter behind a property, and one of the class."""
+
+    negative_slope = 0.1
+
+    def __init__(self):
+        super().__init__()
+        self._scale, self.note = 1.0, ""
+
+    @property
+    def scale(self):
+        return self._scale
+
+    @scale.setter
+    def scale(self, value):
+        self._scale = value
+
+    def forward(self, x):
+        return TF.leaky_relu(x, self.slope())
+
+    def slope(self):
+        return self.negative_slope * self._scale
+
+
+PARAMETERS = [(name, attribute) for name in ACTIVATIONS for attribute in ACTIVATIONS[name]]
+PARAMETERS = [(name, attribute) for name, attribute in PARAMETERS if attribute != "inplace"]
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
+@pytest.mark.parametrize("library", [nn, mlpext.nn], ids=["torch", "mlpext"])
+@pytest.mark.parametrize("name, attribute", PARAMETERS)
+def test_a_parameter_of_a_fused_activation_cannot_be_changed(name, attribute, library, graph):
+    model = nn.Sequential(nn.Linear(6, 8), getattr(library, name)(**ACTIVATIONS[name])).double()
+    value, x = ACTIVATIONS[name][attribute], randn(5, 6)
+    other = "none" if name == "GELU" else value / 2
+    fused, before = mlpext.fuse(model, graph=graph), model(x)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused.eval().to(torch.float64)):
+        act = twin.get_submodule("1")
+        with pytest.raises(AttributeError, match=f"{attribute}: this {name} has become .*unfuse"):
+            setattr(act, attribute, other)
+        assert getattr(act, attribute) == value
+        torch.testing.assert_close(twin(x), before)
+    back = mlpext.unfuse(fused)
+    for net in (back, model):
+        setattr(net[1], attribute, other)
+        assert not torch.equal(net(x), before)
+    torch.testing.assert_close(back(x), model(x))
+
+
+@pytest.mark.parametrize("attribute", ["negative_slope", "_scale", "scale", "slope"])
+def test_a_parameter_of_an_activation_of_ones_own_cannot_be_changed(attribute):
+    model = Pair()
+    model.act = OwnLeaky()
+    fused, _ = fuse(model)
+    assert type(fused.fc) is LinearActivation and type(fused.act) is FusedActivation
+    with pytest.raises(AttributeError, match=f"{attribute}: this OwnLeaky has become .*unfuse"):
+        setattr(fused.act, attribute, 0.9)
+    mlpext.unfuse(fused).act.scale = 3.0
+    x = randn(5, 6)
+    torch.testing.assert_close(fused(x), TF.leaky_relu(model.fc(x), 0.3))
+
+
+def test_what_else_a_fused_activation_has_can_be_changed():
+    fused = mlpext.fuse(nn.Sequential(nn.Linear(6, 6), nn.ELU(inplace=True), nn.Linear(6, 6), OwnLeaky()))
+    for act in (fused[1], fused[3]):
+        for note in ("mine", "yours"):
+            act.note, act.inplace = note, False
+            assert act.note == note and act.inplace is False
+        act.train(False).requires_grad_(False).to(torch.float64)
+        assert act.training is False
+    assert mlpext.unfuse(fused)[1].inplace is False
+    FusedActivation().alpha = 1.0  # one that has replaced nothing
+
+
+def test_the_repr_of_a_fused_activation():
+    fused = mlpext.fuse(nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU()))
+    assert repr(fused[1]) == "FusedActivation(LeakyReLU)"
+    assert repr(FusedActivation()) == "FusedActivation()"
+
+
+def test_hooks_on_a_fused_activation():
+    fused, log = mlpext.fuse(Pair()), []
+    fused.act.register_forward_hook(lambda *a: log.append(a[2]))
+    y = fused(torch.randn(5, 6))
+    assert torch.equal(log[0], y)
 
 
 def test_a_subclass_of_linear():
