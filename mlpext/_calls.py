@@ -1,9 +1,9 @@
 """Which module calls feed which: what `fuse` has to know of a model before it may change it.
 
 A module's own `forward` is run on torch.fx proxies, with its children as leaves, in train and in eval mode,
-with and without the arguments whose default is None, with one and two for `*args`: what holds in all of them
-does not hang on the mode. What torch.fx cannot see (methods beside `forward`, a forward that does not trace)
-is read as source.
+with and without the arguments whose default is None, with one and two for `*args`, and again with other
+values of the attributes that it may test: what holds in all of them does not hang on the mode. What torch.fx
+cannot see (methods beside `forward`, a forward that does not trace) is read as source.
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ import ast
 import copy
 import inspect
 import io
+import operator
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from enum import Enum
 from itertools import product
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import fx
-from torch.nn import Identity, Module, Sequential
+from torch.nn import Identity, Linear, Module, Sequential
 
 _HOOKS = (
     *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
@@ -52,6 +54,13 @@ def is_list(module: Module) -> bool:
     cls = type(module)
     scripted = isinstance(module, torch.jit.ScriptModule)
     return is_torchs(cls) and not scripted and cls.forward is Module.forward
+
+
+def is_identity(module: Module) -> bool:
+    """Whether a call of `module` gives back what it is given, and nobody watches: Identity, or what `fuse`
+    has put in the place of an activation."""
+    untouched = type(module).forward is Identity.forward and "forward" not in vars(module)
+    return untouched and not has_hooks(module)
 
 
 def is_torchs(cls: type) -> bool:
@@ -97,6 +106,8 @@ class Tracer(fx.Tracer):
         return function, proxies
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if len(self.graph.nodes) > 100_000:  # `while self.flag:`, with the flag set for once
+            raise Untraceable("it has no end")
         node = super().create_node(*args, **kwargs)
         node.meta["modes"] = modes()
         if node.op == "call_module":
@@ -105,10 +116,15 @@ class Tracer(fx.Tracer):
 
 
 def trace(
-    module: Module, inline: Callable[[Module], bool] = lambda module: False
+    module: Module,
+    inline: Callable[[Module], bool] = lambda module: False,
+    change: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> tuple[list[fx.Graph], set[Module]]:
     """The graphs of `module` in every mode, and the modules whose forward is part of them. The module, and
-    the random numbers to come, stay untouched."""
+    the random numbers to come, stay untouched.
+
+    `change` are attributes with another value than they have. Where a forward fails with it, as it does on
+    tensors, there is no graph."""
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
     if type(module).__call__ is not Module.__call__ and not isinstance(module, fx.GraphModule):
@@ -124,6 +140,7 @@ def trace(
         twin = object.__new__(type(module))
         for name, value in vars(module).items():
             vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+        vars(twin).update(change)
         twin.training = training
         tracer = Tracer(inline, many)
         try:
@@ -131,10 +148,18 @@ def trace(
                 simplefilter("ignore")
                 graphs.append(tracer.trace(twin, concrete))
         except Exception as error:  # whatever a forward does with a proxy
+            if change and not _is_tracings(error):
+                continue
             first = str(error).partition("\n")[0].partition(". ")[0]
             raise Untraceable(f"{type(error).__name__}: {first}") from error
         inlined |= tracer.inlined
     return graphs, inlined
+
+
+def _is_tracings(error: Exception) -> bool:
+    """Whether `error` came of a proxy, where a tensor may have done."""
+    known = isinstance(error, (fx.proxy.TraceError, Untraceable))
+    return known or any(word in str(error) for word in ("Proxy", "'Attribute'", "symbolic"))
 
 
 def follower(node: fx.Node) -> fx.Node | str:
@@ -149,8 +174,7 @@ def follower(node: fx.Node) -> fx.Node | str:
     if user.op == "call_module":
         if user.args != (node,) or user.kwargs:
             return f"its output goes to {describe(user)} among other arguments"
-        module = user.meta["module"]
-        if type(module) is Identity and not has_hooks(module):
+        if is_identity(user.meta["module"]):
             return follower(user)
     return user
 
@@ -158,7 +182,7 @@ def follower(node: fx.Node) -> fx.Node | str:
 def source(node: fx.Node) -> Any:
     """What a call's first argument comes from; Identity is looked through."""
     came = node.args[0] if node.args else None
-    if isinstance(came, fx.Node) and came.op == "call_module" and type(came.meta["module"]) is Identity:
+    if isinstance(came, fx.Node) and came.op == "call_module" and is_identity(came.meta["module"]):
         return source(came)
     return came
 
@@ -249,6 +273,34 @@ def methods(cls: type) -> dict[str, Uses]:
     return found
 
 
+def codes(cls: type) -> Iterator[types.CodeType]:
+    """The code of `forward`, and of all below Module that it may reach by name, functions within included."""
+    todo, seen = ["forward"], set(dir(Module)) - {"forward"}
+    bases = [base for base in cls.__mro__ if base not in Module.__mro__]
+    while todo:
+        name = todo.pop()
+        functions = [_function(vars(base).get(name)) for base in bases] if name not in seen else []
+        seen.add(name)
+        within = [function.__code__ for function in functions if function is not None]
+        while within:
+            code = within.pop()
+            yield code
+            todo += _words(code) | set(code.co_names)
+            within += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+
+
+def _words(code: types.CodeType) -> set[str]:
+    """The strings in `code` that may be a name or the value of an attribute."""
+    parts = [part for const in code.co_consts if isinstance(const, (tuple, frozenset)) for part in const]
+    return {each for each in [*code.co_consts, *parts] if isinstance(each, str) and len(each.split()) < 2}
+
+
+def reads(cls: type) -> set[str]:
+    """Names of attributes that a forward of class `cls` may read, beside those of every module."""
+    names = {name for code in codes(cls) for name in (*code.co_names, *_words(code))}
+    return names - {*dir(Module), *vars(Module())}
+
+
 def _function(member: Any) -> types.FunctionType | None:
     if isinstance(member, property):
         member = member.fget
@@ -272,14 +324,77 @@ def reachable(uses: dict[str, Uses], start: str = "forward") -> set[str]:
     return found
 
 
+# ---------------------------------------------------------------- what attributes decide
+
+
+def changes(module: Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The plain attributes that the forward of `module` may read, and those of plain objects in them, each
+    with other values: `model.return_pre = True` takes another way through the same forward."""
+    names = sorted(reads(type(module)))
+    words = sorted({"", *(word for code in codes(type(module)) for word in _words(code))})
+    for name in names:
+        value = inspect.getattr_static(module, name, ...)
+        for other in _others(value, words):
+            yield f"self.{name}", {name: other}
+        new: Any = type(value).__new__
+        if new not in _PLAIN or isinstance(value, (Module, torch.Tensor)) or callable(value):
+            continue
+        for inner in sorted(getattr(value, "__dict__", {}).keys() & set(names)):
+            for other in _others(vars(value)[inner], words):
+                changed = new(type(value))  # copy.copy may give back the same, a logger for one
+                vars(changed).update(vars(value) | {inner: other})
+                yield f"self.{name}.{inner}", {name: changed}
+
+
+_PLAIN: tuple[Any, ...] = (object.__new__, types.SimpleNamespace.__new__)
+
+
+def _others(value: Any, words: list[str]) -> list[Any]:
+    """Values to put in the place of `value`, so that a test of it turns out in another way. None for modules,
+    tensors and functions: replacing one is another model."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, Enum):
+        return [other for other in type(value) if other is not value]
+    if isinstance(value, str):
+        return [word for word in words if word != value]
+    if value is None:  # set, but not called: an optional layer that is not there stays away
+        return [_contrary(())]
+    return [_contrary(value)] if type(value) in (int, float, tuple, list, set, frozenset, dict) else []
+
+
+def _contrary(value: Any) -> Any:
+    """A number or a container like `value` that answers every comparison with the opposite."""
+    rest = iter(range(10_000))  # `while self.limit > n:` has to end
+
+    def contrary(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(_: Any, *other: Any) -> Any:
+            next(rest)
+            truth = ask(value, *other)
+            return not truth if isinstance(truth, bool) else truth
+
+        return answer
+
+    asked = {f"__{name}__": contrary(getattr(operator, name)) for name in _COMPARISONS}
+    asked |= {"__bool__": contrary(bool), "__hash__": type(value).__hash__}
+    return type(type(value).__name__, (type(value),), asked)(value)
+
+
+_COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "contains")
+
+
 # ---------------------------------------------------------------- a whole model
+
+
+def _branches(module: Module, name: str) -> str:
+    return f"{type(module).__name__}.forward branches on {name}, which may change"
 
 
 class Calls:
     """The calls that a model's forwards make of its modules.
 
     `nodes[module]` are all calls of it, in every graph; `untraced[module]` says why its forward could not be
-    followed.
+    followed. `decided[graph]` is the attribute that has another value there than in the model.
     """
 
     def __init__(self, model: Module) -> None:
@@ -288,6 +403,7 @@ class Calls:
         self.nodes: dict[Module, list[fx.Node]] = {module: [] for module in self.paths}
         self.owner: dict[fx.Graph, Module] = {}
         self.untraced: dict[Module, str] = {}
+        self.decided: dict[fx.Graph, str] = {}
         self.methods: dict[type, dict[str, Uses]] = {}
         graphs: dict[Module, list[fx.Graph]] = {}
         inlined: set[Module] = set()
@@ -302,6 +418,12 @@ class Calls:
                     reason = f"{type(module).__name__}.forward cannot be traced ({error})"
             if reason:
                 self.untraced[module] = reason
+        for module in list(graphs):
+            try:
+                graphs[module] += self._changed(module)
+            except Untraceable as error:
+                self.untraced[module] = f"{error}, and cannot be traced the other way"
+                del graphs[module]
         for module in graphs:
             # A chain is in the graphs of its parents, between what comes before it and after.
             if module in inlined and all(parent in graphs for parent, _ in self.parents[module]):
@@ -324,6 +446,26 @@ class Calls:
         if cls not in self.methods:
             self.methods[cls] = methods(cls)
         return f"{cls.__name__} has no forward" if cls.forward is Module.forward else None
+
+    def _changed(self, module: Module) -> list[fx.Graph]:
+        """The graphs of `module` for other values of its attributes, if a pair may hang on them: it holds a
+        linear layer, or what others hold too."""
+        parts = set(module.modules()) - {module}
+        if is_chain(module) or not any(isinstance(m, Linear) or len(self.parents[m]) > 1 for m in parts):
+            return []
+        found: dict[fx.Graph, str] = {}
+        for name, change in changes(module):
+            try:
+                found |= dict.fromkeys(trace(module, change=change)[0], name)
+            except Untraceable as error:
+                raise Untraceable(_branches(module, name)) from error
+        self.decided |= found
+        return list(found)
+
+    def decided_by(self, node: fx.Node) -> str | None:
+        """The attribute without whose change there would be no such call, for the report."""
+        name = self.decided.get(node.graph)
+        return name and _branches(self.owner[node.graph], name)
 
     def unseen(self, module: Module) -> str | None:
         """Why there may be calls of `module` that are not in `nodes`: someone who holds it was not traced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import Linear, Module
 
 from mlpext import functional as F
-from mlpext._calls import Untraceable, describe, follower, has_hooks, is_chain, is_torchs, modes, trace
+from mlpext._calls import Untraceable, describe, follower, has_hooks, is_chain, is_torchs, modes, reads, trace
 from mlpext._fusable import Row, activation_after, activation_called, why_not_linear
 
 
@@ -30,6 +31,17 @@ class FusedGraph(fx.GraphModule):
         vars(self)["model"] = model
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             vars(self)[name] = vars(model)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        model = vars(self).get("model")
+        # Not layers and weights: the graph finds them by name, so that they may be exchanged.
+        plain = model is not None and inspect.getattr_static(model, name, ...) is not ...
+        if plain and name in reads(type(model)):
+            raise AttributeError(
+                f"{name}: the graph was made with {name} as it is, and a change here would be lost; "
+                "mlpext.unfuse(model) first, and fuse what it returns again"
+            )
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> FusedGraph:
         super().train(mode)

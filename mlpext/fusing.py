@@ -16,13 +16,34 @@ from torch import Tensor, fx
 from torch.nn import Identity, Linear, Module
 
 from mlpext import nn
-from mlpext._calls import Calls, describe, follower, has_hooks, is_torchs, source
+from mlpext._calls import Calls, describe, follower, has_hooks, is_torchs, reads, source
 from mlpext._fusable import OURS, Row, activation_called, activation_of, why_not_linear
 from mlpext._fused_graph import FusedGraph, fuse_graph
 
 M = TypeVar("M", bound=Module)
 
 _WAS = "_class_before_fuse"
+_FREE = {"inplace", "training"}
+
+
+class FusedActivation(Identity):
+    """What `fuse` puts in an activation's place: it returns its input, since the layer before has computed
+    the activation. Changes to the activation's parameters, which that layer would not see, are refused.
+    `inplace` is none of them: no output hangs on it, and utilities set it on all modules of a model.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        was = vars(self).get(_WAS)
+        if was and name not in _FREE and name in {*dir(was), *reads(was)} - {*dir(Identity)}:
+            raise AttributeError(
+                f"{name}: this {was.__name__} has become part of the linear layer before it, and a change "
+                "here would be lost; mlpext.unfuse(model) first, or change `params` of that layer"
+            )
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        was = vars(self).get(_WAS)
+        return was.__name__ if was else ""
 
 
 class Report(list[Row]):
@@ -49,10 +70,11 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
     as this package's, and everything else as it was.
 
     Same outputs, same parameters (the same objects: an optimizer made before goes on), same state_dict keys.
-    The Linear becomes a LinearActivation, its activation a torch.nn.Identity. `model` itself stays as it is,
-    unless `inplace`; the result shares its parameters and buffers. A pair is fused only where every use of
-    both is seen to be the one after the other; hooks, parametrizations, subclasses of Linear and the like are
-    left alone. Methods of the model are read; code outside it that calls a Linear directly is not known.
+    The Linear becomes a LinearActivation, its activation a FusedActivation, which is an Identity. `model`
+    itself stays as it is, unless `inplace`; the result shares its parameters and buffers. A pair is fused
+    only where every use of both is seen to be the one after the other; hooks, parametrizations, subclasses of
+    Linear and the like are left alone. Methods of the model are read; code outside it that calls a Linear
+    directly is not known.
 
     `graph=True` fuses functional calls, `F.elu(self.a(x))`, too; where the whole model can be traced by
     torch.fx, the result is then a GraphModule. `report=True` returns (model, Report): what was fused, what
@@ -158,7 +180,7 @@ def _fuse(model: Module) -> dict[Module, Row]:
     for linear in followers:
         _become(linear, nn.LinearActivation)
     for activation in fused_into:
-        _become(activation, Identity)
+        _become(activation, FusedActivation)
     for module, row in rows.items():
         if row.action == "replaced":
             _become(module, OURS[type(module)])
@@ -173,26 +195,33 @@ def _find_followers(calls: Calls, linear: Module, followers: dict[Module, dict[M
         return "no forward calls it"
     found: dict[Module, None] = {}
     for node in calls.nodes[linear]:
-        user = follower(node)
-        if isinstance(user, str):
-            return user
-        if user.op != "call_module":
-            hint = ", a function: see graph=True" if activation_called(user) else ""
-            return f"its output goes to {describe(user)}{hint}"
-        activation = user.meta["module"]
-        if activation_of(activation) is None:
-            return f"its output goes to {describe(user)}"
-        if has_hooks(activation):
-            return f"its activation {describe(user)} has hooks"
-        if reason := calls.unseen(activation):
-            return f"its activation {describe(user)}: {reason}"
-        if reason := calls.used_by_a_method(node, user):
-            return reason
-        found[activation] = None
-    if len({repr(activation_of(activation)) for activation in found}) > 1:
-        return "different activations follow it"
+        activation = _activation_after(calls, node)
+        if not isinstance(activation, str):
+            found[activation] = None
+            if len({repr(activation_of(each)) for each in found}) == 1:
+                continue
+            activation = "different activations follow it"
+        return calls.decided_by(node) or activation
     followers[linear] = found
     return None
+
+
+def _activation_after(calls: Calls, node: fx.Node) -> Module | str:
+    """The activation that takes what the call `node` returns, or why there is none to fuse with."""
+    user = follower(node)
+    if isinstance(user, str):
+        return user
+    if user.op != "call_module":
+        hint = ", a function: see graph=True" if activation_called(user) else ""
+        return f"its output goes to {describe(user)}{hint}"
+    activation: Module = user.meta["module"]
+    if activation_of(activation) is None:
+        return f"its output goes to {describe(user)}"
+    if has_hooks(activation):
+        return f"its activation {describe(user)} has hooks"
+    if reason := calls.unseen(activation):
+        return f"its activation {describe(user)}: {reason}"
+    return calls.used_by_a_method(node, user) or activation
 
 
 def _settle(calls: Calls, followers: dict[Module, dict[Module, None]], left: dict[Module, str]) -> None:
@@ -202,21 +231,21 @@ def _settle(calls: Calls, followers: dict[Module, dict[Module, None]], left: dic
         settled = True
         for linear, activations in list(followers.items()):
             for activation in activations:
-                stranger = _stranger(calls, activation, followers)
-                if stranger is not None:
-                    left[linear] = f"its activation {calls.paths[activation]} is also used {stranger}"
+                if reason := _stranger(calls, activation, followers):
+                    left[linear] = reason
                     del followers[linear]
                     settled = False
                     break
 
 
 def _stranger(calls: Calls, activation: Module, followers: dict[Module, dict[Module, None]]) -> str | None:
+    """Why not every call of `activation` is of the output of one of `followers`; None if each is."""
     for node in calls.nodes[activation]:
         came = source(node)
-        if not isinstance(came, fx.Node):
-            return "on something else"
-        if came.op != "call_module" or came.meta["module"] not in followers:
-            return f"on the output of {describe(came)}"
+        if isinstance(came, fx.Node) and came.op == "call_module" and came.meta["module"] in followers:
+            continue
+        what = f"the output of {describe(came)}" if isinstance(came, fx.Node) else "something else"
+        return calls.decided_by(node) or f"its activation {calls.paths[activation]} is also used on {what}"
     return None
 
 

@@ -1,10 +1,12 @@
 """fuse and unfuse: the same numbers and parameters, and nothing touched that could mean something else."""
 
 import copy
+import enum
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import mlpext
+from mlpext.fusing import FusedActivation
 from mlpext.nn import LinearActivation
 
 # ---------------------------------------------------------------- architectures
@@ -499,7 +502,7 @@ def fuse(model, *inputs, **kwargs):
 def test_every_activation(name):
     module = getattr(nn, name)(**ACTIVATIONS[name])
     fused, _ = fuse(nn.Sequential(nn.Linear(6, 8), module))
-    assert types(fused) == {"": nn.Sequential, "0": LinearActivation, "1": nn.Identity}
+    assert types(fused) == {"": nn.Sequential, "0": LinearActivation, "1": FusedActivation}
 
     bare, report = fuse(nn.Sequential(nn.LayerNorm(6), getattr(nn, name)(**ACTIVATIONS[name])))
     assert type(bare[1]) is getattr(mlpext.nn, name) and repr(bare[1]) == repr(module)
@@ -541,7 +544,7 @@ class TrainOnly(nn.Module):
 def test_modules_that_only_call_an_activation():
     for cls, name in ((OwnSine, "sine"), (OwnSiLU, "silu")):
         fused, _ = fuse(nn.Sequential(nn.Linear(6, 8), cls()))
-        assert fused[0].activation == name and type(fused[1]) is nn.Identity
+        assert fused[0].activation == name and type(fused[1]) is FusedActivation
         assert type(mlpext.unfuse(fused)[1]) is cls
         assert type(fuse(nn.Sequential(cls()))[0][0]) is cls
     for cls in (Scaled, TrainOnly):
@@ -750,6 +753,93 @@ def test_changed_after_it_was_fused():
         assert_same(twin, fused, (randn(5, 6),))
 
 
+class OwnLeaky(nn.Module):
+    """An activation of one's own, with its parameter behind a property, and one of the class."""
+
+    negative_slope = 0.1
+
+    def __init__(self):
+        super().__init__()
+        self._scale, self.note = 1.0, ""
+
+    @property
+    def scale(self):
+        return self._scale
+
+    @scale.setter
+    def scale(self, value):
+        self._scale = value
+
+    def forward(self, x):
+        return TF.leaky_relu(x, self.slope())
+
+    def slope(self):
+        return self.negative_slope * self._scale
+
+
+PARAMETERS = [(name, attribute) for name in ACTIVATIONS for attribute in ACTIVATIONS[name]]
+PARAMETERS = [(name, attribute) for name, attribute in PARAMETERS if attribute != "inplace"]
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
+@pytest.mark.parametrize("library", [nn, mlpext.nn], ids=["torch", "mlpext"])
+@pytest.mark.parametrize("name, attribute", PARAMETERS)
+def test_a_parameter_of_a_fused_activation_cannot_be_changed(name, attribute, library, graph):
+    model = nn.Sequential(nn.Linear(6, 8), getattr(library, name)(**ACTIVATIONS[name])).double()
+    value, x = ACTIVATIONS[name][attribute], randn(5, 6)
+    other = "none" if name == "GELU" else value / 2
+    fused, before = mlpext.fuse(model, graph=graph), model(x)
+    for twin in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), fused.eval().to(torch.float64)):
+        act = twin.get_submodule("1")
+        with pytest.raises(AttributeError, match=f"{attribute}: this {name} has become .*unfuse"):
+            setattr(act, attribute, other)
+        assert getattr(act, attribute) == value
+        torch.testing.assert_close(twin(x), before)
+    back = mlpext.unfuse(fused)
+    for net in (back, model):
+        setattr(net[1], attribute, other)
+        assert not torch.equal(net(x), before)
+    torch.testing.assert_close(back(x), model(x))
+
+
+@pytest.mark.parametrize("attribute", ["negative_slope", "_scale", "scale", "slope"])
+def test_a_parameter_of_an_activation_of_ones_own_cannot_be_changed(attribute):
+    model = Pair()
+    model.act = OwnLeaky()
+    fused, _ = fuse(model)
+    assert type(fused.fc) is LinearActivation and type(fused.act) is FusedActivation
+    with pytest.raises(AttributeError, match=f"{attribute}: this OwnLeaky has become .*unfuse"):
+        setattr(fused.act, attribute, 0.9)
+    mlpext.unfuse(fused).act.scale = 3.0
+    x = randn(5, 6)
+    torch.testing.assert_close(fused(x), TF.leaky_relu(model.fc(x), 0.3))
+
+
+def test_what_else_a_fused_activation_has_can_be_changed():
+    fused = mlpext.fuse(nn.Sequential(nn.Linear(6, 6), nn.ELU(inplace=True), nn.Linear(6, 6), OwnLeaky()))
+    for act in (fused[1], fused[3]):
+        for note in ("mine", "yours"):
+            act.note, act.inplace = note, False
+            assert act.note == note and act.inplace is False
+        act.train(False).requires_grad_(False).to(torch.float64)
+        assert act.training is False
+    assert mlpext.unfuse(fused)[1].inplace is False
+    FusedActivation().alpha = 1.0  # one that has replaced nothing
+
+
+def test_the_repr_of_a_fused_activation():
+    fused = mlpext.fuse(nn.Sequential(nn.Linear(6, 6), nn.LeakyReLU()))
+    assert repr(fused[1]) == "FusedActivation(LeakyReLU)"
+    assert repr(FusedActivation()) == "FusedActivation()"
+
+
+def test_hooks_on_a_fused_activation():
+    fused, log = mlpext.fuse(Pair()), []
+    fused.act.register_forward_hook(lambda *a: log.append(a[2]))
+    y = fused(torch.randn(5, 6))
+    assert torch.equal(log[0], y)
+
+
 def test_a_subclass_of_linear():
     class Own(nn.Linear):
         def forward(self, x):
@@ -884,6 +974,243 @@ def test_uses_that_forbid_it(body, why, graph):
         fuse(model, graph=True)
     else:
         assert why in reason(model)
+
+
+class Branching(Pair):
+    """A pair, and attributes for a forward to branch on."""
+
+    always = True
+
+    def __init__(self):
+        super().__init__()
+        self.return_pre, self.mode, self.depth, self.taps, self.hook = False, "post", 1, [], None
+        self.cfg, self.order, self.norm = SimpleNamespace(pre=False), Order.LINEAR_FIRST, None
+        self.down = nn.ModuleList([nn.Linear(6, 6)])
+
+
+class Order(enum.Enum):
+    LINEAR_FIRST, ACTIVATION_FIRST = 1, 2
+
+
+def early_return(self, x):
+    z = self.fc(x)
+    if self.return_pre:
+        return z
+    return self.act(z)
+
+
+def conditional(self, x):
+    z = self.fc(x)
+    return self.act(z) if self.always else z
+
+
+def both_results(self, x):
+    z = self.fc(x)
+    return self.act(z) + ((self.return_pre and z) or 0)
+
+
+def of_another_input(self, x):
+    return self.act(x if self.return_pre else self.fc(x))
+
+
+def something_between(self, x):
+    z = self.fc(x)
+    if self.mode == "scaled":
+        z = z * 2
+    return self.act(z)
+
+
+def the_third_of_three(self, x):
+    if self.mode == "post":
+        return self.act(self.fc(x))
+    if self.mode == "twice":
+        return self.act(self.fc(x)) * 2
+    return self.fc(x)
+
+
+def by_number(self, x):
+    z = self.fc(x)
+    for i, layer in enumerate(self.down):
+        if i == self.depth:
+            return z
+        z = layer(self.act(z))
+    return z
+
+
+def by_content(self, x):
+    z = self.fc(x)
+    return self.act(z) + (z if "fc" in self.taps else 0)
+
+
+def none_so_far(self, x):
+    z = self.fc(x)
+    if self.hook is not None and 0 in self.hook:
+        return z
+    return self.act(z)
+
+
+def of_a_config(self, x):
+    z = self.fc(x)
+    return z if self.cfg.pre else self.act(z)
+
+
+def by_enum(self, x):
+    return self.act(self.fc(x)) if self.order is Order.LINEAR_FIRST else self.fc(self.act(x))
+
+
+def by_name(self, x):
+    z = self.fc(x)
+    return z if getattr(self, "return_pre", None) else self.act(z)
+
+
+def of_a_tensor_too(self, x):
+    z = self.fc(x)
+    if self.return_pre and x.sum() > 0:
+        return z
+    return self.act(z)
+
+
+def without_end(self, x):
+    while self.return_pre:
+        x = x + 1
+    return self.act(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    "body, attribute",
+    [
+        *((early_return, "return_pre"), (conditional, "always"), (both_results, "return_pre")),
+        *((of_another_input, "return_pre"), (something_between, "mode"), (the_third_of_three, "mode")),
+        *((by_number, "depth"), (by_content, "taps"), (none_so_far, "hook"), (of_a_config, "cfg.pre")),
+        *(
+            (by_enum, "order"),
+            (by_name, "return_pre"),
+            (of_a_tensor_too, "return_pre"),
+            (without_end, "return_pre"),
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_branch_on_an_attribute(body, attribute):
+    model = type("Net", (Branching,), {"forward": body})()
+    assert f"Net.forward branches on self.{attribute}, which may change" in reason(model)
+    assert model.cfg == SimpleNamespace(pre=False) and not model.return_pre and model.taps == []
+
+
+def in_train_mode_too(self, x):
+    y = self.act(self.fc(x))
+    return y * 2 if self.training else y
+
+
+def after_the_pair(self, x):
+    y = self.act(self.fc(x))
+    return y + x if self.return_pre else y
+
+
+def around_the_pair(self, x):
+    return self.act(self.fc(x)) if self.always else x
+
+
+def parts_that_may_be_absent(self, x):
+    z = self.fc(x)
+    if self.norm is not None:
+        z = self.norm(z)
+    if self.act is not None and self.fc.bias is not None and isinstance(self.down, nn.ModuleList):
+        z = self.act(z)
+    for layer in self.down:
+        z = layer(z)
+    return z
+
+
+def only_refused(self, x):
+    z = self.fc(x)
+    if self.mode != "post":
+        raise ValueError(self.mode)
+    assert self.always and not self.return_pre
+    return self.act(z)
+
+
+def no_test_at_all(self, x):
+    return self.act(self.fc(x)).view(-1, 6 * self.depth) * len(self.mode)
+
+
+def not_to_be_turned(self, x):
+    n = 0
+    while n > self.depth:
+        n -= 1
+    return self.act(self.fc(x))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(in_train_mode_too, after_the_pair, around_the_pair, parts_that_may_be_absent, only_refused),
+        *(no_test_at_all, not_to_be_turned),
+    ],
+)
+def test_a_branch_that_leaves_the_pair_as_it_is(body):
+    fused, _ = fuse(type("Net", (Branching,), {"forward": body})())
+    assert type(fused.fc) is LinearActivation
+
+
+class HelperBranches(Branching):
+    def forward(self, x):
+        return self.block(x)
+
+    def block(self, x):
+        z = self.fc(x)
+        return z if self.return_pre else self.act(z)
+
+
+class SharesItsActivation(nn.Module):
+    """No linear layer, and a use of someone else's activation that is off."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act, self.first = act, False
+
+    def forward(self, x):
+        return self.act(x) if self.first else x
+
+
+def test_a_branch_on_an_attribute_elsewhere():
+    assert "HelperBranches.forward branches on self.return_pre" in reason(HelperBranches())
+    inner = type("Inner", (Branching,), {"forward": early_return})
+    assert "Inner.forward branches on" in reason(nn.Sequential(Pair(), inner()), "1.fc")
+    assert type(fuse(nn.Sequential(Pair(), inner()))[0][0].fc) is LinearActivation
+
+    outer = Branching()
+    outer.fc = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    outer.__class__ = type("Outer", (Branching,), {"forward": early_return})
+    assert "Outer.forward branches on" in reason(outer, "fc.2")
+    assert type(mlpext.fuse(outer).fc[0]) is LinearActivation
+
+    pair = Pair()
+    both = nn.Sequential(pair, SharesItsActivation(pair.act))
+    assert "SharesItsActivation.forward branches on self.first" in reason(both, "0.fc")
+
+
+def test_an_attribute_that_is_set_after_fusing():
+    """What would be lost otherwise: the model does what it would do without fuse()."""
+    model = type("Net", (Branching,), {"forward": early_return})()
+    fused, x = mlpext.fuse(model), torch.randn(5, 6)
+    fused.return_pre = True
+    torch.testing.assert_close(fused(x), model.fc(x))
+
+    graph = mlpext.fuse(model, graph=True)
+    torch.testing.assert_close(graph(x), torch.tanh(model.fc(x)))
+    with pytest.raises(AttributeError, match="return_pre: the graph was made with return_pre as it is"):
+        graph.return_pre = True
+    graph.mode = "pre"  # which no forward reads
+    graph.fc = nn.Linear(6, 6)
+    graph.note = "mine"
+    assert not mlpext.unfuse(graph).return_pre
+
+
+def test_the_graph_of_a_graph_can_be_set():
+    fused = mlpext.fuse(torch.fx.symbolic_trace(Pair()), graph=True)
+    fused.graph = fused.graph
+    fused.meta["note"] = "mine"
 
 
 class OtherMethod(Pair):
