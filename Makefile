@@ -63,7 +63,7 @@ coverage: .venv/.built     ## lines that make test does not run, of C++ and Pyth
 	MLPEXT_INSTRUMENT=coverage $(V)/python setup.py -q build_ext --build-lib build/coverage --build-temp build/coverage/objects
 	$(call LINK_PYTHON,build/coverage)
 	find build/coverage -name '*.gcda' -delete
-	PYTHONSAFEPATH=1 PYTHONPATH=build/coverage $(TEST) --cov mlpext --cov-report term-missing:skip-covered \
+	PYTHONSAFEPATH=1 PYTHONPATH=build/coverage:benchmarks $(TEST) --cov mlpext --cov-report term-missing:skip-covered \
 		> build/coverage/report; grep -E "passed|failed" build/coverage/report
 	$(V)/gcovr -r . -f csrc --txt-summary --txt build/coverage/report.cpp build/coverage/objects
 cuda-link:                 ## build, link and import with a CUDA torch, no GPU needed (5.5 GB; CUDA_TORCH chooses)
