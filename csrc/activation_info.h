@@ -44,8 +44,8 @@ template <class... A> constexpr std::array<ActivationInfo, sizeof...(A)> activat
       A::rounds_params,
       HasDerivativeFromOutput<A>,
       [](const double* params) {
-        for (std::size_t i = 0; i < A::params.size(); ++i)
-          if (params[i] - params[i] != 0) return false;  // infinite or NaN
+        for (const double param : std::span<const double>(params, A::params.size()))
+          if (param - param != 0) return false;  // infinite or NaN
         return with_params<A>(params).usual();
       },
       [](const double* params) {
