@@ -65,7 +65,7 @@ coverage: .venv/.built     ## lines that make test does not run, of C++ and Pyth
 	find build/coverage -name '*.gcda' -delete
 	PYTHONSAFEPATH=1 PYTHONPATH=build/coverage:benchmarks $(TEST) --cov mlpext --cov-report term-missing:skip-covered \
 		> build/coverage/report; grep -E "passed|failed" build/coverage/report
-	$(V)/gcovr -r . -f csrc --txt-summary --txt build/coverage/report.cpp build/coverage/objects
+	$(V)/gcovr -r . -f csrc --merge-lines --txt-summary --txt build/coverage/report.cpp build/coverage/objects
 cuda-link:                 ## build, link and import with a CUDA torch, no GPU needed (5.5 GB; CUDA_TORCH chooses)
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors

@@ -103,6 +103,24 @@ def test_the_memory_is_a_tensors_like_any_other(pool):
     assert shared.is_shared() and shared.equal(F.relu(x))
 
 
+def test_a_copy_is_made_only_where_it_is_written_to(pool):
+    x = many(torch.float32, LARGE)
+    y, expected = F.relu(x), torch.relu(x)
+    lazy = torch._lazy_clone(y)
+    lazy.add_(1)
+    assert y.equal(expected) and lazy.equal(expected + 1)
+
+
+def test_more_than_there_is():
+    """2^47 bytes: more than a process can have."""
+    x, weight = torch.zeros(1, 4).expand(1 << 44, 4), torch.zeros(2, 4)
+    for f in (F.linear_activation, torch.nn.functional.linear):
+        with pytest.raises(
+            RuntimeError, match="can't allocate memory: you tried to allocate 140737488355328"
+        ):
+            f(x, weight)
+
+
 @pytest.mark.parametrize("mib, limit", [("0", 0), ("3", 3 << 20), ("", None), ("many", None)])
 def test_the_environment_sets_the_limit(mib, limit):
     program = "import mlpext; print(mlpext._C.pool_limit())"

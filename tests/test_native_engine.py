@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlpext
 from mlpext import nn
@@ -284,6 +285,43 @@ def test_what_it_does_not_serve_is_said():
     with pytest.raises(ValueError, match="hooks"):
         trained("native", hooked, "numbers")
     assert len(trained("auto", hooked, "numbers")) == 3
+
+
+def _another_class_of_parameter(net):
+    net[0].weight = type("Mine", (torch.nn.Parameter,), {})(net[0].weight.detach())
+
+
+def _not_contiguous(net):
+    net[1].weight = torch.nn.Parameter(net[1].weight.detach().t().contiguous().t())
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        (_another_class_of_parameter, "a layer's weight is a Mine, not a Parameter"),
+        (_not_contiguous, "not contiguous"),
+    ],
+    ids=["parameter", "strides"],
+)
+def test_why_it_does_not_serve_a_network(change, why):
+    net = nn.MLP([9, 7, 4])
+    change(net)
+    with pytest.raises(ValueError, match=f"engine='native' cannot train this.*{why}"):
+        trained("native", net, "numbers")
+
+
+class Watching(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def test_groups_of_parameters_and_dispatch_modes_are_refused():
+    net = nn.MLP([9, 7, 4])
+    groups = torch.optim.SGD([{"params": layer.parameters()} for layer in net], lr=0.1)
+    with pytest.raises(ValueError, match="more than one group"):
+        trained("native", net, "numbers", optimizer=groups)
+    with Watching(), pytest.raises(ValueError, match="dispatch mode"):
+        trained("native", net, "numbers")
 
 
 def test_a_callback_may_change_the_learning_rate():
