@@ -78,7 +78,7 @@ def _into(out: Tensor, function: Callable[..., Tensor], *args: Any, **kwargs: An
 
 
 def sigmoid(input: Tensor) -> Tensor:
-    """1 / (1 + e^-x). Lecture row 3. At most 2.4 ULP in float32, below -88 too.
+    """1 / (1 + e^-x). Lecture row 3. At most 2.41 ULP in float32 on the CPU, below -88 too.
 
     >>> mlpext.functional.sigmoid(torch.tensor([-1.0, 2.0]))
     tensor([0.2689, 0.8808])
@@ -87,7 +87,7 @@ def sigmoid(input: Tensor) -> Tensor:
 
 
 def tanh(input: Tensor) -> Tensor:
-    """tanh(x). Lecture row 3. At most 2.5 ULP in float32.
+    """tanh(x). Lecture row 3. At most 1.45 ULP in float32 on the CPU.
 
     >>> mlpext.functional.tanh(torch.tensor([-1.0, 2.0]))
     tensor([-0.7616,  0.9640])
