@@ -106,13 +106,27 @@ class Tracer(fx.Tracer):
         return function, proxies
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if len(self.graph.nodes) > 100_000:  # `while self.flag:`, with the flag set for once
+        if len(self.graph.nodes) > 10_000:  # `while self.flag:`, with the flag set for once
             raise Untraceable("it has no end")
         node = super().create_node(*args, **kwargs)
         node.meta["modes"] = modes()
         if node.op == "call_module":
             node.meta["module"] = self.root.get_submodule(str(node.target))
         return node
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self._last_use(bool, super().to_bool, obj)  # type: ignore[no-any-return]
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        return self._last_use(iter, super().iter, obj)  # type: ignore[no-any-return]
+
+    def _last_use(self, function: Any, method: Callable[[fx.Proxy], Any], obj: fx.Proxy) -> Any:
+        """What tracing ends with is in the graph, as one more use of `obj`."""
+        try:
+            return method(obj)
+        except fx.proxy.TraceError:
+            self.create_node("call_function", function, (obj.node,), {})
+            raise
 
 
 def trace(
@@ -124,7 +138,7 @@ def trace(
     the random numbers to come, stay untouched.
 
     `change` are attributes with another value than they have. Where a forward fails with it, as it does on
-    tensors, there is no graph."""
+    tensors, there is no graph; where it cannot be followed to its end, the graph is what came before."""
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
     if type(module).__call__ is not Module.__call__ and not isinstance(module, fx.GraphModule):
@@ -148,7 +162,8 @@ def trace(
                 simplefilter("ignore")
                 graphs.append(tracer.trace(twin, concrete))
         except Exception as error:  # whatever a forward does with a proxy
-            if change and not _is_tracings(error):
+            if change:
+                graphs += [tracer.graph] if _is_tracings(error) else []
                 continue
             first = str(error).partition("\n")[0].partition(". ")[0]
             raise Untraceable(f"{type(error).__name__}: {first}") from error
@@ -419,11 +434,7 @@ class Calls:
             if reason:
                 self.untraced[module] = reason
         for module in list(graphs):
-            try:
-                graphs[module] += self._changed(module)
-            except Untraceable as error:
-                self.untraced[module] = f"{error}, and cannot be traced the other way"
-                del graphs[module]
+            graphs[module] += self._changed(module)
         for module in graphs:
             # A chain is in the graphs of its parents, between what comes before it and after.
             if module in inlined and all(parent in graphs for parent, _ in self.parents[module]):
@@ -455,10 +466,7 @@ class Calls:
             return []
         found: dict[fx.Graph, str] = {}
         for name, change in changes(module):
-            try:
-                found |= dict.fromkeys(trace(module, change=change)[0], name)
-            except Untraceable as error:
-                raise Untraceable(_branches(module, name)) from error
+            found |= dict.fromkeys(trace(module, change=change)[0], name)
         self.decided |= found
         return list(found)
 

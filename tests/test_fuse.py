@@ -1070,12 +1070,6 @@ def of_a_tensor_too(self, x):
     return self.act(z)
 
 
-def without_end(self, x):
-    while self.return_pre:
-        x = x + 1
-    return self.act(self.fc(x))
-
-
 @pytest.mark.parametrize(
     "body, attribute",
     [
@@ -1086,7 +1080,6 @@ def without_end(self, x):
             (by_enum, "order"),
             (by_name, "return_pre"),
             (of_a_tensor_too, "return_pre"),
-            (without_end, "return_pre"),
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -1134,6 +1127,18 @@ def no_test_at_all(self, x):
     return self.act(self.fc(x)).view(-1, 6 * self.depth) * len(self.mode)
 
 
+def without_end(self, x):
+    while self.return_pre:
+        x = x + 1
+    return self.act(self.fc(x))
+
+
+def not_to_be_followed(self, x):
+    """As torchrl's MLP has it: a proxy's shape has no length."""
+    y = self.act(self.fc(x))
+    return y.view(*y.shape[:-1], 2, 3) if self.return_pre else y
+
+
 def not_to_be_turned(self, x):
     n = 0
     while n > self.depth:
@@ -1145,7 +1150,7 @@ def not_to_be_turned(self, x):
     "body",
     [
         *(in_train_mode_too, after_the_pair, around_the_pair, parts_that_may_be_absent, only_refused),
-        *(no_test_at_all, not_to_be_turned),
+        *(no_test_at_all, not_to_be_turned, without_end, not_to_be_followed),
     ],
 )
 def test_a_branch_that_leaves_the_pair_as_it_is(body):
