@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -27,6 +29,11 @@ FUNCTIONAL_CASES = [case for case in CASES if case.values[0] != "identity"]  # i
 def values_of(name: str, parameters: dict) -> list[float]:
     """The parameters as the operators take them: all, in order."""
     return list({**mlpext._C.activations()[name], **parameters}.values())
+
+
+def usual(name: str, parameters: dict) -> bool:
+    """Whether the formulas of C++ take these parameters; torch's operators take the others."""
+    return name == "maxout" or mlpext._C.usual(name, tuple(values_of(name, parameters)))
 
 
 def native(name: str, parameters: dict, inplace: bool = False) -> Callable:
@@ -74,6 +81,19 @@ def has_inplace(name: str) -> bool:
 
 
 INPLACE_CASES = [case for case in CASES if has_inplace(case.values[0])]
+
+# ---------------------------------------------------------------- random cases
+
+
+def drawn(count: int) -> Callable:
+    """A test of `count` random.Randoms `r`, as hypothesis draws and shrinks them."""
+    settings = hypothesis.settings(max_examples=count, suppress_health_check=list(hypothesis.HealthCheck))
+    return lambda test: settings(hypothesis.given(r=st.randoms(use_true_random=False))(test))
+
+
+def examples(*cases) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=repr)
+
 
 # ---------------------------------------------------------------- every family as one kind of thing
 

@@ -23,7 +23,7 @@ def main() -> None:
     cases = {"fits": random_fits, "ops": random_ops}[arguments.what]
     print(f"{arguments.what}, seed {arguments.seed}, {mlpext._C.cpu_isa()}", flush=True)
     torch.set_num_threads(1)
-    r, tally, count = random.Random(arguments.seed), cases.Tally(), 0
+    r, tally = random.Random(arguments.seed), cases.Tally()
     started = time.monotonic()
     while time.monotonic() < started + 60 * arguments.minutes:
         case = cases.draw(r)
@@ -32,7 +32,7 @@ def main() -> None:
         except Exception:
             print(f"\n{case!r}\n", flush=True)
             raise
-        count += 1
+    count = tally.counts.total()
     print(f"{count} cases, {60 * count / (time.monotonic() - started):.0f} a minute:\n{tally}")
 
 

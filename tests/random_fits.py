@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import fit_reference
 import mlpext
 import reference
+from common import usual
 from mlpext import nn
 from mlpext.training import ENGINES, MODES, REDUCTIONS, evaluate, fit, fit_many
 
@@ -114,16 +115,8 @@ class Case:
         return (
             (later or uneven or self.halved_by != "" or self.dtype == "bfloat16")
             or any(place.again is not None or place.weight_of is not None for place in self.places)
-            or any(not _usual(place.activation, place.params) for place in self.places)
+            or any(not usual(place.activation, dict(place.params)) for place in self.places)
         )
-
-
-def _usual(activation: str, params: tuple[tuple[str, float], ...]) -> bool:
-    """Whether the formulas of C++ take these parameters; torch's operators take the others."""
-    known = mlpext._C.activations()
-    return activation == "maxout" or mlpext._C.usual(
-        activation, tuple({**known[activation], **dict(params)}.values())
-    )
 
 
 # ---------------------------------------------------------------- the network and the data of a case

@@ -8,7 +8,6 @@ float64 for the numbers. What may differ stands in DIFFERENCES.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import math
@@ -27,8 +26,9 @@ import accuracy
 import common
 import mlpext
 import mlpext.functional as F
+import random_fits
 import reference
-from random_fits import short
+from random_fits import GRID, short
 
 Tensors = list[torch.Tensor]
 Params = tuple[tuple[str, float], ...]
@@ -82,22 +82,14 @@ class Case:
     @property
     def usual(self) -> bool:
         """Whether the kernels take these parameters; else torch's operators do."""
-        known = mlpext._C.activations()
         if any(dict(layer.params).get("beta") == 0 for layer in self.layers):
             return False  # softplus is then infinite, as torch's is, but reference.py cannot divide
-        return all(
-            layer.name == "maxout"
-            or mlpext._C.usual(layer.name, tuple({**known[layer.name], **dict(layer.params)}.values()))
-            for layer in self.layers
-        )
+        return all(common.usual(layer.name, dict(layer.params)) for layer in self.layers)
 
     @property
     def exact(self) -> bool:
         """Whether every number on the way is one that float32 holds."""
-        plain = all(
-            layer.name in ("identity", "relu", "maxout", "relu6", "hardtanh") and not layer.params
-            for layer in self.layers
-        )
+        plain = all(layer.name in GRID and not layer.params for layer in self.layers)
         return (
             plain and self.values == "grid" and self.dtype in ("float32", "float64") and self.way in ORDINARY
         )
@@ -573,7 +565,7 @@ def _margins(case: Case, tensors: Tensors) -> float:
         gaps = gaps[gaps > 0] if exact else gaps
         gaps = gaps[~gaps.isnan()] / (1 + z[z.isfinite()].abs().amax() if z.isfinite().any() else 1)
         nearest = min(nearest, float(gaps.amin()) if gaps.numel() else math.inf)
-        exact = exact and layer.name in ("identity", "relu", "maxout", "relu6", "hardtanh")
+        exact = exact and layer.name in GRID
     return nearest
 
 
@@ -874,14 +866,8 @@ def draw(r: random.Random, compiled: bool = False) -> Case:
 # ---------------------------------------------------------------- make fuzz
 
 
-class Tally:
+class Tally(random_fits.Tally):
     """How many cases agree, and how many differ for which reason."""
-
-    def __init__(self) -> None:
-        self.counts: collections.Counter[str] = collections.Counter()
 
     def add(self, case: Case, reason: str | None) -> None:
         self.counts[reason or "agree"] += 1
-
-    def __str__(self) -> str:
-        return "\n".join(f"{count:8} {what}" for what, count in self.counts.most_common())

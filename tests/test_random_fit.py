@@ -9,21 +9,18 @@ import random
 import sys
 
 import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 
 import mlpext
 import reference
+from common import drawn, examples
 from random_fits import Case, Place, check, draw
 from test_ranks import torchrun
 
-randoms = st.randoms(use_true_random=False)
-
 
 @pytest.mark.isa
-@hypothesis.settings(max_examples=300, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(r=randoms)
+@drawn(300)
 def test_a_random_fit_is_the_references(r):
     """Losses and metrics of every epoch, and the movement of every weight."""
     case = draw(r)
@@ -37,10 +34,6 @@ def test_the_reference_knows_every_activation():
 
 
 EIGHT = (Place(8), Place(4, "identity"))
-
-
-def examples(*cases):
-    return pytest.mark.parametrize("case", cases, ids=repr)
 
 
 @pytest.mark.isa

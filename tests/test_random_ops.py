@@ -7,20 +7,16 @@ import dataclasses
 import random
 
 import hypothesis
-import hypothesis.strategies as st
 import pytest
 import torch
 
 import random_ops
-from common import NAMES
+from common import NAMES, drawn, examples
 from random_ops import DIFFERENCES, IN_PLACE, WAYS, Case, Layer, check, draw
-
-randoms = st.randoms(use_true_random=False)
 
 
 @pytest.mark.isa
-@hypothesis.settings(max_examples=8000, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(r=randoms)
+@drawn(8000)
 def test_a_random_call_is_torchs(r):
     """Values, gradients, shapes, dtypes, strides and exceptions."""
     case = draw(r)
@@ -28,8 +24,7 @@ def test_a_random_call_is_torchs(r):
     check(case)
 
 
-@hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
-@hypothesis.given(r=randoms)
+@drawn(60)
 def test_a_random_call_compiled_is_torchs(r):
     case = draw(r, compiled=True)
     hypothesis.note(case)
@@ -41,10 +36,6 @@ def test_every_activation_and_every_way_is_drawn():
     cases = [draw(r) for _ in range(5000)]
     assert {layer.name for case in cases for layer in case.layers} == {*NAMES, "maxout"}
     assert {case.way for case in cases} == WAYS.keys() - {"compile"}
-
-
-def examples(*cases):
-    return pytest.mark.parametrize("case", cases, ids=repr)
 
 
 def _alone(name, **rest):
