@@ -74,8 +74,10 @@ def bounds(name: str, parameters: dict) -> dict[str, float]:
 WIDE = {torch.bfloat16: torch.float32, torch.float16: torch.float32}  # what 16 bits are computed in
 
 
-def unavoidable(name, parameters, x, dtype):
+def unavoidable(name, parameters, x, dtype, derivative=False):
     """Absolute errors that the definition itself brings with it in `dtype`."""
+    if derivative:
+        return unavoidable(name, parameters, x, dtype) * max(1.0, abs(parameters.get("omega", 1.0)))
     info = torch.finfo(dtype)
     if name == "sine":  # omega * x is rounded, or overflows, before sin sees it
         omega = parameters.get("omega", 1.0)
@@ -94,18 +96,22 @@ def beyond(slack, error):
     return np.where(np.isinf(slack), 0.0, np.maximum(error - np.where(np.isinf(slack), 0.0, slack), 0.0))
 
 
+def value_bound(name, parameters, dtype):
+    """In units of the last place."""
+    return 0.502 if dtype in WIDE else bounds(name, parameters)["value"]
+
+
 def value_error(name, parameters, value, at, expected):
     """Of each point, in units of the last place, and the bound."""
     slack = unavoidable(name, parameters, at, WIDE.get(value.dtype, value.dtype))
     error = beyond(slack, distance(value, *expected)) / ulp(expected[0], value.dtype)
-    return error, 0.502 if value.dtype in WIDE else bounds(name, parameters)["value"]
+    return error, value_bound(name, parameters, value.dtype)
 
 
 def derivative_error(name, parameters, slope, at, expected):
     """The same of the derivative; in units of 1's last place where that is what is bounded."""
     dtype, bound = slope.dtype, bounds(name, parameters)
-    slack = unavoidable(name, parameters, at, WIDE.get(dtype, dtype))
-    slack = slack * max(1.0, abs(parameters.get("omega", 1.0)))
+    slack = unavoidable(name, parameters, at, WIDE.get(dtype, dtype), derivative=True)
     if dtype in WIDE:  # y kept in 16 bits, or x
         slack = slack + (torch.finfo(dtype).eps if name in ("sigmoid", "tanh") else 2e-7)
     error = beyond(slack, distance(slope, *expected))

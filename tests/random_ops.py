@@ -603,8 +603,9 @@ def check(case: Case) -> str | None:
         warnings.simplefilter("ignore")
         theirs = outcome(case, native, tensors, cotangent)
         got = outcome(case, ours, tensors, cotangent)
-        problems = [_behaviour(case, got, theirs)]
-        if got.error is None and (problems[0] is None or problems[0].what == "strides"):
+        problem = _behaviour(case, got, theirs)
+        reason = None if problem is None else _reason(case, problem)
+        if got.error is None and (problem is None or problem.what == "strides"):
             if case.wrong:
                 return "taken by both, where other operators would not"
             if case.dtype not in DTYPES:
@@ -616,9 +617,11 @@ def check(case: Case) -> str | None:
                 each = [_margins(case, variant) for variant in _variants(case, wide, cotangent)]
                 if min(each) < 64 * torch.finfo(precision(case)).eps:
                     return "too near a kink to tell"
-            problems.append(_numbers(case, got, theirs, _exact(case, native, wide, cotangent)))
-    reasons = [_reason(case, problem) for problem in problems if problem is not None]
-    return reasons[0] if reasons else None
+            problem = _numbers(case, got, theirs, _exact(case, native, wide, cotangent))
+            if problem is not None:
+                meant = _reason(case, problem)  # raises where it is not
+                reason = reason or meant
+    return reason
 
 
 def _reason(case: Case, problem: Problem) -> str:
@@ -751,7 +754,8 @@ def _bound(case: Case, k: int, actual: torch.Tensor, wanted: torch.Tensor) -> to
     narrow = dtype in accuracy.WIDE
     unit = torch.from_numpy(np.asarray(common.ulp(wanted.numpy(), dtype)))
     spare = 32 if dtype == torch.float64 else 0  # reference.py's own roundings there
-    slack = accuracy.unavoidable(case.layer.name, case.params, x, accuracy.WIDE.get(dtype, dtype))
+    wide = accuracy.WIDE.get(dtype, dtype)
+    slack = accuracy.unavoidable(case.layer.name, case.params, x, wide, derivative=k > 0)
     slack = torch.from_numpy(np.asarray(slack)) + torch.finfo(torch.float64).tiny
     # x / alpha and beta x are rounded, and alpha and beta before, which e^ makes relative to the result.
     rate = {"celu": 1 / (case.params.get("alpha") or 1), "softplus": case.params.get("beta", 1)}
@@ -759,8 +763,7 @@ def _bound(case: Case, k: int, actual: torch.Tensor, wanted: torch.Tensor) -> to
     slack = slack + torch.as_tensor(np.nan_to_num(exponent)) * torch.finfo(dtype).eps * wanted.abs()
     bounds = accuracy.bounds(case.layer.name, case.params)
     if k == 0:
-        return unit * (0.502 if narrow else bounds["value"] + spare) + slack
-    slack = slack * max(1.0, abs(case.params.get("omega", 1.0)))
+        return unit * (accuracy.value_bound(case.layer.name, case.params, dtype) + spare) + slack
     # One rounding more, by the gradient from above; its largest number stands for it.
     finite = wanted[wanted.isfinite()].abs()
     largest = max(8.0, float(finite.max()) if finite.numel() else 0.0)
