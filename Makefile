@@ -5,15 +5,13 @@ PYTHON ?= python3
 STAMPED := $(shell cat .venv/.deps 2>/dev/null)
 TORCH ?= $(or $(STAMPED),torch==2.13.0)
 CUDA_TORCH ?= torch==2.14.1
-CUTLASS ?= nvidia-cutlass==4.2.0.0
 V := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients test-triton fuzz gradcheck accuracy bench check emulated sanitize tsan \
-	coverage cuda-link \
-	cutlass-check clean
+.PHONY: help train test test-all test-clients fuzz gradcheck accuracy bench check emulated sanitize tsan \
+	coverage cuda-link clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -27,8 +25,6 @@ test-all: .venv/.built     ## every test, and the sanitizers
 	$(MAKE) sanitize tsan
 test-clients: .venv/.built .venv-clients/.installed  ## with the packages that people use, in an environment of their own
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
-test-triton: .venv/.built .venv-triton/.installed  ## Triton's kernel without a GPU, in an environment of its own
-	OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest -q -m "" -k triton tests/test_triton.py tests/test_cuda_tensors_emulated.py
 fuzz: .venv/.built         ## random cases of ops (or WHAT=fits) for MINUTES (1), on ISA (the best), from SEED (any)
 	OMP_NUM_THREADS=1 $(if $(ISA),MLPEXT_CPU_ISA=$(ISA)) $(V)/python tests/fuzz.py $(or $(WHAT),ops) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
@@ -53,7 +49,7 @@ sanitize: .venv/.built     ## operators and engine under ASan and UBSan, on each
 		--build-temp build/sanitize/objects
 	$(call LINK_PYTHON,build/sanitize)
 	set -e; for isa in baseline avx2 avx512; do echo "== $$isa"; MLPEXT_CPU_ISA=$$isa $(call SANITIZED,sanitize,asan) \
-		-n auto --maxprocesses 4 $(COMPUTES) tests/test_random_fit.py; done
+		-n auto --maxprocesses 4 $(COMPUTES) tests/training/test_random_fit.py; done
 tsan: .venv/.built         ## the same under TSan, with two threads
 	MLPEXT_INSTRUMENT=thread $(V)/python setup.py -q build_ext --build-lib build/tsan --build-temp build/tsan/objects
 	$(call LINK_PYTHON,build/tsan)
@@ -70,13 +66,8 @@ cuda-link:                 ## build, link and import with a CUDA torch, no GPU n
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors
 	MLPEXT_CUDA=1 MLPEXT_WERROR=1 .venv-cuda/bin/python setup.py -q build_ext --build-lib build/cuda-link --build-temp build/cuda-link/objects
-	cp -n mlpext/*.py* build/cuda-link/mlpext
+	cp -rn mlpext/*.py* mlpext/fusion mlpext/training build/cuda-link/mlpext
 	PYTHONPATH=build/cuda-link LD_BIND_NOW=1 .venv-cuda/bin/python -c "import mlpext; assert mlpext._C.has_cuda()"
-cutlass-check: .venv/.deps ## CUTLASS's kernels by nvcc for sm_90a, no GPU needed (4 GB, five minutes; its headers by pip)
-	test -d .venv-cutlass || $(V)/python -m pip install -q --no-deps --target .venv-cutlass $(CUTLASS) \
-		nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
-	MLPEXT_CUTLASS_INCLUDE=.venv-cutlass/cutlass_library/source/include PATH="$$PWD/.venv-cutlass/nvidia/cu13/bin:$$PATH" \
-		$(V)/python tools/cuda_check.py --cutlass
 clean:                     ## remove what was built; .venv's packages stay
 	rm -rf build dist *.egg-info .venv/.built mlpext/_*.so mlpext/_build.py .*_cache
 	find mlpext tests benchmarks -name __pycache__ -exec rm -rf {} +
@@ -85,7 +76,7 @@ clean:                     ## remove what was built; .venv's packages stay
 TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxprocesses 4
 
 # The package's Python beside a library built elsewhere: links, so that edits need no build.
-LINK_PYTHON = ln -sf $(filter-out %/_build.py,$(wildcard $(CURDIR)/mlpext/*.py)) $(1)/mlpext/
+LINK_PYTHON = ln -sfn $(filter-out %/_build.py,$(wildcard $(CURDIR)/mlpext/*.py)) $(CURDIR)/mlpext/fusion $(CURDIR)/mlpext/training $(1)/mlpext/
 
 # A sanitizer's library must come first, and with it the C++ library, in which it looks for __cxa_throw at the start.
 # Leaks: Python and torch keep memory to the end. PYTHONSAFEPATH: not the mlpext of this folder. The tests on two
@@ -94,7 +85,8 @@ SANITIZED = PYTHONSAFEPATH=1 PYTHONPATH=build/$(1) OMP_NUM_THREADS=1 MPLBACKEND=
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="halt_on_error=1 suppressions=tests/tsan.supp" \
 	LD_PRELOAD="$$(g++ -print-file-name=lib$(2).so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(V)/python $(V)/pytest -q -s -k "not ranks"
-COMPUTES = $(addprefix tests/test_,$(addsuffix .py,product maxout linear_activation linear_maxout mlp random_ops native_engine))
+COMPUTES = $(addprefix tests/,cpu/test_gemm.py functional/test_maxout.py functional/test_linear_activation.py \
+	functional/test_linear_maxout.py nn/test_mlp.py ops/test_random_ops.py training/test_native_engine.py)
 
 # The same torch as in .venv, so that the extension built there loads here; nothing may bring another one.
 .venv-clients/.installed: tests/clients/requirements.txt tests/clients/no-deps.txt | .venv/.deps
@@ -103,14 +95,6 @@ COMPUTES = $(addprefix tests/test_,$(addsuffix .py,product maxout linear_activat
 	echo "$(TORCH)" > .venv-clients/constraints.txt
 	.venv-clients/bin/python -m pip install -q -c .venv-clients/constraints.txt -r tests/clients/requirements.txt
 	.venv-clients/bin/python -m pip install -q --no-deps -r tests/clients/no-deps.txt
-	@touch $@
-
-# .venv's packages, torch and mlpext among them, and triton, which a torch without CUDA does not bring.
-PACKAGES = "import sysconfig; print(sysconfig.get_path('purelib'))"
-.venv-triton/.installed: tests/triton.txt | .venv/.built
-	$(V)/python -m venv --clear .venv-triton
-	$(V)/python -c $(PACKAGES) > $$(.venv-triton/bin/python -c $(PACKAGES))/shared.pth
-	.venv-triton/bin/python -m pip install -q --no-deps -r tests/triton.txt
 	@touch $@
 
 # Another TORCH than the one noted in the stamp makes the stamp out of date.

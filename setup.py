@@ -1,11 +1,8 @@
 """Builds mlpext._C against the torch of this environment; pyproject.toml has the rest of the package.
 
 MLPEXT_CUDA=auto|0|1    auto: with CUDA where torch has it and a toolkit is found (never by looking for a GPU)
-MLPEXT_CUTLASS_INCLUDE  with CUDA: the folder of CUTLASS's headers; empty: none. Unset: those of the package
-                        nvidia-cutlass, if it is there. With them mlpext._cutlass is built too, which takes a
-                        minute and 4 GB for each of four files (MAX_JOBS bounds how many at a time)
 MLPEXT_WERROR=1         warnings are errors: for `make check`, not for users
-MLPEXT_EMULATE_AVX512=1 AVX-512's loops on AVX2, by tests/avx512_emulator: for tests on machines that lack it
+MLPEXT_EMULATE_AVX512=1 AVX-512's loops on AVX2, by tests/cpu/avx512_emulator, to test where it lacks
 MLPEXT_INSTRUMENT=...   address: with ASan and UBSan, thread: with TSan, both with the checks of MLPEXT_DEBUG;
                         coverage: with gcov's counters
 """
@@ -13,7 +10,6 @@ MLPEXT_INSTRUMENT=...   address: with ASan and UBSan, thread: with TSan, both wi
 import os
 import sys
 from glob import glob
-from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
@@ -43,7 +39,8 @@ if "CUDA_PATH" not in os.environ and os.path.exists("/usr/local/cuda/bin/nvcc"):
 os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 from torch.utils import cpp_extension  # noqa: E402
 
-kernels = sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp"))
+kernels = sorted(glob("csrc/cuda/**/*.c*", recursive=True))
+kernels = [kernel for kernel in kernels if kernel.endswith((".cu", ".cpp"))]
 toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
 if choice == "1" and not toolkit:
     stop(f"MLPEXT_CUDA=1, but torch {torch.__version__} has no CUDA or no CUDA toolkit was found (CUDA_HOME)")
@@ -62,11 +59,11 @@ if os.environ.get("MLPEXT_WERROR") == "1":
     # g++ 12 sees uninitialised values, wrongly, where torch's templates and AVX-512 intrinsics are inlined.
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
 
-sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp") + glob("csrc/training/*.cpp"))
+sources = sorted(set(glob("csrc/**/*.cpp", recursive=True)) - set(kernels))
 if os.environ.get("MLPEXT_EMULATE_AVX512") == "1":
     # Only these two differ, so that the objects of the ordinary build serve for the others. They come first,
     # since one takes as long as several.
-    emulated = {f"csrc/cpu/{name}.cpp": f"tests/avx512_emulator/{name}.cpp" for name in ("avx512", "isa")}
+    emulated = {f"csrc/cpu/{name}.cpp": f"tests/cpu/avx512_emulator/{name}.cpp" for name in ("avx512", "isa")}
     sources = [*emulated.values(), *(source for source in sources if source not in emulated)]
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
@@ -92,45 +89,9 @@ if instrument in ("address", "thread"):
     extension.define_macros.append(("MLPEXT_DEBUG", None))
 # torch's headers become system headers: a warning in them is not ours to mend.
 system = [f"-isystem{path}" for path in extension.include_dirs]
-if cuda and not os.path.exists(f"{cpp_extension.CUDA_HOME}/include/cublasLt.h"):
-    # A toolkit may come without cuBLAS, whose headers then lie in a wheel that torch depends on. The library
-    # itself needs no -l flag: libtorch_cuda brings it.
-    wheels = [f"{path}/nvidia/{folder}/include" for path in sys.path for folder in ("cu13", "cublas")]
-    found = [path for path in wheels if os.path.exists(f"{path}/cublasLt.h")]
-    if not found:
-        stop(f"cublasLt.h is neither in {cpp_extension.CUDA_HOME}/include nor in a package nvidia-cublas")
-    system.append(f"-idirafter{found[0]}")
 extension.include_dirs = [os.path.abspath("csrc")]
 # -fmad=false: as -ffp-contract=off. The kernels ask for multiply-adds where they want them.
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false"]
-extension.extra_compile_args = {"cxx": flags + system, "nvcc": NVCC_FLAGS}
-
-
-def cutlass_headers() -> str | None:
-    given = os.environ.get("MLPEXT_CUTLASS_INCLUDE")
-    package = find_spec("cutlass_library") if given is None else None
-    if given is None and package and package.origin:
-        given = str(Path(package.origin).parent / "source" / "include")
-    if given and not os.path.exists(f"{given}/cutlass/cutlass.h"):
-        stop(f"there is no cutlass/cutlass.h in {given}")
-    return os.path.abspath(given) if given else None
-
-
-headers = cutlass_headers() if cuda else None
-# sm_90a: for sm_90 nvcc leaves out the tensor cores' wgmma, silently. NDEBUG: with assertions it puts them
-# one after the other.
-CUTLASS_FLAGS = ["-gencode=arch=compute_90a,code=sm_90a", "-DNDEBUG"]
-
-
-def cutlass_extension() -> object:
-    kernels = sorted(glob("csrc/cuda/cutlass/*.cu") + glob("csrc/cuda/cutlass/*.cpp"))
-    extension = cpp_extension.CUDAExtension("mlpext._cutlass", kernels)
-    extension.include_dirs = [os.path.abspath("csrc")]
-    extension.extra_compile_args = {
-        "cxx": flags + system,
-        "nvcc": [*NVCC_FLAGS, *CUTLASS_FLAGS, f"-isystem={headers}"],
-    }
-    return extension
+extension.extra_compile_args = {"cxx": flags + system, "nvcc": ["-std=c++20", "-O3", "-fmad=false"]}
 
 
 class Build(cpp_extension.BuildExtension):
@@ -149,10 +110,9 @@ class Build(cpp_extension.BuildExtension):
 version = "{self.distribution.get_version()}"
 torch_version = "{torch.__version__}"
 cuda = {cuda}
-cutlass = {headers is not None}
 cuda_archs = "{os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""}"
 '''
         )
 
 
-setup(ext_modules=[extension, *([cutlass_extension()] if headers else [])], cmdclass={"build_ext": Build})
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})

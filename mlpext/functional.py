@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlpext import _C
-from mlpext import _native as _native  # tells torch.compile what to trace
+from mlpext import _torch_fallback as _torch_fallback  # tells torch.compile what to trace
 
 # Name -> parameters and defaults, from the compiled list.
 _PARAMETERS = _C.activations()

@@ -8,15 +8,12 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .checkpoint import write_atomically
-
-if TYPE_CHECKING:
-    from .history import History
+from mlpext._files import write_atomically
 
 try:
     from matplotlib.axes import Axes
@@ -37,6 +34,23 @@ METRICS = {"accuracy": "accuracy", "r2": "R²"}
 READABLE = {"leaky_relu": {"negative_slope": 0.1}, "sine": {"omega": 1.0}}
 
 
+class Run(Protocol):
+    """What a picture needs of a `mlpext.training.History`, which draws itself by this module."""
+
+    @property
+    def columns(self) -> list[str]:
+        """The names that `run[name]` accepts."""
+
+    @property
+    def step_losses(self) -> Tensor:
+        """The mean E of each step, (updates,)."""
+
+    def __getitem__(self, name: str) -> list[float]: ...
+
+    def __len__(self) -> int:
+        """The number of epochs."""
+
+
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the name ends in (.png, .svg, .pdf), never half written.
 
@@ -55,7 +69,7 @@ def plot_activations(path: str | os.PathLike[str] | None = None) -> Figure:
 
         plot_activations("activations.png")
     """
-    from . import _C, functional
+    from mlpext import _C, functional
 
     names = _C.activations()
     columns = 5
@@ -84,7 +98,7 @@ def plot_activations(path: str | os.PathLike[str] | None = None) -> Figure:
 
 
 def plot_histories(
-    histories: Mapping[str, History], path: str | os.PathLike[str] | None = None, title: str = ""
+    histories: Mapping[str, Run], path: str | os.PathLike[str] | None = None, title: str = ""
 ) -> Figure:
     """Draw loss and metric of runs, one colour a run: training data solid, validation data dashed.
 
@@ -135,7 +149,7 @@ def plot_histories(
     return _finish(figure, path)
 
 
-def _draw_run(axis: Axes, history: History, quantity: str, against: str, colour: str, steps: bool) -> None:
+def _draw_run(axis: Axes, history: Run, quantity: str, against: str, colour: str, steps: bool) -> None:
     x = history["epoch"] if against == "epoch" else list(itertools.accumulate(history["seconds"]))
     if steps and quantity == "loss" and len(history.step_losses) > len(history):
         fraction = torch.arange(1, len(history.step_losses) + 1) / len(history.step_losses)

@@ -292,8 +292,8 @@ TEXT = """\
 
 The largest error of each activation over the float32 numbers: {tried}. Errors are against float64, in
 ULP, units in the last place of the exact value; at 0.5 every result is the nearest number. Infinities and
-NaN are tested apart; of float16 and bfloat16 tests/test_activations.py tries all 65,536 values, and at
-least 99.9 % of the results are the nearest number. Made by `make accuracy`; tests/accuracy.py has the
+NaN are tested apart; of float16 and bfloat16 tests/functional/test_activations.py tries all 65,536 values,
+and at least 99.9 % of the results are the nearest number. Made by `make accuracy`; tests/accuracy.py has the
 bounds that tests hold.
 
 What a user need not mind: large figures in the derivative's ULP column. The derivative is the one that

@@ -383,3 +383,52 @@ def points(name: str, parameters: dict, dtype: torch.dtype, count: int) -> torch
 
 def assert_close(actual, expected, what: object = "", **tolerance) -> None:
     torch.testing.assert_close(actual, expected, msg=lambda m: f"{what}: {m}", **tolerance)
+
+
+# ---------------------------------------------------------------- references, gradients, what is kept
+
+
+def reference_of(name, parameters, x):
+    """[value | derivative][leading | rest] at the points of a tensor."""
+    at = x.double().numpy()
+    if x.dtype == torch.float64:
+        return reference.exact(name, parameters, at)
+    return [(v, 0.0) for v in reference.fast(name, parameters, at)]
+
+
+def gradients_of_ones(f, x):
+    x = x.detach().clone().requires_grad_()
+    y = f(x)
+    return torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+def every_finite(dtype):
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    return x[x.isfinite()]
+
+
+class Kept:
+    """Counts the bytes of distinct storages that the saved-tensor hooks see, but for the given tensors."""
+
+    def __init__(self, *known):
+        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
+        self.sizes, self.tensors = {}, 0
+
+    def __enter__(self):
+        def pack(t):
+            self.tensors += 1
+            pointer = t.untyped_storage().data_ptr()
+            if pointer not in self.known:
+                self.sizes[pointer] = t.untyped_storage().nbytes()
+            return t
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    @property
+    def bytes(self):
+        return sum(self.sizes.values())

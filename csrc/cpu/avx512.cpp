@@ -1,6 +1,6 @@
 // The loops for AVX-512 (F, BW, VL, DQ) with BMI2.
 #if defined(__x86_64__)
-#include "prelude.h"
+#include "cpu/prelude.h"
 
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -12,7 +12,7 @@
 #define MLPEXT_ISA avx512
 #define MLPEXT_ISA_NAME "avx512"
 #define MLPEXT_VECTOR_BYTES 64
-#include "loops.h"
+#include "cpu/isa_kernels.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -3,7 +3,7 @@
 
 #include <cstdlib>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace mlpext {
 

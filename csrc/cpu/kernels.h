@@ -6,9 +6,9 @@
 #include <string_view>
 #include <vector>
 
-#include "../activations.h"
-#include "../dtype.h"
-#include "../training/job.h"
+#include "formulas/activations.h"
+#include "formulas/dtype.h"
+#include "cpu/epoch/job.h"
 
 namespace mlpext::cpu {
 

@@ -5,9 +5,9 @@
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <torch/library.h>
 
-#include "../composites.h"
-#include "product.h"
-#include "tensors.h"
+#include "ops/composites.h"
+#include "cpu/gemm/gemm.h"
+#include "cpu/tensors.h"
 
 namespace mlpext::cpu {
 namespace {

@@ -5,8 +5,8 @@
 #include <ATen/WrapDimUtils.h>
 #include <torch/library.h>
 
-#include "../composites.h"
-#include "tensors.h"
+#include "ops/composites.h"
+#include "cpu/tensors.h"
 
 namespace mlpext::cpu {
 namespace {

@@ -1,9 +1,9 @@
 // Whole networks on CPU.
-#include "../mlp.h"
+#include "ops/mlp.h"
 
 #include <torch/library.h>
 
-#include "tensors.h"
+#include "cpu/tensors.h"
 
 namespace mlpext::cpu {
 

@@ -3,9 +3,9 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
-#include "../tensors.h"
-#include "kernels.h"
-#include "memory.h"
+#include "ops/tensors.h"
+#include "cpu/kernels.h"
+#include "cpu/huge_pages.h"
 
 namespace mlpext::cpu {
 

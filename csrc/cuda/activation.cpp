@@ -3,8 +3,8 @@
 #include <ATen/TensorIterator.h>
 #include <torch/library.h>
 
-#include "../composites.h"
-#include "tensors.h"
+#include "ops/composites.h"
+#include "cuda/tensors.h"
 
 namespace mlpext::cuda {
 namespace {

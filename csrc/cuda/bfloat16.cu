@@ -2,4 +2,4 @@
 #define MLPEXT_APPROXIMATE
 #define MLPEXT_MEMORY BFloat16
 #define MLPEXT_TABLE bfloat16_kernels
-#include "loops.cuh"
+#include "cuda/loops.cuh"

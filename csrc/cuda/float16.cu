@@ -2,4 +2,4 @@
 #define MLPEXT_APPROXIMATE
 #define MLPEXT_MEMORY Half
 #define MLPEXT_TABLE float16_kernels
-#include "loops.cuh"
+#include "cuda/loops.cuh"

@@ -4,8 +4,8 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
-#include "../activations.h"
-#include "../dtype.h"
+#include "formulas/activations.h"
+#include "formulas/dtype.h"
 
 namespace mlpext::cuda {
 
@@ -116,11 +116,5 @@ inline const Kernels& kernels(Dtype dtype) {
   const Kernels* const tables[] = {&float64_kernels, &float32_kernels, &bfloat16_kernels, &float16_kernels};
   return *tables[dtype];
 }
-
-struct Relaxed {  // what a library's first use allocates is no part of a graph that is being captured
-  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  Relaxed() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode)); }
-  ~Relaxed() { static_cast<void>(cudaThreadExchangeStreamCaptureMode(&mode)); }
-};
 
 }  // namespace mlpext::cuda

@@ -1,13 +1,14 @@
-// Linear + activation and linear + maxout on CUDA: native's product, and one pass for everything around it;
-// or, where the switches are on (ops.h), a product of cuBLASLt's or CUTLASS's with what its epilogue can do,
-// and linear + maxout in Triton.
+// Linear + activation and linear + maxout on CUDA: torch's product, and one elementwise kernel for everything
+// around it. bias + relu, and in 16 bits bias + gelu_tanh, are torch's own fused product instead, whose
+// epilogue (cuBLASLt's RELU_BIAS or GELU_BIAS) applies them to z while it is in registers.
+#include <ATen/ops/_addmm_activation_cuda_dispatch.h>
 #include <ATen/ops/addmm_cuda_dispatch.h>
 #include <ATen/ops/mm_cuda_dispatch.h>
 #include <ATen/ops/sum_cuda_dispatch.h>
 #include <torch/library.h>
 
-#include "../composites.h"
-#include "tensors.h"
+#include "ops/composites.h"
+#include "cuda/tensors.h"
 
 namespace mlpext::cuda {
 namespace {
@@ -20,6 +21,12 @@ Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 // Whether the bias is added by the activation's pass instead. In 16 bits the product would be rounded once
 // more.
 bool bias_in_pass(const Tensor& x) { return x.element_size() > 2; }
+
+// Whether at::_addmm_activation computes this activation. Its gelu is tanh's approximation by the hardware's
+// tanh, whose error float32 would show and 16 bits do not.
+bool torch_fuses(std::string_view name, const Tensor& x) {
+  return (name == ReLU::name && x.element_size() <= 4) || (name == GELUTanh::name && x.element_size() == 2);
+}
 
 // dz, whose columns are `pieces` times those of dy, and its column sums, in one pass.
 std::tuple<Tensor, Tensor> dz_and_sums(LaunchRows launcher, Params params, const Tensor& dy,
@@ -48,9 +55,11 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
   const bool identity = name == Identity::name;
-  if (const auto [y, z] = epilogue_forward(x, weight, bias, index, params, /*keep=*/keep_preactivation);
-      y.defined())
-    return {shaped(y, input), shaped(z, input)};
+  if (bias && !keep_preactivation && torch_fuses(name, x)) {
+    const Tensor y = at::cuda::_addmm_activation(*bias, x, weight.t(), /*beta=*/1, /*alpha=*/1,
+                                                 /*use_gelu=*/name == GELUTanh::name);
+    return {shaped(y, input), Tensor()};
+  }
   if (bias && !identity && !keep_preactivation && bias_in_pass(x)) {
     const Tensor y = product(x, weight, std::nullopt);
     run_forward(y, bias->contiguous(), y, index, params);
@@ -64,6 +73,10 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
 
+namespace {
+
+// The parts of linear_activation_backward, on matrices. From dy dz and, if one kernel makes both, db; of
+// identity dz is dy.
 std::tuple<Tensor, Tensor> activation_backward_rows(const Tensor& grad_output, const OptionalTensor& saved,
                                                     std::string_view name, Params params, bool from_output,
                                                     bool with_sums) {
@@ -75,20 +88,17 @@ std::tuple<Tensor, Tensor> activation_backward_rows(const Tensor& grad_output, c
                      rows_of(grad_output), rows_of(*saved), /*pieces=*/1);
 }
 
+// From dz those gradients of input, weight and bias that are asked for.
 std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& dz, const OptionalTensor& x,
                                                     const OptionalTensor& weight, Mask mask) {
   Tensor dx, dw, db;
   if (mask[0]) dx = at::cuda::mm(dz, *weight);
   if (mask[1]) {
-    const Tensor rows = rows_of(*x);
-    if (mask[2]) std::tie(dw, db) = epilogue_weight_gradient(dz, rows);
-    if (!dw.defined()) dw = at::cuda::mm(dz.t(), rows);
+    dw = at::cuda::mm(dz.t(), rows_of(*x));
   }
-  if (mask[2] && !db.defined()) db = at::cuda::sum(dz, at::OptionalIntArrayRef(0));
+  if (mask[2]) db = at::cuda::sum(dz, at::OptionalIntArrayRef(0));
   return {dx, dw, db};
 }
-
-namespace {
 
 Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          std::string_view name, Params params) {
@@ -119,14 +129,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
 std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& weight,
                                              const OptionalTensor& bias, bool with_index) {
   check_linear_maxout(input, weight, bias);
-  const Tensor x = rows_of(input);
-  auto [output, index] = triton_linear_maxout(x, weight, bias, with_index);
-  if (!output.defined()) {
-    const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1)) : bias;
-    const Tensor z = product(x, weight.flatten(0, 1), b);
-    if (with_index) std::tie(output, index) = maxout_forward(z, weight.size(0), 1);
-    else output = maxout(z, weight.size(0), 1);
-  }
+  const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1)) : bias;
+  const Tensor z = product(rows_of(input), weight.flatten(0, 1), b);
+  if (!with_index) return {shaped(maxout(z, weight.size(0), 1), input), Tensor()};
+  const auto [output, index] = maxout_forward(z, weight.size(0), 1);
   return {shaped(output, input), shaped(index, input)};
 }
 

@@ -6,8 +6,8 @@
 // result depends neither on position nor on layout. No atomics: sums are taken in an order that depends on
 // the shape alone.
 #pragma once
-#include "../activation_info.h"
-#include "access.cuh"
+#include "formulas/activation_info.h"
+#include "cuda/access.cuh"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {

@@ -2,8 +2,8 @@
 #include <ATen/WrapDimUtils.h>
 #include <torch/library.h>
 
-#include "../composites.h"
-#include "tensors.h"
+#include "ops/composites.h"
+#include "cuda/tensors.h"
 
 namespace mlpext::cuda {
 namespace {

@@ -5,8 +5,8 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "../tensors.h"
-#include "kernels.h"
+#include "ops/tensors.h"
+#include "cuda/kernels.h"
 
 namespace mlpext::cuda {
 
@@ -44,37 +44,6 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias);
 Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
-
-// Linear + maxout by Triton's kernel (triton.cpp), for rows of x: y and, if it is asked for, the index of the
-// winner. Undefined where it is switched off or does not serve the case.
-std::tuple<Tensor, Tensor> triton_linear_maxout(const Tensor& x, const Tensor& weight,
-                                                const OptionalTensor& bias, bool with_index);
-
-// What the epilogues of cuBLASLt and of CUTLASS can do (epilogues.cpp), on matrices, in that order; undefined
-// where they are switched off or do not serve the case. An activation goes by its index and parameters.
-//
-// y = f(x weight' + bias) and, to keep, z.
-std::tuple<Tensor, Tensor> epilogue_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                            std::size_t activation, Params params, bool keep);
-// The same of relu, and the signs of z, one bit each: cuBLASLt's alone.
-std::tuple<Tensor, Tensor> epilogue_relu_and_signs(const Tensor& x, const Tensor& weight,
-                                                   const OptionalTensor& bias);
-// (dz weight) f', f that of the layer below, and its sums over the rows. kept is what that layer keeps for
-// f', y or z; of relu signs, if they are defined.
-std::tuple<Tensor, Tensor> epilogue_input_gradient(const Tensor& dz, const Tensor& weight,
-                                                   std::size_t activation, Params params, const Tensor& kept,
-                                                   const Tensor& signs, bool with_sums);
-// dz' x, and the sums of dz over the rows: cuBLASLt's alone.
-std::tuple<Tensor, Tensor> epilogue_weight_gradient(const Tensor& dz, const Tensor& x);
-
-// The parts of linear_activation_backward, on matrices. From dy dz and, if one pass makes both, db; of
-// identity dz is dy.
-std::tuple<Tensor, Tensor> activation_backward_rows(const Tensor& grad_output, const OptionalTensor& saved,
-                                                    std::string_view name, Params params, bool from_output,
-                                                    bool with_sums);
-// From dz those gradients of input, weight and bias that are asked for.
-std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& dz, const OptionalTensor& x,
-                                                    const OptionalTensor& weight, Mask mask);
 
 // y = f(x + bias) on a dense pair; y may be x. A bias wants x contiguous, with as many columns.
 void run_forward(const Tensor& x, const OptionalTensor& bias, const Tensor& y, std::size_t index,

@@ -16,7 +16,7 @@ def test_ppo_on_cartpole(activation, tmp_path):
     agent = PPO("MlpPolicy", "CartPole-v1", seed=0, n_steps=512, policy_kwargs={"activation_fn": activation})
     _, report = mlpext.fuse(agent.policy, inplace=True, report=True)
     body = agent.policy.mlp_extractor
-    pair = [mlpext.nn.LinearActivation, mlpext.fusing.FusedActivation]
+    pair = [mlpext.nn.LinearActivation, mlpext.fusion.FusedActivation]
     for net in (body.policy_net, body.value_net):
         assert [type(layer) for layer in net] == pair * 2, report
     agent.learn(10_000)

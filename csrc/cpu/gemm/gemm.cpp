@@ -1,0 +1,479 @@
+// The blocked product. A panel of B, 64 columns wide, is packed so that it lies dense in the L2 cache; blocks
+// of A meet it in `combine` (product_loops.h), which keeps 6 x 64 sums in registers and reads A where it
+// lies, at any strides. That loop runs at 98 % of the multiply-add peak, as oneDNN's does, without code
+// generated at run time for every new shape.
+#include "cpu/gemm/gemm.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "cpu/gemm/blocking.h"
+
+namespace mlpext::cpu {
+namespace {
+
+constexpr int64_t block_terms = 512;  // a panel of float is 128 KiB, and its sums stay as exact as native's
+constexpr int64_t block_rows = 60;    // of A: whole steps of 6
+constexpr int64_t group_rows = 17 * block_rows;  // of A that meet one packing of a panel
+constexpr int64_t few_rows = 6, few_terms = 8;   // of A and of B, below which memory is what takes the time
+
+// The element types of a product: M in memory, T in the loops.
+template <Dtype> struct Types;
+template <> struct Types<float64> {
+  using M = double;
+  using T = double;
+};
+template <> struct Types<float32> {
+  using M = float;
+  using T = float;
+};
+template <> struct Types<bfloat16> {
+  using M = uint16_t;
+  using T = float;
+};
+template <> struct Types<float16> {
+  using M = uint16_t;
+  using T = float;
+};
+
+// With `pairs`, of bfloat16: the T of an operand is a pair of M, neighbours along the sum; an odd end is
+// paired with 0.
+template <Dtype dtype, bool pairs = false> struct Product {
+  using M = typename Types<dtype>::M;
+  using T = typename Types<dtype>::T;
+  static constexpr bool widens = sizeof(M) != sizeof(T);
+  static constexpr Dtype sum_dtype = dtype == float64 ? float64 : float32;
+
+  // Part of an operand as the loops take it.
+  struct Operand {
+    const T* data;
+    int64_t row_stride, column_stride;
+  };
+
+  // Sums, or what they start from.
+  struct Rows {
+    T* data;
+    int64_t stride;
+  };
+
+  static constexpr std::size_t panel_size = block_terms * panel_columns;
+  static constexpr std::size_t block_size = block_rows * block_terms;
+  static constexpr std::size_t group_size = group_rows * panel_columns;
+
+  // T in the space of n M along a sum.
+  static int64_t terms_of(int64_t n) { return pairs ? (n + 1) / 2 : n; }
+
+  static const M* at(const Matrix& m, int64_t i, int64_t j) {
+    return static_cast<const M*>(m.data) + i * m.row_stride + j * m.column_stride;
+  }
+
+  // A panel of b: terms t... along its rows, columns j....
+  static void pack_panel(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t columns, T* to) {
+    const ProductKernels& kernel = kernels().product;
+    if constexpr (!pairs) {
+      widen({at(b, t, j), terms, columns, b.row_stride, b.column_stride}, to, panel_columns);
+    } else {
+      int64_t done = 0;
+      if (b.row_stride == 1 && b.column_stride % 2 == 0) {
+        done = std::min(terms, b.rows / 2 - t);
+        kernel.transpose[float32](at(b, 2 * t, j), b.column_stride / 2, to, panel_columns, columns, done);
+      }
+      for (; done < terms; ++done) {
+        const int64_t row = 2 * (t + done);
+        std::array<M, 2 * panel_columns> buffer;
+        const M* first = row_of(b, row, j, columns, buffer.data());
+        const M* second =
+            row + 1 < b.rows ? row_of(b, row + 1, j, columns, buffer.data() + panel_columns) : nullptr;
+        kernel.zip(first, second, to + done * panel_columns, columns);
+      }
+    }
+  }
+
+  // Rows i... and terms t... of an operand that the loops read at any strides.
+  static Operand block_of(const Matrix& a, int64_t i, int64_t t, int64_t rows, int64_t terms, T* space) {
+    if constexpr (pairs) {
+      if (a.column_stride == 1 && a.row_stride % 2 == 0 && 2 * (t + terms) <= a.columns)
+        return {reinterpret_cast<const T*>(at(a, i, 2 * t)), a.row_stride / 2, 1};
+      const int64_t n = std::min(2 * terms, a.columns - 2 * t);
+      for (int64_t r = 0; r < rows; ++r) {
+        M* const to = reinterpret_cast<M*>(space + r * terms);
+        const M* from = row_of(a, i + r, 2 * t, n, to);
+        if (from != to) std::copy_n(from, n, to);
+        if (n % 2) to[n] = 0;
+      }
+      return {space, terms, 1};
+    } else if constexpr (widens) {
+      widen({at(a, i, t), rows, terms, a.row_stride, a.column_stride}, space, terms);
+      return {space, terms, 1};
+    } else {
+      return {at(a, i, t), a.row_stride, a.column_stride};
+    }
+  }
+
+  // n elements of a row that lie one after the other: where they are, or copied to the buffer.
+  static const M* row_of(const Matrix& m, int64_t i, int64_t j, int64_t n, M* buffer) {
+    const M* from = at(m, i, j);
+    if (m.column_stride == 1) return from;
+    for (int64_t c = 0; c < n; ++c) buffer[c] = from[c * m.column_stride];
+    return buffer;
+  }
+
+  // to[i, j] = m[i, j], in T.
+  static void widen(const Matrix& m, T* to, int64_t stride) {
+    const ProductKernels& kernel = kernels().product;
+    if (m.column_stride == 1) {
+      kernel.widen[dtype](m.data, m.row_stride, to, stride, m.rows, m.columns);
+    } else if (m.row_stride == 1 && !widens) {
+      kernel.transpose[dtype](m.data, m.column_stride, to, stride, m.columns, m.rows);
+    } else {
+      std::array<M, panel_columns> buffer;
+      for (int64_t i = 0; i < m.rows; ++i)
+        for (int64_t j = 0; j < m.columns; j += panel_columns) {
+          const int64_t n = std::min(panel_columns, m.columns - j);
+          kernel.widen[dtype](row_of(m, i, j, n, buffer.data()), 0, to + i * stride + j, 0, 1, n);
+        }
+    }
+  }
+
+  // What `combine` is given at a time.
+  struct Blocks {
+    int64_t columns = panel_columns, rows = block_rows, terms = block_terms;
+  };
+
+  // A product that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
+  // along the rows of b, or of the result, where strips of 64 columns would touch a page of memory each.
+  static Blocks blocks_of(const Matrix& b, int64_t rows) {
+    if (widens || b.column_stride != 1) return {};
+    if (rows <= few_rows) return {.columns = 2048, .terms = 16};
+    if (b.rows <= few_terms) return {.columns = 8192 / std::max<int64_t>(1, b.rows), .rows = 6};
+    return {};
+  }
+
+  // Sums of the product of a (rows, terms) and b (terms, columns), block by block.
+  //   load_a(i, t, rows, terms, space) and load_b(t, j, terms, columns, space)  an Operand; space to pack it
+  //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
+  //   sums(i, j)            where they are kept; null to keep them in scratch memory
+  //   finish(Tile, Sums)
+  // Columns are those of the product; the panel has `pieces` sums for each. All panels meet a group of rows
+  // of a, which the caches hold, before the next group: the other way round a came from memory once for 64
+  // columns, which at (4096, 1024, 1024) cost 18 % of the time.
+  template <class LoadA, class LoadB, class Start, class Sums, class Finish>
+  static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, Blocks blocks,
+                       LoadA load_a, LoadB load_b, Start start, Sums sums, Finish finish) {
+    const auto combine = pairs ? kernels().product.combine_pairs : kernels().product.combine[sum_dtype];
+    const int64_t step = pieces == 1   ? blocks.columns
+                         : pieces <= 4 ? panel_columns / pieces / 16 * 16
+                                       : panel_columns / pieces;
+    in_rectangles(rows, columns, rows * columns * pieces * terms,
+                  [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
+                    T* const panel = reinterpret_cast<T*>(
+                        scratch<0>((panel_size + block_size * widens + group_size) * sizeof(T)));
+                    T* const block = panel + panel_size;
+                    T* const group = block + block_size * widens;
+                    for (int64_t g = first_row; g < last_row; g += group_rows) {
+                      const int64_t end = std::min(g + group_rows, last_row);
+                      for (int64_t j = first_column; j < last_column; j += step) {
+                        const int64_t width = std::min(step, last_column - j);
+                        int64_t t = 0;
+                        do {  // once where there are no terms
+                          const int64_t depth = std::min(blocks.terms, terms - t);
+                          const bool last = t + depth == terms;
+                          const Operand b = load_b(t, j, depth, width, panel);
+                          for (int64_t i = g; i < end; i += blocks.rows) {
+                            const int64_t height = std::min(blocks.rows, end - i);
+                            Rows c = sums(i, j);
+                            if (!c.data)
+                              c = {group + (last && t == 0 ? 0 : (i - g) * panel_columns), panel_columns};
+                            const Operand a = load_a(i, t, height, depth, block);
+                            const Rows from = t == 0 ? start(i, j, width) : c;
+                            combine(a.data, a.row_stride, a.column_stride, b.data, b.row_stride, from.data,
+                                    from.stride, c.data, c.stride, height, width * pieces, depth);
+                            if (last) finish(Tile{i, j, height, width}, c);
+                          }
+                          t += depth;
+                        } while (t < terms);
+                      }
+                    }
+                  });
+  }
+
+  // Few rows of x, or few columns of the result: dot products with the rows of w as they lie, a panel of w at
+  // a time. That saves packing w, and columns that do not fill a register of `combine`.
+  static bool by_dots(const Matrix& x, const Matrix& w) {
+    return x.column_stride == 1 && w.column_stride == 1 &&
+           (x.rows * 16 <= x.columns || (w.rows <= 8 && x.columns >= 32));
+  }
+
+  static void forward(const Matrix& x, const Matrix& w, const void* bias, void* z_, OnTile finish) {
+    const int64_t rows = x.rows, columns = w.rows, terms = x.columns;
+    M* const z = static_cast<M*>(z_);
+    const M* const b = static_cast<const M*>(bias);
+    if (by_dots(x, w)) {
+      const auto dots = pairs ? kernels().product.dots_in_pairs : kernels().product.dots[dtype];
+      in_rectangles(
+          rows, columns, rows * columns * terms,
+          [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
+            for (int64_t j = first_column; j < last_column; j += panel_columns) {
+              const Tile tile{first_row, j, last_row - first_row, std::min(panel_columns, last_column - j)};
+              dots(at(x, first_row, 0), x.row_stride, at(w, j, 0), w.row_stride, b ? b + j : nullptr,
+                   z + first_row * columns + j, columns, tile.rows, tile.columns, terms);
+              finish(tile);
+            }
+          });
+      return;
+    }
+    multiply(
+        rows, columns, terms_of(terms), 1, {},
+        [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
+        [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
+          pack_panel(w.transposed(), t, j, n, width, space);
+          return Operand{space, panel_columns, 1};
+        },
+        [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, 1, 0); },
+        [&](int64_t i, int64_t j) { return in_result(z, i, j, columns); },
+        [&](const Tile& tile, Rows sums) {
+          keep(tile, sums, z, columns);
+          finish(tile);
+        });
+  }
+
+  static void maxout(const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y_,
+                     void* index_) {
+    const int64_t columns = w.rows / pieces;
+    M* const y = static_cast<M*>(y_);
+    auto* const index = static_cast<uint8_t*>(index_);
+    const M* const b = static_cast<const M*>(bias);
+    multiply(
+        x.rows, columns, terms_of(x.columns), pieces, {},
+        [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
+        [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
+          for (int64_t piece = 0; piece < pieces; ++piece)
+            pack_panel(w.transposed(), t, piece * columns + j, n, width, space + piece * width);
+          return Operand{space, panel_columns, 1};
+        },
+        [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, pieces, columns); },
+        [](int64_t, int64_t) { return Rows{}; },
+        [&](const Tile& tile, Rows sums) {
+          for (int64_t i = 0; i < tile.rows; ++i) {
+            T* const row = sums.data + i * sums.stride;
+            const int64_t at = (tile.row + i) * columns + tile.column;
+            if constexpr (widens) kernels().product.narrow[dtype](row, 0, row, 0, 1, tile.columns * pieces);
+            kernels().maxout_forward[0][dtype](row, y + at, index ? index + at : nullptr, pieces,
+                                               tile.columns, tile.columns);
+          }
+        });
+  }
+
+  static void backward(const PreactivationGradient& dz, const Matrix& x, const Matrix& w, void* dx_,
+                       void* dw_, void* db_) {
+    const int64_t columns = dz.columns;
+    M* const dx = static_cast<M*>(dx_);
+    M* const dw = static_cast<M*>(dw_);
+    // 16 bits are too few to add in.
+    T* const db =
+        widens && db_ ? reinterpret_cast<T*>(scratch<2>(columns * sizeof(T))) : static_cast<T*>(db_);
+    if (db) std::fill_n(db, columns, T(0));
+
+    T* dw_sums = widens ? nullptr : static_cast<T*>(dw_);
+    if (dz.matrix && !widens) {
+      if (db) add_to_bias(*dz.matrix, db);
+      add_chunk(*dz.matrix, dz.matrix->transposed(), x, w, dx, dw, dw_sums, /*first=*/true, /*last=*/true);
+    } else {
+      // A stride of whole pages would put all rows in the same few lines of the cache. Short rows stay dense,
+      // to be formed as one.
+      const int64_t stride = columns < panel_columns && !widens ? columns : round_up(columns, 16) + 16;
+      const int64_t most =
+          std::max<int64_t>(block_terms / 4, gradient_bytes / std::max<std::size_t>(1, stride * sizeof(T)));
+      const int64_t rows = std::min(
+          dz.rows, most / (most > block_terms ? block_terms : 2) * (most > block_terms ? block_terms : 2));
+      T* const space = reinterpret_cast<T*>(scratch<1>((rows + 1) * stride * sizeof(T)));
+      std::unique_ptr<T[]> wide_dw;
+      if (widens && dw && rows < dz.rows) wide_dw.reset(dw_sums = new T[columns * x.columns]);
+      int64_t i = 0;
+      do {  // once where there are no rows
+        const int64_t n = std::min(rows, dz.rows - i);
+        const auto [by_rows, by_columns] = form(dz, i, n, space, stride, dw);
+        if (db) add_to_bias({space, n, columns, stride, 1}, db);
+        add_chunk(by_rows, by_columns, {at(x, i, 0), n, x.columns, x.row_stride, x.column_stride}, w,
+                  dx ? dx + i * w.columns : nullptr, dw, dw_sums, i == 0, i + n == dz.rows);
+        i += n;
+      } while (i < dz.rows);
+    }
+    if constexpr (widens)
+      if (db) kernels().product.narrow[dtype](db, 0, db_, 0, 1, columns);
+  }
+
+ private:
+  // Rows of dz, as dx takes them and as dw does. Pairs are of two columns for dx, of two rows for dw: a
+  // second copy.
+  static std::pair<Matrix, Matrix> form(const PreactivationGradient& dz, int64_t first, int64_t rows, T* to,
+                                        int64_t stride, bool for_dw) {
+    constexpr int64_t unit = pairs ? 2 : 1;
+    M* const narrow = reinterpret_cast<M*>(to);
+    T* const zipped = to + round_up(rows, 2) / 2 * stride;
+    auto run = [&](int64_t begin, int64_t end) {
+      begin *= unit, end = std::min(rows, end * unit);
+      if constexpr (pairs) {
+        dz.form(first + begin, end - begin, narrow + begin * stride, stride);
+        for (int64_t i = begin; i < end; ++i) narrow[i * stride + dz.columns] = 0;
+        for (int64_t i = begin; for_dw && i < end; i += 2)
+          kernels().product.zip(narrow + i * stride, i + 1 < end ? narrow + (i + 1) * stride : nullptr,
+                                zipped + i / 2 * stride, dz.columns);
+      } else if constexpr (widens) {
+        // The 16-bit values of a row lie in the upper half of its space until they are widened.
+        for (int64_t i = begin; i < end; ++i) {
+          M* const upper = narrow + (2 * i + 1) * stride;
+          dz.form(first + i, 1, upper, stride);
+          kernels().product.widen[dtype](upper, 0, to + i * stride, 0, 1, dz.columns);
+        }
+      } else {
+        dz.form(first + begin, end - begin, to + begin * stride, stride);
+      }
+    };
+    const int64_t units = (rows + unit - 1) / unit,
+                  share = 1 + 32768 / (unit * std::max<int64_t>(1, dz.columns));
+    if (units <= share) run(0, units);
+    else at::parallel_for(0, units, share, run);
+    if (pairs)
+      return {{to, rows, terms_of(dz.columns), stride / 2, 1},
+              {zipped, dz.columns, terms_of(rows), 1, stride}};
+    const Matrix formed{to, rows, dz.columns, stride, 1};
+    return {formed, formed.transposed()};
+  }
+
+  // What some rows of the gradient add, given with the sum along their columns and along their rows; x and dx
+  // are the same rows.
+  static void add_chunk(const Matrix& by_rows, const Matrix& by_columns, const Matrix& x, const Matrix& w,
+                        M* dx, M* dw, T* dw_sums, bool first, bool last) {
+    const auto load = [](const Matrix& a) {
+      return [a](int64_t i, int64_t t, int64_t, int64_t, T*) {
+        return Operand{static_cast<const T*>(a.data) + i * a.row_stride + t * a.column_stride, a.row_stride,
+                       a.column_stride};
+      };
+    };
+    const auto panels = [](const Matrix& b, int64_t uses) {
+      return [&b, uses](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
+        return panel_of(b, t, j, n, width, uses, space);
+      };
+    };
+    if (dx)
+      multiply(
+          by_rows.rows, w.columns, by_rows.columns, 1, blocks_of(w, by_rows.rows), load(by_rows),
+          panels(w, by_rows.rows), [](int64_t, int64_t, int64_t) { return Rows{}; },
+          [&](int64_t i, int64_t j) { return in_result(dx, i, j, w.columns); },
+          [&](const Tile& tile, Rows sums) { keep(tile, sums, dx, w.columns); });
+    if (dw) {
+      const auto sums = [&](int64_t i, int64_t j) {
+        return dw_sums ? Rows{dw_sums + i * x.columns + j, x.columns} : Rows{};
+      };
+      multiply(
+          by_columns.rows, x.columns, by_columns.columns, 1, blocks_of(x, by_columns.rows), load(by_columns),
+          panels(x, by_columns.rows),
+          [&](int64_t i, int64_t j, int64_t) { return first ? Rows{} : sums(i, j); }, sums,
+          [&](const Tile& tile, Rows sums) {
+            if (last) keep(tile, sums, dw, x.columns);
+          });
+    }
+  }
+
+  // Blocks of rows are added to the sum of those before: two levels, for the sake of its last digits.
+  static void add_to_bias(const Matrix& dz, T* db) {
+    using Addend = std::conditional_t<pairs, M, T>;
+    if (dz.column_stride == 1) {
+      for (int64_t i = 0; i < dz.rows; i += block_rows)
+        kernels().product.add_rows[pairs ? dtype : sum_dtype](
+            static_cast<const Addend*>(dz.data) + i * dz.row_stride, dz.row_stride, db,
+            std::min(block_rows, dz.rows - i), dz.columns);
+    } else {
+      for (int64_t i = 0; i < dz.rows; ++i)
+        for (int64_t j = 0; j < dz.columns; ++j)
+          db[j] += static_cast<const T*>(dz.data)[i * dz.row_stride + j * dz.column_stride];
+    }
+  }
+
+  // A panel of B: as it lies where few rows of A will read it, else packed.
+  static Operand panel_of(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t width, int64_t uses,
+                          T* space) {
+    if constexpr (!widens)
+      if (b.column_stride == 1 && (uses < 48 || b.rows <= few_terms)) return {at(b, t, j), b.row_stride, 1};
+    pack_panel(b, t, j, terms, width, space);
+    return {space, panel_columns, 1};
+  }
+
+  // The bias of the sums of a panel: that of each piece, one after the other.
+  static Rows bias_row(const M* bias, int64_t j, int64_t width, int64_t pieces, int64_t piece_stride) {
+    if (!bias) return {};
+    if constexpr (!widens)
+      if (pieces == 1) return {const_cast<T*>(bias) + j, 0};
+    thread_local std::array<T, panel_columns> row;
+    for (int64_t piece = 0; piece < pieces; ++piece)
+      kernels().product.widen[dtype](bias + piece * piece_stride + j, 0, row.data() + piece * width, 0, 1,
+                                     width);
+    return {row.data(), 0};
+  }
+
+  // Sums are kept where the result will be, unless it is of 16 bits.
+  static Rows in_result(M* result, int64_t i, int64_t j, int64_t stride) {
+    if constexpr (widens) return {};
+    else return {result + i * stride + j, stride};
+  }
+  static void keep(const Tile& tile, Rows sums, M* result, int64_t stride) {
+    if constexpr (widens)
+      kernels().product.narrow[dtype](sums.data, sums.stride, result + tile.row * stride + tile.column,
+                                      stride, tile.rows, tile.columns);
+  }
+};
+
+template <class Run> void by_dtype(Dtype dtype, Run run) {
+  switch (dtype) {
+    case float64: return run(Product<float64>());
+    case float32: return run(Product<float32>());
+    case bfloat16: return has_pairs() ? run(Product<bfloat16, true>()) : run(Product<bfloat16>());
+    default: return run(Product<float16>());
+  }
+}
+
+}  // namespace
+
+bool has_pairs() {
+#if defined(__x86_64__)
+  static const bool machine = __builtin_cpu_supports("avx512bf16");
+  return machine && kernels().product.combine_pairs;
+#else
+  return false;
+#endif
+}
+
+void copy_rows(Dtype dtype, const Matrix& from, void* to, int64_t stride) {
+  if (from.row_stride == 1) {
+    kernels().product.transpose[dtype](from.data, from.column_stride, to, stride, from.columns, from.rows);
+    return;
+  }
+  by_dtype(dtype, [&](auto product) {
+    using M = typename decltype(product)::M;
+    for (int64_t i = 0; i < from.rows; ++i)
+      for (int64_t j = 0; j < from.columns; ++j)
+        static_cast<M*>(to)[i * stride + j] = *product.at(from, i, j);
+  });
+}
+
+void product_forward(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, void* z,
+                     OnTile finish) {
+  by_dtype(dtype, [&](auto product) { product.forward(x, w, bias, z, finish); });
+}
+
+void product_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
+                    void* index) {
+  by_dtype(dtype, [&](auto product) { product.maxout(x, w, bias, pieces, y, index); });
+}
+
+void product_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w,
+                      void* dx, void* dw, void* db) {
+  if (dz.winners && maxout_gradient(dtype, *dz.winners, x, w, dx, dw)) {
+    if (!db) return;
+    dx = dw = nullptr;
+  }
+  by_dtype(dtype, [&](auto product) { product.backward(dz, x, w, dx, dw, db); });
+}
+
+}  // namespace mlpext::cpu

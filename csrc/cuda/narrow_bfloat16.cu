@@ -1,5 +1,0 @@
-#define MLPEXT_ISA cuda_bfloat16
-#define MLPEXT_APPROXIMATE
-#define MLPEXT_MEMORY BFloat16
-#define MLPEXT_TABLE narrow_bfloat16_kernels
-#include "narrow.cuh"

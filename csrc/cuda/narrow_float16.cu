@@ -1,5 +1,0 @@
-#define MLPEXT_ISA cuda_float16
-#define MLPEXT_APPROXIMATE
-#define MLPEXT_MEMORY Half
-#define MLPEXT_TABLE narrow_float16_kernels
-#include "narrow.cuh"

@@ -1,0 +1,251 @@
+// Python's way into the engine: tensors to pointers, and the calls back for rows and progress.
+#include "python/epoch.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+
+#include "cpu/tensors.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+namespace mlpext::training {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr auto poll_interval = std::chrono::milliseconds(100);
+
+const Tensor& tensor(py::handle object, const char* name) {
+  TORCH_CHECK_TYPE(THPVariable_Check(object.ptr()), name, " must be a tensor");
+  return THPVariable_Unpack(object.ptr());
+}
+
+// Memory for a job, kept by the thread from call to call: fresh pages would cost an epoch of digits 50 us.
+void* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  constexpr int64_t kept = 16 << 20;
+  thread_local std::unique_ptr<void, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes || size > kept) {
+    memory.reset();
+    size = 0;
+    memory.reset(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
+    TORCH_CHECK(memory, "out of memory: training needs ", bytes, " bytes");
+    size = bytes;
+  }
+#ifdef __SANITIZE_ADDRESS__  // the last job's pieces
+  __asan_unpoison_memory_region(memory.get(), size);
+#endif
+  std::memset(memory.get(), 0, bytes);
+  return memory.get();
+}
+
+// The data of an argument, after a check that the engine can take it as it lies.
+void* data(const Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes, const char* name) {
+  TORCH_CHECK_VALUE(t.device().is_cpu() && t.layout() == at::kStrided && t.is_contiguous() &&
+                        t.scalar_type() == dtype && t.sizes() == sizes,
+                    name, ": expected a contiguous CPU tensor of ", dtype, " and shape ", sizes, ", got ",
+                    t.scalar_type(), " and ", t.sizes());
+  return t.data_ptr();
+}
+
+// A job, and the Python objects behind it.
+struct Run {
+  std::vector<Layer> layers;
+  std::vector<std::array<double, 2>> params;
+  Job job{};
+  at::ScalarType dtype = at::kFloat;
+  py::object fetch, poll, x, d;  // x and d: of the block under way
+  Clock::time_point polled = Clock::now();
+  std::exception_ptr error;
+
+  // (weight, bias or None, activation or "maxout", params, states of the weight, states of the bias)
+  void add(py::handle layer, std::size_t states) {
+    const auto [weight_, bias_, name, values, weight_states, bias_states] =
+        py::cast<std::tuple<py::object, py::object, std::string, std::vector<double>, py::tuple, py::tuple>>(
+            layer);
+    const Tensor& weight = tensor(weight_, "weight");
+    if (layers.empty()) dtype = weight.scalar_type();
+    TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
+                      "weight: expected float32 or float64, got ", dtype);
+    Layer own{};
+    const bool maxout = name == "maxout";
+    TORCH_CHECK_VALUE(weight.dim() == (maxout ? 3 : 2) && weight.numel() > 0, "weight: expected (",
+                      maxout ? "pieces, " : "", "out, in), got ", weight.sizes());
+    own.pieces = maxout ? weight.size(0) : 0;
+    own.out = weight.size(-2);
+    own.in = weight.size(-1);
+    TORCH_CHECK_VALUE(layers.empty() || layers.back().out == own.in, "weight: a layer takes ", own.in,
+                      " values, the one before gives ", layers.empty() ? 0 : layers.back().out);
+    if (!maxout) {
+      own.activation = activation_index(name, values);
+      own.output_suffices = activation_infos[own.activation].output_suffices(values.data());
+    }
+    std::copy(values.begin(), values.end(), params.emplace_back().begin());
+    own.weight = parameter(weight, weight_states, states);
+    if (!bias_.is_none()) {
+      const Tensor& bias = tensor(bias_, "bias");
+      data(bias, dtype, weight.sizes().slice(0, weight.dim() - 1), "bias");
+      own.bias = parameter(bias, bias_states, states);
+    }
+    layers.push_back(own);
+  }
+
+  Parameter parameter(const Tensor& value, const py::tuple& states, std::size_t count) {
+    Parameter own{data(value, dtype, value.sizes(), "parameter"), {}, value.requires_grad()};
+    TORCH_CHECK_VALUE(!own.trained || states.size() == count, "states: expected ", count, ", got ",
+                      states.size());
+    for (std::size_t i = 0; own.trained && i < count; ++i)
+      own.state[i] = data(tensor(states[i], "state"), dtype, value.sizes(), "state");
+    return own;
+  }
+
+  void finish() {
+    for (std::size_t l = 0; l < layers.size(); ++l) layers[l].params = params[l].data();
+    job.layers = layers.data();
+    job.layer_count = static_cast<int64_t>(layers.size());
+  }
+
+  // Takes `count` rows of x and d as the block under way; with `order`, all rows.
+  Rows rows(py::object x_, py::object d_, int64_t count) {
+    const Tensor &x_rows = tensor(x_, "x"), &d_rows = tensor(d_, "d");
+    const int64_t outputs = layers.back().out;
+    Rows rows;
+    rows.x = data(x_rows, dtype, {count, layers[0].in}, "x");
+    if (d_rows.scalar_type() == at::kLong) {
+      rows.classes = static_cast<const int64_t*>(data(d_rows, at::kLong, {count}, "d"));
+      check_indices(rows.classes, count, outputs, "class");
+    } else {
+      rows.d = data(d_rows, dtype, {count, outputs}, "d");
+    }
+    x = std::move(x_);
+    d = std::move(d_);
+    return rows;
+  }
+
+  static void check_indices(const int64_t* values, int64_t count, int64_t end, const char* name) {
+    for (int64_t i = 0; i < count; ++i)
+      TORCH_CHECK_INDEX(values[i] >= 0 && values[i] < end, name, " ", values[i], " is not in 0..", end - 1);
+  }
+
+  // Calls Python from the engine, whose loops know no exceptions.
+  template <class Call> bool python(Call call) {
+    py::gil_scoped_acquire gil;
+    try {
+      if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+      return call();
+    } catch (...) {
+      error = std::current_exception();
+      return false;
+    }
+  }
+  static bool fetch_rows(void* context, int64_t first, int64_t count, Rows* rows) {
+    Run& run = *static_cast<Run*>(context);
+    return run.python([&] {
+      py::tuple block = run.fetch(first, count);
+      *rows = run.rows(block[0], block[1], count);
+      return true;
+    });
+  }
+  static bool poll_python(void* context, int64_t done, double error_sum) {
+    Run& run = *static_cast<Run*>(context);
+    const auto now = Clock::now();
+    if (now - run.polled < poll_interval) return true;
+    run.polled = now;
+    return run.python([&] { return run.poll(done, error_sum).template cast<bool>(); });
+  }
+};
+
+Rule rule_of(const py::dict& options) {
+  Rule rule;
+  const auto kind = options["kind"].cast<std::string>();
+  TORCH_CHECK_VALUE(kind == "descent" || kind == "adam" || kind == "adamw", "rule: unknown kind ", kind);
+  rule.kind = kind == "descent" ? Rule::descent : kind == "adam" ? Rule::adam : Rule::adamw;
+  rule.lr = options["lr"].cast<double>();
+  rule.weight_decay = options["weight_decay"].cast<double>();
+  if (rule.kind == Rule::descent) {
+    rule.momentum = options["momentum"].cast<double>();
+    rule.nesterov = options["nesterov"].cast<bool>();
+  } else {
+    std::tie(rule.beta1, rule.beta2) = options["betas"].cast<std::pair<double, double>>();
+    rule.eps = options["eps"].cast<double>();
+    rule.steps = options["steps"].cast<int64_t>();
+  }
+  return rule;
+}
+
+py::tuple run_epoch(const py::list& layers, const py::dict& rule, const std::string& loss, bool mean,
+                    int64_t samples, int64_t step_size, py::object x, py::object d, py::handle order,
+                    py::object fetch, int64_t block_size, py::handle losses, py::handle outputs,
+                    py::object poll) {
+  HANDLE_TH_ERRORS
+  Run run;
+  Job& job = run.job;
+  job.rule = rule_of(rule);
+  const std::size_t states = job.rule.kind != Rule::descent ? 2 : job.rule.momentum != 0 ? 1 : 0;
+  run.params.reserve(layers.size());
+  for (py::handle layer : layers) run.add(layer, states);
+  TORCH_CHECK_VALUE(!layers.empty() && samples > 0 && step_size > 0 && block_size > 0,
+                    "layers, samples, step_size and block_size must be at least 1");
+  run.finish();
+  TORCH_CHECK_VALUE(loss == "squared_error" || loss == "cross_entropy", "loss: unknown name ", loss);
+  job.loss = loss == "squared_error" ? Loss::squared_error : Loss::cross_entropy;
+  job.mean = mean;
+  job.samples = samples;
+  job.step_size = step_size;
+  job.block_size = block_size;
+  job.context = &run;
+  const int64_t steps = (samples + step_size - 1) / step_size;
+  job.losses = static_cast<double*>(data(tensor(losses, "losses"), at::kDouble, {steps}, "losses"));
+  if (!outputs.is_none())
+    job.outputs = data(tensor(outputs, "outputs"), run.dtype, {block_size, run.layers.back().out}, "outputs");
+  if (fetch.is_none()) {
+    TORCH_CHECK_VALUE(block_size == samples, "block_size: expected all ", samples, " samples, got ",
+                      block_size);
+    const int64_t rows = tensor(x, "x").size(0);
+    job.rows = run.rows(x, d, rows);
+    job.rows.order = static_cast<const int64_t*>(data(tensor(order, "order"), at::kLong, {samples}, "order"));
+    Run::check_indices(job.rows.order, samples, rows, "row");
+  } else {
+    TORCH_CHECK_VALUE(block_size >= samples || block_size < step_size || block_size % step_size == 0,
+                      "block_size: expected whole steps of ", step_size, ", or less than one, got ",
+                      block_size);
+    run.fetch = std::move(fetch);
+    job.fetch = Run::fetch_rows;
+  }
+  run.poll = std::move(poll);
+  job.poll = Run::poll_python;
+
+  const Train train = cpu::kernels().train[run.dtype == at::kDouble ? 0 : 1];
+  void* memory = scratch(train(job, nullptr).memory);
+  Report report;
+  {
+    py::gil_scoped_release no_gil;
+    report = train(job, memory);
+  }
+  if (run.error) std::rethrow_exception(run.error);
+  return py::make_tuple(report.steps, report.stopped);
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
+}  // namespace
+
+void bind(pybind11::module_& m) {
+  m.def("usual", [](const std::string& name, const std::vector<double>& params) {
+    HANDLE_TH_ERRORS
+    return activation_infos[activation_index(name, params)].usual(params.data());
+    END_HANDLE_TH_ERRORS_PYBIND
+  });
+  m.def("run_epoch", run_epoch, py::arg("layers"), py::arg("rule"), py::arg("loss"), py::arg("mean"),
+        py::arg("samples"), py::arg("step_size"), py::arg("x"), py::arg("d"), py::arg("order"),
+        py::arg("fetch"), py::arg("block_size"), py::arg("losses"), py::arg("outputs"), py::arg("poll"));
+}
+
+}  // namespace mlpext::training

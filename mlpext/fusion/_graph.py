@@ -1,0 +1,246 @@
+"""`fuse(..., graph=True)`: functional calls fused in the graph of the whole model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as TF
+from torch import fx
+from torch.fx._symbolic_trace import _assert_is_none
+from torch.nn import Linear, Module
+
+from mlpext import functional as F
+from mlpext.fusion._patterns import Row, activation_after, activation_called, why_not_linear
+from mlpext.fusion._trace import (
+    Untraceable,
+    describe,
+    follower,
+    has_hooks,
+    is_chain,
+    is_torchs,
+    modes,
+    reads,
+    trace,
+)
+
+
+class FusedGraph(fx.GraphModule):
+    """The graph of `model` with its functional calls fused, over the modules and parameters of `model`."""
+
+    model: Module
+
+    def __init__(self, model: Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph, type(model).__name__)
+        # Not as a submodule: what is in it is here too, under the same names and in the same order.
+        vars(self)["model"] = model
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            vars(self)[name] = vars(model)[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        model = vars(self).get("model")
+        # Not layers and weights: the graph finds them by name, so that they may be exchanged.
+        plain = model is not None and inspect.getattr_static(model, name, ...) is not ...
+        if plain and name in reads(type(model)):
+            raise AttributeError(
+                f"{name}: the graph was made with {name} as it is, and a change here would be lost; "
+                "mlpext.unfuse(model) first, and fuse what it returns again"
+            )
+        super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> FusedGraph:
+        super().train(mode)
+        self.model.training = mode
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return fuse_graph(copy.deepcopy(self.model, memo), {})
+
+    def __reduce__(self) -> Any:
+        return fuse_graph, (self.model, {})
+
+
+def fuse_graph(model: Module, rows: dict[Module, Row]) -> Module:
+    """The graph of `model` with functional calls fused, and what came of it in `rows`; `model` itself where
+    no one graph holds in every mode."""
+    steady = {module for module in model.modules() if _steady_graph(module)}
+    graph = None if has_hooks(model) else _steady_graph(model, steady.__contains__)
+    if graph is None:
+        rows[model] = Row("", "left", "graph=True: no one graph of its forward holds in every mode")
+        return model
+    paths = {module: path for path, module in model.named_modules()}
+    for node in list(graph.nodes):
+        if _is_linear(node):
+            what = _fuse_activation(node) or _fuse_maxout(node)
+            if what and node.op == "call_module":
+                module = node.meta["module"]
+                rows[module] = Row(paths[module], "fused", f"with {what}")
+    for node in list(graph.nodes):
+        _take_ours(node)
+    graph.lint()
+    return FusedGraph(model, graph)
+
+
+def _steady_graph(module: Module, inline: Callable[[Module], bool] = lambda module: False) -> fx.Graph | None:
+    """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
+    arguments whose default is None, all of it in one mode of autograd and autocast."""
+    cls = type(module)
+    ours_or_torchs = is_torchs(cls) or cls.__module__.startswith("mlpext.")
+    if isinstance(module, torch.jit.ScriptModule) or (ours_or_torchs and not is_chain(module)):
+        return None
+    try:
+        graphs, _ = trace(module, inline)
+    except Untraceable:
+        return None
+    graph, *others = graphs
+    known = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    for node in graph.nodes:
+        if node.meta["modes"] != modes() or (node.op == "get_attr" and node.target not in known):
+            return None
+    operations = list(_operations(graph))
+    return graph if all(list(_operations(other)) == operations for other in others) else None
+
+
+def _operations(graph: fx.Graph) -> Iterator[str]:
+    """What a graph does, whatever its nodes are called and whichever of its arguments it ignores."""
+    names: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = str(node.target)
+            if names[node].startswith("*"):  # how many there are is part of what it does
+                yield names[node]
+        elif node.target is not _assert_is_none:
+            names[node] = str(len(names))
+            args = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+            yield f"{node.op} {node.target} {args}"
+
+
+# ---------------------------------------------------------------- rewriting
+
+
+def _is_linear(node: fx.Node) -> bool:
+    """A linear layer, as a module or as a function, whose weight may be read beside it."""
+    if node.op == "call_module":
+        module = node.meta["module"]
+        plain = len(node.args) == 1 and not node.kwargs
+        return plain and isinstance(module, Linear) and why_not_linear(module) is None
+    return node.target is TF.linear and len(node.args) >= 2
+
+
+def _fuse_activation(linear: fx.Node) -> str | None:
+    """linear, then an activation: one call. What was fused, for the report."""
+    last, activation = activation_after(linear)
+    if last is None or activation is None:
+        return None
+    what = describe(last)
+    name, params = activation
+    _replace(linear, last, lambda *operands: _call(linear, F.linear_activation, *operands, name, **params))
+    return what
+
+
+def _fuse_maxout(linear: fx.Node) -> str | None:
+    """linear, then groups of its outputs, then the maximum over each: one call."""
+    groups = follower(linear)
+    if isinstance(groups, str) or (split := _split(groups, linear)) is None:
+        return None
+    last = follower(groups)
+    if isinstance(last, str) or last.args[0] is not groups or (axis := _reduced(last, groups)) is None:
+        return None
+    if last.target in ("max", torch.max):  # (values, indices)
+        picked = follower(last)
+        if isinstance(picked, str) or (picked.target, picked.args[1:]) not in _VALUES:
+            return None
+        last = picked
+
+    def by_piece(parameter: fx.Node) -> fx.Node:
+        pieces = _call(linear, torch.unflatten, parameter, 0, split)
+        return pieces if axis == -2 else _call(linear, torch.transpose, pieces, 0, 1)
+
+    def maxout(x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+        bias = None if bias is None else by_piece(bias)
+        result = _call(linear, F.linear_maxout, x, by_piece(weight), bias)
+        outputs = split[1] if axis == -2 else split[0]
+        flat = groups.target in ("view", "reshape")
+        return _call(linear, torch.reshape, result, (-1, outputs)) if flat else result
+
+    _replace(linear, last, maxout)
+    return f"the maximum over {split[0] if axis == -2 else split[1]} pieces"
+
+
+_VALUES = ((operator.getitem, (0,)), (getattr, ("values",)))
+
+
+def _split(node: fx.Node, linear: fx.Node) -> tuple[int, int] | None:
+    """The two sizes into which `node` splits the last dimension of `linear`."""
+    arguments: tuple[Any, ...] = node.args
+    given, *sizes = arguments
+    if given is not linear or node.kwargs:
+        return None
+    if node.target in ("unflatten", torch.unflatten) and len(sizes) == 2 and sizes[0] == -1:
+        sizes = list(sizes[1])
+    elif node.target in ("view", "reshape") and linear.op == "call_module":
+        sizes = list(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (list, tuple)) else sizes
+        if sizes[:1] != [-1] or math.prod(n for n in sizes[1:] if type(n) is int) != _outputs(linear):
+            return None
+        sizes = sizes[1:]
+    else:
+        return None
+    if len(sizes) != 2 or any(type(size) is not int for size in sizes):
+        return None
+    return sizes[0], sizes[1]
+
+
+def _outputs(linear: fx.Node) -> int:
+    return int(linear.meta["module"].out_features)
+
+
+def _reduced(node: fx.Node, groups: fx.Node) -> int | None:
+    """The dimension, -1 or -2, whose maximum `node` takes."""
+    if node.target not in ("max", "amax", torch.max, torch.amax):
+        return None
+    given = {**dict(zip(("input", "dim"), node.args, strict=False)), **node.kwargs}
+    dim = given.get("dim")
+    if isinstance(dim, (list, tuple)) and len(dim) == 1:
+        (dim,) = dim
+    if given.keys() != {"input", "dim"} or len(node.args) > 2 or type(dim) is not int:
+        return None
+    if dim > 0 and groups.target in ("view", "reshape"):  # of three dimensions
+        dim -= 3
+    return dim if dim in (-1, -2) else None
+
+
+def _take_ours(node: fx.Node) -> None:
+    """An activation function by itself: ours, of the same signature."""
+    if node.op == "call_function" and node.target is not torch.sin and (found := activation_called(node)):
+        node.target = getattr(F, "gelu" if found[0] == "gelu_tanh" else found[0])
+
+
+def _call(before: fx.Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    with before.graph.inserting_before(before):
+        node = before.graph.call_function(function, args, kwargs)
+    node.meta["modes"] = before.meta["modes"]
+    return node
+
+
+def _replace(linear: fx.Node, last: fx.Node, make: Callable[[Any, Any, Any], fx.Node]) -> None:
+    """`make(x, weight, bias)` in the place of everything from `linear` to `last`, a chain."""
+    graph = linear.graph
+    if linear.op == "call_module":
+        x, bias = linear.args[0], None
+        with graph.inserting_before(linear):
+            weight: Any = graph.get_attr(f"{linear.target}.weight")
+            if linear.meta["module"].bias is not None:
+                bias = graph.get_attr(f"{linear.target}.bias")
+    else:
+        x, weight, bias = (*linear.args, linear.kwargs.get("bias"))[:3]  # type: ignore[assignment]
+    last.replace_all_uses_with(make(x, weight, bias))
+    chain = [linear]
+    while chain[-1] is not last:
+        chain += chain[-1].users
+    for node in reversed(chain):
+        graph.erase_node(node)

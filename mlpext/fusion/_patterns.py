@@ -1,0 +1,147 @@
+"""What `fuse` recognises: activations, as modules and as calls, and linear layers that are just that."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, fx
+from torch.nn import Linear, Module, Parameter
+
+from mlpext import _C, nn
+from mlpext import functional as F
+from mlpext.fusion._trace import Untraceable, follower, has_hooks, is_torchs, modes, trace
+
+
+class Row(NamedTuple):
+    """What became of one module: `action` is "fused", "replaced" or "left"."""
+
+    path: str
+    action: str
+    reason: str
+
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _module_class(name: str) -> type[Module]:
+    """The module of an activation, by its name in the compiled list."""
+    wanted = "gelu" if name == "gelu_tanh" else name.replace("_", "")
+    cls: type[Module] = next(cls for word, cls in vars(nn).items() if word.lower() == wanted)
+    return cls
+
+
+# Class -> name of its activation; torch.nn's own classes and ours, and none derived from them.
+_NAMES = [name for name in F.activations() if name not in ("identity", "gelu_tanh")]
+_ACTIVATIONS = {_module_class(name): name for name in _NAMES}
+OURS = {getattr(torch.nn, cls.__name__): cls for cls in _ACTIVATIONS if hasattr(torch.nn, cls.__name__)}
+_ACTIVATIONS |= {theirs: _ACTIVATIONS[ours] for theirs, ours in OURS.items()}
+
+
+# torch's function, or the name of Tensor's method -> name of ours.
+_FUNCTIONS: dict[Any, str] = {torch.sin: "sine", "sin": "sine"}
+for _name in _NAMES:
+    _FUNCTIONS |= {getattr(TF, _name, None): _name, getattr(torch, _name, None): _name}
+    _FUNCTIONS |= {_name: _name} if hasattr(Tensor, _name) else {}
+del _FUNCTIONS[None]
+
+
+def activation_of(module: Module) -> tuple[str, dict[str, float]] | None:
+    """Name and parameters of an activation module, None for any other."""
+    if "forward" in vars(module):
+        return None
+    name = _ACTIVATIONS.get(type(module))
+    if name is None:
+        return _activation_by_trace(module)
+    if name == "gelu" and getattr(module, "approximate", "none") != "none":
+        name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    params = {param: getattr(module, param) for param in _C.activations()[name]}
+    if any(type(value) not in (int, float) for value in params.values()):
+        return None
+    return name, params
+
+
+def _activation_by_trace(module: Module) -> tuple[str, dict[str, float]] | None:
+    """The activation that a module of someone else's class is, if its forward calls that and nothing else."""
+    parts = chain(module.children(), module.parameters(), module.buffers())
+    if is_torchs(type(module)) or any(True for _ in parts):
+        return None
+    try:
+        graphs, _ = trace(module)
+    except Untraceable:
+        return None
+    found = [_only_activation(graph) for graph in graphs]
+    return found[0] if all(each == found[0] for each in found) else None
+
+
+def _only_activation(graph: fx.Graph) -> tuple[str, dict[str, float]] | None:
+    x, *calls, output = graph.nodes
+    if x.op != "placeholder" or not calls or output.args != (calls[-1],):
+        return None
+    last, activation = activation_after(x)
+    return activation if last is calls[-1] and last.meta["modes"] == modes() else None
+
+
+def activation_after(node: fx.Node) -> tuple[fx.Node | None, tuple[str, dict[str, float]] | None]:
+    """The activation that takes the output of `node`, and the last of its calls: sin(omega x) is two."""
+    last = follower(node)
+    if isinstance(last, str):
+        return None, None
+    activation = activation_called(last)
+    if activation is None and (omega := _factor(last)) is not None:
+        last = follower(last)
+        if not isinstance(last, str) and activation_called(last) == ("sine", {"omega": 1.0}):
+            return last, ("sine", {"omega": omega})
+        return None, None
+    return last, activation
+
+
+def _factor(node: fx.Node) -> float | None:
+    """The number by which `node` multiplies what it is given."""
+    if node.target not in (operator.mul, torch.mul, "mul") or len(node.args) != 2 or node.kwargs:
+        return None
+    return next((float(value) for value in node.args if isinstance(value, (int, float))), None)
+
+
+def why_not_linear(linear: Module) -> str | None:
+    """Why `linear` cannot be fused, whatever follows it; None if it can."""
+    if torch.nn.utils.parametrize.is_parametrized(linear):
+        return "its weight is parametrized"
+    if linear._parameters.keys() != {"weight", "bias"}:
+        return "its weight is computed at each call (weight_norm, spectral_norm, pruning)"
+    if type(linear) is not Linear:
+        return f"{type(linear).__name__} is not torch.nn.Linear itself"
+    if has_hooks(linear):
+        return "it has hooks"
+    if own := vars(linear).keys() & {"forward", "activation", "params"}:
+        return f"it has an attribute {min(own)!r} of its own"
+    for parameter in linear.parameters():
+        if type(parameter) is not Parameter or parameter.layout is not torch.strided:
+            return f"its parameters are {type(parameter).__name__}s, {parameter.layout}"
+        if parameter.dtype not in _FLOATS:
+            return f"its dtype is {parameter.dtype}"
+    return None
+
+
+def activation_called(node: fx.Node) -> tuple[str, dict[str, float]] | None:
+    """Name and parameters of the activation that `node` is, as a module, a function or a method."""
+    if node.op == "call_module":
+        module = node.meta["module"]
+        return None if has_hooks(module) else activation_of(module)
+    name = _FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+    if name is None:
+        return None
+    try:  # ours have torch's signatures
+        params = dict(inspect.signature(getattr(F, name)).bind(*node.args, **node.kwargs).arguments)
+    except TypeError:
+        return None
+    params.pop("input")
+    params.pop("inplace", None)
+    if name == "gelu" and params.pop("approximate", "none") == "tanh":
+        name = "gelu_tanh"
+    params = {**_C.activations()[name], **params}
+    return (name, params) if all(type(value) in (int, float) for value in params.values()) else None

@@ -1,0 +1,104 @@
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+
+import mlpext
+from mlpext import plots
+from mlpext.training.history import Epoch, History
+
+
+def history(epochs=5, steps=4, metric="accuracy", validation=True, seconds=0.5):
+    made = History({"mode": "mini-batch"})
+    for k in range(1, epochs + 1):
+        metrics = {} if metric is None else {metric: 1 - 1 / k}
+        metrics |= {"val_loss": 2 / k, **({f"val_{metric}": 0.5} if metric else {})} if validation else {}
+        made.append(Epoch(k, k * steps, 1 / k, metrics, seconds, 100.0), torch.full((steps,), 1 / k))
+    return made
+
+
+def lines(axis):
+    return [line for line in axis.get_lines() if len(line.get_xdata()) > 2]
+
+
+def test_every_activation_is_drawn_with_its_derivative(tmp_path):
+    figure = plots.plot_activations(tmp_path / "activations.png")
+    panels = [axis for axis in figure.axes if axis.get_visible()]
+    names = [axis.get_title(loc="left") for axis in panels]
+    assert names == [*mlpext.activations(), "maxout"]
+    for axis in panels:
+        slope, curve = (line.get_ydata() for line in lines(axis))
+        x = np.asarray(lines(axis)[1].get_xdata())
+        assert np.isfinite(curve).mean() > 0.99
+        # Away from kinks the curve rises as its derivative says.
+        rise = np.diff(curve) / np.diff(x)
+        difference = np.abs(rise - (slope[1:] + slope[:-1]) / 2)
+        assert np.nanquantile(difference, 0.98) < 1e-3, axis.get_title(loc="left")
+    assert panels[names.index("leaky_relu")].get_title(loc="right") == "negative_slope=0.1"
+    assert (tmp_path / "activations.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_jump_is_a_gap():
+    values = torch.tensor([0.0, 0.01, 0.02, 1.0, 1.01, 1.02]).double()
+    assert plots._with_gaps(values).isnan().tolist() == [False, False, False, True, False, False]
+    assert not plots._with_gaps(torch.linspace(0, 40, 500).sin()).isnan().any()
+
+
+def test_one_run_over_its_epochs(tmp_path):
+    figure = history().plot(tmp_path / "run.svg")
+    loss, metric = figure.axes
+    steps, training, validation = lines(loss)
+    assert len(steps.get_xdata()) == 20 and steps.get_xdata()[-1] == 5
+    assert list(training.get_xdata()) == [1, 2, 3, 4, 5] and training.get_ydata()[4] == 0.2
+    assert validation.get_linestyle() == "--" and list(validation.get_ydata()) == [2, 1, 2 / 3, 0.5, 0.4]
+    assert metric.get_ylabel() == "accuracy" and loss.get_yscale() == "log"
+    assert b"<svg" in (tmp_path / "run.svg").read_bytes()
+
+
+def test_several_runs_over_epochs_and_seconds():
+    runs = {
+        "first": history(),
+        "second": history(epochs=50, metric="r2", validation=False),
+        "none": history(epochs=0),
+    }
+    figure = plots.plot_histories(runs, title="runs")
+    assert [axis.get_xlabel() for axis in figure.axes] == [
+        "epoch",
+        "seconds of training",
+        "seconds of training",
+    ]
+    assert [len(lines(axis)) for axis in figure.axes[:2]] == [3, 3]
+    assert lines(figure.axes[1])[0].get_xdata()[-1] == pytest.approx(2.5)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["first", "second", "training", "validation"]
+
+
+def test_a_run_without_metric_and_one_of_a_single_epoch():
+    assert len(history(metric=None).plot().axes) == 1
+    (loss, *_) = history(epochs=1, steps=1).plot().axes
+    assert loss.get_lines()[0].get_marker() == "o"
+
+
+def test_a_loss_of_zero_has_no_logarithm():
+    run = history()
+    run.append(Epoch(6, 24, 0.0, run.epochs[0].metrics, 0.5, 100.0), torch.zeros(4))
+    assert run.plot().axes[0].get_yscale() == "linear"
+
+
+@pytest.mark.parametrize("runs", [{}, {"none": history(epochs=0)}])
+def test_nothing_to_plot(runs):
+    with pytest.raises(ValueError, match="there is no epoch to plot"):
+        plots.plot_histories(runs)
+
+
+def test_an_unknown_format_writes_nothing(tmp_path):
+    with pytest.raises(ValueError, match="docx"):
+        history().plot(tmp_path / "loss.docx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_global_figure_is_left_open():
+    history().plot()
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    assert pyplot.get_fignums() == []
