@@ -96,5 +96,6 @@ def mlp(module: torch.nn.Module, input: Tensor) -> Any:
 
 
 for _function in (activation, maxout, linear_activation, linear_maxout, mlp):
+    _C.register_fallback(_function.__name__, _function)
     # Dynamo cannot look into a C++ function; it is told what to trace in its place.
     torch.compiler.substitute_in_graph(getattr(_C, _function.__name__), skip_signature_check=True)(_function)

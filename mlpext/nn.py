@@ -414,3 +414,6 @@ class MLP(torch.nn.Sequential):
         if isinstance(idx, slice):
             return torch.nn.Sequential(*list(self._modules.values())[idx])
         return super().__getitem__(idx)
+
+
+_C.register_layers(LinearActivation, Maxout)

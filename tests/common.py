@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import hypothesis
@@ -31,9 +31,14 @@ def values_of(name: str, parameters: dict) -> list[float]:
     return list({**mlpext._C.activations()[name], **parameters}.values())
 
 
+def indices(names: Iterable[str]) -> list[int]:
+    """Layers as the mlp operators are told of them: places in the list, -1 for maxout."""
+    return [-1 if name == "maxout" else NAMES.index(name) for name in names]
+
+
 def usual(name: str, parameters: dict) -> bool:
     """Whether the formulas of C++ take these parameters; torch's operators take the others."""
-    return name == "maxout" or mlpext._C.usual(name, tuple(values_of(name, parameters)))
+    return name == "maxout" or mlpext._C.has_kernel(name, tuple(values_of(name, parameters)))
 
 
 def native(name: str, parameters: dict, inplace: bool = False) -> Callable:
@@ -220,9 +225,9 @@ def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
 
     def ours(x, *parameters):
         if torch.jit.is_tracing():  # which refuses functional_call
-            names = ",".join(name for name, _ in layers)
+            activations = indices(name for name, _ in layers)
             values = [v for name, own in layers if name != "maxout" for v in values_of(name, own)]
-            return torch.ops.mlpext.mlp(x, parameters[:count], parameters[count:], names, values)
+            return torch.ops.mlpext.mlp(x, parameters[:count], parameters[count:], activations, values)
         return torch.func.functional_call(net, dict(zip(keys, parameters, strict=True)), (x,))
 
     return Op(

@@ -151,14 +151,14 @@ def functions(case: Case, tensors: Tensors) -> tuple[Callable, Callable]:
         return x
 
     if modules[0] is None:
-        names = ",".join(each.name for each in case.layers)
+        activations = common.indices(each.name for each in case.layers)
         params = [
             value
             for each in case.layers
             if each.name != "maxout"
             for value in common.values_of(each.name, dict(each.params))
         ]
-        return lambda x, *rest: torch.ops.mlpext.mlp(x, rest[:count], rest[count:], names, params), native
+        return lambda x, *rest: torch.ops.mlpext.mlp(x, rest[:count], rest[count:], activations, params), native
     net = mlpext.nn.MLP([1] * (count + 1), bias=case.bias)
     for i, module in enumerate(modules):
         net[i] = module

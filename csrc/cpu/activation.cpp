@@ -5,8 +5,8 @@
 #include <ATen/TensorIterator.h>
 #include <torch/library.h>
 
-#include "ops/composites.h"
 #include "cpu/tensors.h"
+#include "ops/checks.h"
 
 namespace mlpext::cpu {
 namespace {
@@ -83,13 +83,14 @@ void strided_forward(const Tensor& input, Tensor& output, std::size_t index, Par
   output = iterator.output();
 }
 
+}  // namespace
+
 Tensor activation(const Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!served(input) || !usual(index, params, input.scalar_type()))
-    return composite::activation(input, name, params);
+  if (!has_kernel(input, index, params)) return composite::activation(input, name, params);
   Tensor output;
   if (input.is_non_overlapping_and_dense()) {
-    output = fresh_like(input);
+    output = empty_like(input);
     run_forward(input, output, index, params);
   } else {
     strided_forward(input, output, index, params);
@@ -99,14 +100,11 @@ Tensor activation(const Tensor& input, std::string_view name, Params params) {
 
 Tensor& activation_(Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!served(input) || !usual(index, params, input.scalar_type()))
-    return composite::activation_(input, name, params);
+  if (!has_kernel(input, index, params)) return composite::activation_(input, name, params);
   if (input.is_non_overlapping_and_dense()) run_forward(input, input, index, params);
   else strided_forward(input, input, index, params);
   return input;
 }
-
-}  // namespace
 
 void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params params) {
   const Forward kernel = kernels().activations[index].forward[dtype_of(x)];
@@ -123,15 +121,15 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
   const ActivationKernels& table = kernels().activations[index];
-  if (!served(grad_output) || !served(saved) || grad_output.scalar_type() != saved.scalar_type() ||
-      !usual(index, params, grad_output.scalar_type()) ||
+  if (!has_kernel(grad_output, index, params) || !is_supported(saved) ||
+      grad_output.scalar_type() != saved.scalar_type() ||
       (from_output && !info.output_suffices(params.data())))
     return composite::activation_backward(grad_output, saved, name, params, from_output);
 
   const Backward kernel = (from_output ? table.backward_from_output : table.backward)[dtype_of(saved)];
   if (saved.is_non_overlapping_and_dense() && saved.sizes() == grad_output.sizes() &&
       saved.strides() == grad_output.strides()) {
-    Tensor grad_input = fresh_like(saved);
+    Tensor grad_input = empty_like(saved);
     const auto* g = static_cast<const char*>(grad_output.const_data_ptr());
     const auto* s = static_cast<const char*>(saved.const_data_ptr());
     auto* dx = static_cast<char*>(grad_input.mutable_data_ptr());

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <mutex>
@@ -17,6 +16,8 @@
 #if defined(__SSE2__)
 #include <emmintrin.h>
 #endif
+
+#include "ops/switches.h"
 
 namespace mlpext::cpu {
 namespace {
@@ -38,7 +39,7 @@ void* map_pages(std::size_t bytes) {
 }
 
 std::size_t limit_from_environment() {
-  const char* text = std::getenv("MLPEXT_POOL_MIB");
+  const char* text = pool_switch.value();
   std::size_t mib = 512;
   if (text) {
     const char* end = text + std::strlen(text);

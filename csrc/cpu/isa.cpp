@@ -1,9 +1,8 @@
 // Which instruction set runs: chosen once, when the kernels are first asked for.
 #include <c10/util/Exception.h>
 
-#include <cstdlib>
-
 #include "cpu/kernels.h"
+#include "ops/switches.h"
 
 namespace mlpext {
 
@@ -46,7 +45,7 @@ std::vector<const Kernels*> available() {
 
 const Kernels& choose() {
   const std::vector<const Kernels*> tables = available();
-  const char* wanted = std::getenv("MLPEXT_CPU_ISA");
+  const char* wanted = cpu_isa_switch.value();
   if (!wanted || !*wanted) return *tables.back();
   std::string known;
   for (const Kernels* table : tables) {

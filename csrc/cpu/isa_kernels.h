@@ -1,8 +1,8 @@
 // From formulas to loops: compiled once an instruction set, on the lanes of vec.h. A tail is a partial load
 // through the same code, so a value's result depends neither on its position nor on the length of the tensor.
 #pragma once
-#include "formulas/activation_info.h"
 #include "cpu/kernels.h"
+#include "formulas/activation_info.h"
 #include "formulas/elementary.h"
 
 #define MLPEXT_LAMBDA __attribute__((always_inline))
@@ -154,7 +154,7 @@ constinit const cpu::Kernels kernels{
     all_activation_kernels(static_cast<Activations*>(nullptr)),
     {maxout_forward_kernels<uint8_t>(), maxout_forward_kernels<int32_t>()},
     {maxout_backward_kernels<uint8_t>(), maxout_backward_kernels<int32_t>()},
-    product_kernels<double, float, BFloat16, Half>(),
+    gemm_kernels<double, float, BFloat16, Half>(),
     {train<double>, train<float>},
 };
 

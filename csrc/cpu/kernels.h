@@ -6,9 +6,9 @@
 #include <string_view>
 #include <vector>
 
+#include "cpu/epoch/job.h"
 #include "formulas/activations.h"
 #include "formulas/dtype.h"
-#include "cpu/epoch/job.h"
 
 namespace mlpext::cpu {
 
@@ -46,35 +46,35 @@ using MaxoutBackward = void (*)(const void* grad_output, const void* index, void
 // types.
 using CopyRows = void (*)(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows,
                           int64_t columns);
-struct ProductKernels {
+struct GemmKernels {
   PerDtype<CopyRows> transpose;  // to[j, i] = from[i, j]
   // y[i, j] = bias[j] + dot product of x[i] and w[j]; bias may be null.
-  using Dots = void (*)(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias,
-                        void* y, int64_t y_stride, int64_t rows, int64_t columns, int64_t depth);
-  PerDtype<Dots> dots;
+  using GemmFewRows = void (*)(const void* x, int64_t x_stride, const void* w, int64_t w_stride,
+                               const void* bias, void* y, int64_t y_stride, int64_t rows, int64_t columns,
+                               int64_t depth);
+  PerDtype<GemmFewRows> gemm_few_rows;
   // c[i] = start[i] + sum over t of a[i a_row + t a_term] b[t], where c, start and b are rows; start may be
   // null, for 0, or c. For float and double.
-  using Combine = void (*)(const void* a, int64_t a_row, int64_t a_term, const void* b, int64_t b_stride,
-                           const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
-                           int64_t columns, int64_t terms);
-  PerDtype<Combine> combine;
+  using GemmBlock = void (*)(const void* a, int64_t a_row, int64_t a_term, const void* b, int64_t b_stride,
+                             const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
+                             int64_t columns, int64_t terms);
+  PerDtype<GemmBlock> gemm_block;
   // Gradients of maxout, where one piece of each output has one, for float and double. c[i] gets, or with
   // `add` is added, the sum over t of factors[i, t] b[t, index[i, t]]: rows of b are `b_term` apart by t and
   // `b_piece` by index.
-  using CombineWinners = void (*)(const void* factors, int64_t factor_stride, const uint8_t* index,
-                                  int64_t index_stride, const void* b, int64_t b_term, int64_t b_piece,
-                                  void* c, int64_t c_stride, int64_t rows, int64_t columns, int64_t terms,
-                                  bool add);
-  PerDtype<CombineWinners> combine_winners;
+  using GemmByIndex = void (*)(const void* factors, int64_t factor_stride, const uint8_t* index,
+                               int64_t index_stride, const void* b, int64_t b_term, int64_t b_piece, void* c,
+                               int64_t c_stride, int64_t rows, int64_t columns, int64_t terms, bool add);
+  PerDtype<GemmByIndex> gemm_by_index;
   // The same of the sum over the bits t of chosen[i] of factors[i, t] b[t].
-  using CombineChosen = void (*)(const void* factors, int64_t factor_stride, const uint64_t* chosen,
+  using GemmByBitmask = void (*)(const void* factors, int64_t factor_stride, const uint64_t* chosen,
                                  const void* b, int64_t b_stride, void* c, int64_t c_stride, int64_t rows,
                                  int64_t columns, bool add);
-  PerDtype<CombineChosen> combine_chosen;
-  // Both for bfloat16, two terms at a time: a and b of combine are pairs, its sums float. For machines with
-  // AVX512_BF16 only, and null where no table serves such.
-  Dots dots_in_pairs;
-  Combine combine_pairs;
+  PerDtype<GemmByBitmask> gemm_by_bitmask;
+  // Both for bfloat16, two terms at a time: a and b of gemm_block are pairs, its sums float. For machines
+  // with AVX512_BF16 only, and null where no table serves such.
+  GemmFewRows gemm_few_rows_pairs;
+  GemmBlock gemm_pairs;
   // to[j] = the pair of a[j] and b[j], of 16 bits each; b may be null, for 0.
   void (*zip)(const void* a, const void* b, void* to, int64_t n);
   // sums[j] += sum over the rows of x[i, j].
@@ -88,9 +88,9 @@ struct Kernels {
   // By width of the index: [0] one byte, [1] int32.
   std::array<PerDtype<MaxoutForward>, 2> maxout_forward;
   std::array<PerDtype<MaxoutBackward>, 2> maxout_backward;
-  ProductKernels product;
+  GemmKernels gemm;
   // float64 and float32.
-  std::array<training::Train, 2> train;
+  std::array<TrainEpoch, 2> train;
 };
 
 // The table in use: the best that this machine runs, or the one that the environment variable MLPEXT_CPU_ISA

@@ -1,20 +1,21 @@
-// Linear + activation and linear + maxout on CPU: one blocked product that bias, activation or maxout meet
-// tile by tile (product.cpp); or native's product, then the same in place.
+// Linear + activation and linear + maxout on CPU: one blocked torch_linear that bias, activation or maxout
+// meet tile by tile (torch_linear.cpp); or native's torch_linear, then the same in place.
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <torch/library.h>
 
-#include "ops/composites.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/tensors.h"
+#include "ops/checks.h"
 
 namespace mlpext::cpu {
 namespace {
 
-// Whether the blocked product is the faster one (docs/benchmarks.md). The baseline's loops are made to run
-// everywhere, native's product to be fast there too; and bfloat16 widened to float is slower than native's.
-bool blocked(Dtype dtype) { return kernels().isa != "baseline" && (dtype != bfloat16 || has_pairs()); }
+// Whether the blocked torch_linear is the faster one (docs/benchmarks.md). The baseline's loops are made to
+// run everywhere, native's torch_linear to be fast there too; and bfloat16 widened to float is slower than
+// native's.
+bool uses_gemm(Dtype dtype) { return kernels().isa != "baseline" && (dtype != bfloat16 || has_pairs()); }
 
 Matrix matrix(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
@@ -23,30 +24,30 @@ const void* data(const OptionalTensor& tensor) { return tensor ? tensor->const_d
 void* data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
 // x W' + b for rows of x: (rows, out_features).
-Tensor product(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   return bias ? at::cpu::addmm(*bias, x, weight.t()) : at::cpu::mm(x, weight.t());
 }
 
-// Gradients of the product from dz (rows, out_features); only those asked for.
-std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& dz, const OptionalTensor& x,
-                                                    const OptionalTensor& weight, Mask mask) {
+// Gradients of the torch_linear from dz (rows, out_features); only those asked for.
+std::tuple<Tensor, Tensor, Tensor> torch_linear_backward(const Tensor& dz, const OptionalTensor& x,
+                                                         const OptionalTensor& weight, Mask mask) {
   return {mask[0] ? at::cpu::mm(dz, *weight) : Tensor(),
           mask[1] ? at::cpu::mm(dz.t(), rows_of(*x)) : Tensor(),
           mask[2] ? at::cpu::sum(dz, at::OptionalIntArrayRef(0)) : Tensor()};
 }
 
 // The same, where dz is formed as it is used. `features` are the columns of dz.
-std::tuple<Tensor, Tensor, Tensor> blocked_backward(Dtype dtype, at::ScalarType type,
-                                                    const PreactivationGradient& dz, const OptionalTensor& x,
-                                                    const OptionalTensor& weight, Mask mask) {
+std::tuple<Tensor, Tensor, Tensor> gemm_gradients(Dtype dtype, at::ScalarType type,
+                                                  const PreactivationGradient& dz, const OptionalTensor& x,
+                                                  const OptionalTensor& weight, Mask mask) {
   std::tuple<Tensor, Tensor, Tensor> gradients;
   auto& [dx, dw, db] = gradients;
   Matrix input{}, w{};
   Tensor rows;
-  if (mask[0]) dx = fresh({dz.rows, weight->size(1)}, type), w = matrix(*weight);
-  if (mask[1]) rows = rows_of(*x), input = matrix(rows), dw = fresh({dz.columns, rows.size(1)}, type);
-  if (mask[2]) db = fresh({dz.columns}, type);
-  product_backward(dtype, dz, input, w, data(dx), data(dw), data(db));
+  if (mask[0]) dx = empty({dz.rows, weight->size(1)}, type), w = matrix(*weight);
+  if (mask[1]) rows = rows_of(*x), input = matrix(rows), dw = empty({dz.columns, rows.size(1)}, type);
+  if (mask[2]) db = empty({dz.columns}, type);
+  gemm_backward(dtype, dz, input, w, data(dx), data(dw), data(db));
   return gradients;
 }
 
@@ -56,28 +57,28 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
   const std::size_t index = activation_index(name, params);
-  if (!linear_served(input, weight, bias) || !usual(index, params, input.scalar_type()))
+  if (!is_supported_linear(input, weight, bias) || !has_kernel(input, index, params))
     return composite::linear_activation_forward(input, weight, bias, name, params, keep_preactivation);
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
   const Dtype dtype = dtype_of(input);
-  if (!blocked(dtype)) {
-    const Tensor z = product(x, weight, bias);
-    if (name == Identity::name && !keep_preactivation) return {shaped(z, input), Tensor()};
-    const Tensor y = keep_preactivation ? fresh_like(z) : z;
+  if (!uses_gemm(dtype)) {
+    const Tensor z = torch_linear(x, weight, bias);
+    if (index == index_of<Identity> && !keep_preactivation) return {shaped(z, input), Tensor()};
+    const Tensor y = keep_preactivation ? empty_like(z) : z;
     run_forward(z, y, index, params);
     return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
   }
   const int64_t columns = weight.size(0), size = input.element_size();
-  const Tensor z = fresh({x.size(0), columns}, input.scalar_type());
-  const Tensor y = keep_preactivation ? fresh(z.sizes(), input.scalar_type()) : z;
+  const Tensor z = empty({x.size(0), columns}, input.scalar_type());
+  const Tensor y = keep_preactivation ? empty(z.sizes(), input.scalar_type()) : z;
   const OptionalTensor dense_bias = bias ? OptionalTensor(bias->contiguous()) : bias;
   auto* const from = static_cast<char*>(z.mutable_data_ptr());
   auto* const to = static_cast<char*>(y.mutable_data_ptr());
-  const ForwardRows activate = name == Identity::name && !keep_preactivation
+  const ForwardRows activate = index == index_of<Identity> && !keep_preactivation
                                    ? nullptr
                                    : kernels().activations[index].forward_rows[dtype];
-  product_forward(dtype, matrix(x), matrix(weight), data(dense_bias), from, [&](const Tile& tile) {
+  gemm_forward(dtype, matrix(x), matrix(weight), data(dense_bias), from, [&](const OutputTile& tile) {
     const int64_t at = (tile.row * columns + tile.column) * size;
     // Whole rows are one run of memory.
     const int64_t n = tile.columns == columns ? tile.rows * columns : tile.columns;
@@ -86,8 +87,6 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   });
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
-
-namespace {
 
 Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          std::string_view name, Params params) {
@@ -98,20 +97,20 @@ Tensor linear_activation(const Tensor& input, const Tensor& weight, const Option
 std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
     const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const OptionalTensor& saved, std::string_view name, Params params, bool from_output, Mask output_mask) {
-  if (!served(grad_output))
+  if (!is_supported(grad_output))
     return composite::linear_activation_backward(grad_output, input, weight, saved, name, params, from_output,
                                                  output_mask);
   const Dtype dtype = dtype_of(grad_output);
   const std::size_t index = activation_index(name, params);
   const ActivationKernels& table = kernels().activations[index];
-  const bool identity = name == Identity::name;
-  if (!blocked(dtype) ||
-      (!identity && (!served(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
-                     !usual(index, params, grad_output.scalar_type()) ||
-                     (from_output && !table.backward_from_output[0])))) {
+  const bool identity = index == index_of<Identity>;
+  if (!uses_gemm(dtype) ||
+      (!identity &&
+       (!is_supported(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
+        !has_kernel(grad_output, index, params) || (from_output && !table.backward_from_output[0])))) {
     const Tensor dz =
         identity ? grad_output : activation_backward(grad_output, *saved, name, params, from_output);
-    auto [dx, dw, db] = product_backward(rows_of(dz), input, weight, output_mask);
+    auto [dx, dw, db] = torch_linear_backward(rows_of(dz), input, weight, output_mask);
     return {shaped(dx, grad_output), dw, db};
   }
   const Tensor dy = rows_of(grad_output);
@@ -135,10 +134,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
            one_run ? rows * g.columns : g.columns);
   };
   auto [dx, dw, db] =
-      blocked_backward(dtype, dy.scalar_type(), {g.rows, g.columns, identity ? &g : nullptr, form}, input,
-                       weight, output_mask);
+      gemm_gradients(dtype, dy.scalar_type(), {g.rows, g.columns, identity ? &g : nullptr, form}, input,
+                     weight, output_mask);
   return {shaped(dx, grad_output), dw, db};
 }
+
+namespace {
 
 // y, and the index of the winner if it is asked for.
 std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& weight,
@@ -149,14 +150,14 @@ std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& 
   const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1).contiguous()) : bias;
   const Dtype dtype = dtype_of(input);
   Tensor output, index;
-  if (blocked(dtype) && pieces <= max_fused_pieces) {
-    output = fresh({x.size(0), weight.size(1)}, input.scalar_type());
-    if (with_index) index = fresh(output.sizes(), maxout_index_dtype(pieces));
-    product_maxout(dtype, matrix(x), matrix(w), data(b), pieces, data(output), data(index));
+  if (uses_gemm(dtype) && pieces <= max_fused_pieces) {
+    output = empty({x.size(0), weight.size(1)}, input.scalar_type());
+    if (with_index) index = empty(output.sizes(), maxout_index_dtype(pieces));
+    gemm_maxout(dtype, matrix(x), matrix(w), data(b), pieces, data(output), data(index));
   } else if (with_index) {
-    std::tie(output, index) = maxout_forward(product(x, w, b), pieces, 1);
+    std::tie(output, index) = maxout_forward(torch_linear(x, w, b), pieces, 1);
   } else {
-    output = maxout(product(x, w, b), pieces, 1);
+    output = maxout(torch_linear(x, w, b), pieces, 1);
   }
   return {shaped(output, input), shaped(index, input)};
 }
@@ -165,29 +166,27 @@ std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& 
 
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias) {
-  if (!linear_maxout_served(input, weight, bias))
+  if (!is_supported_linear_maxout(input, weight, bias))
     return composite::linear_maxout_forward(input, weight, bias);
   return run_linear_maxout(input, weight, bias, /*with_index=*/true);
 }
 
 Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  if (!linear_maxout_served(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
+  if (!is_supported_linear_maxout(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
   return std::get<0>(run_linear_maxout(input, weight, bias, /*with_index=*/false));
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_output,
                                                           const OptionalTensor& input,
                                                           const OptionalTensor& weight, const Tensor& index,
                                                           int64_t pieces, Mask output_mask) {
-  if (!served(grad_output))
+  if (!is_supported(grad_output))
     return composite::linear_maxout_backward(grad_output, input, weight, index, pieces, output_mask);
   const OptionalTensor w = weight ? OptionalTensor(weight->flatten(0, 1)) : weight;
   const Tensor dy = rows_of(grad_output);
   const Dtype dtype = dtype_of(dy);
   Tensor dx, dw, db;
-  if (blocked(dtype) && pieces <= max_fused_pieces && dy.stride(1) == 1) {
+  if (uses_gemm(dtype) && pieces <= max_fused_pieces && dy.stride(1) == 1) {
     const Tensor winners = rows_of(index).contiguous();
     const Matrix g = matrix(dy);
     const auto* winner = static_cast<const uint8_t*>(winners.const_data_ptr());
@@ -200,18 +199,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
                 g.columns);
     };
     const Winners all{g, winner, pieces};
-    std::tie(dx, dw, db) = blocked_backward(
+    std::tie(dx, dw, db) = gemm_gradients(
         dtype, dy.scalar_type(), {g.rows, pieces * g.columns, nullptr, form, &all}, input, w, output_mask);
   } else {
     std::tie(dx, dw, db) =
-        product_backward(maxout_backward(dy, rows_of(index), pieces, 1), input, w, output_mask);
+        torch_linear_backward(maxout_backward(dy, rows_of(index), pieces, 1), input, w, output_mask);
   }
   if (dw.defined()) dw = dw.unflatten(0, {pieces, -1});
   if (db.defined()) db = db.unflatten(0, {pieces, -1});
   return {shaped(dx, grad_output), dw, db};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(mlpext, CPU, m) {
   m.impl("linear_activation", linear_activation);

@@ -5,8 +5,8 @@
 #include <ATen/WrapDimUtils.h>
 #include <torch/library.h>
 
-#include "ops/composites.h"
 #include "cpu/tensors.h"
+#include "ops/checks.h"
 
 namespace mlpext::cpu {
 namespace {
@@ -54,28 +54,28 @@ void run_forward(const Tensor& input, const Split& split, int64_t pieces, const 
 }  // namespace
 
 Tensor maxout(const Tensor& input, int64_t pieces, int64_t dim) {
-  if (!served(input)) return composite::maxout(input, pieces, dim);
+  if (!is_supported(input)) return composite::maxout(input, pieces, dim);
   const Split split(input, pieces, check_maxout(input, pieces, dim));
-  Tensor output = fresh(split.output_sizes, input.scalar_type());
+  Tensor output = empty(split.output_sizes, input.scalar_type());
   run_forward(input.contiguous(), split, pieces, output, Tensor());
   return output;
 }
 
 std::tuple<Tensor, Tensor> maxout_forward(const Tensor& input, int64_t pieces, int64_t dim) {
-  if (!served(input)) return composite::maxout_forward(input, pieces, dim);
+  if (!is_supported(input)) return composite::maxout_forward(input, pieces, dim);
   const Split split(input, pieces, check_maxout(input, pieces, dim));
-  Tensor output = fresh(split.output_sizes, input.scalar_type());
-  Tensor index = fresh(split.output_sizes, maxout_index_dtype(pieces));
+  Tensor output = empty(split.output_sizes, input.scalar_type());
+  Tensor index = empty(split.output_sizes, maxout_index_dtype(pieces));
   run_forward(input.contiguous(), split, pieces, output, index);
   return {output, index};
 }
 
 Tensor maxout_backward(const Tensor& grad_output, const Tensor& index, int64_t pieces, int64_t dim) {
-  if (!served(grad_output)) return composite::maxout_backward(grad_output, index, pieces, dim);
+  if (!is_supported(grad_output)) return composite::maxout_backward(grad_output, index, pieces, dim);
   dim = at::maybe_wrap_dim(dim, grad_output.dim());
   at::DimVector sizes(grad_output.sizes());
   sizes[dim] *= pieces;
-  Tensor grad_input = fresh(sizes, grad_output.scalar_type());
+  Tensor grad_input = empty(sizes, grad_output.scalar_type());
   const Split split(grad_input, pieces, dim);
   const Tensor g = grad_output.contiguous(), winners = index.contiguous();
   const MaxoutBackward kernel =

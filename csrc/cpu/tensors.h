@@ -1,11 +1,11 @@
-// What the tensor side of the CPU kernels shares: fresh outputs, how work is cut for threads.
+// What the tensor side of the CPU kernels shares: uninitialised outputs, how work is cut for threads.
 #pragma once
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 
-#include "ops/tensors.h"
-#include "cpu/kernels.h"
 #include "cpu/huge_pages.h"
+#include "cpu/kernels.h"
+#include "ops/tensors.h"
 
 namespace mlpext::cpu {
 
@@ -13,7 +13,7 @@ namespace mlpext::cpu {
 inline constexpr int64_t grain_size = 32768;
 
 // Fresh memory, without a trip through the dispatcher: 0.1 us against 0.5.
-inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (c10::multiply_integers(sizes) * c10::elementSize(dtype) >= large_bytes)
     return at::detail::empty_generic(sizes, &large_memory(), c10::DispatchKeySet(c10::DispatchKey::CPU),
                                      dtype,
@@ -21,26 +21,16 @@ inline Tensor fresh(at::IntArrayRef sizes, at::ScalarType dtype) {
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, /*memory_format=*/std::nullopt);
 }
 
-inline Tensor fresh_like(const Tensor& dense) {
-  if (dense.is_contiguous()) return fresh(dense.sizes(), dense.scalar_type());
+inline Tensor empty_like(const Tensor& dense) {
+  if (dense.is_contiguous()) return empty(dense.sizes(), dense.scalar_type());
   if (dense.nbytes() >= large_bytes)
     return at::detail::empty_strided_generic(dense.sizes(), dense.strides(), &large_memory(),
                                              c10::DispatchKeySet(c10::DispatchKey::CPU), dense.scalar_type());
   return at::detail::empty_strided_cpu(dense.sizes(), dense.strides(), dense.scalar_type());
 }
 
-Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,
-                           Params params, bool from_output);
-std::tuple<Tensor, Tensor> maxout_forward(const Tensor& input, int64_t pieces, int64_t dim);
-Tensor maxout(const Tensor& input, int64_t pieces, int64_t dim);
-Tensor maxout_backward(const Tensor& grad_output, const Tensor& index, int64_t pieces, int64_t dim);
-
-std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const Tensor& weight,
-                                                     const OptionalTensor& bias, std::string_view name,
-                                                     Params params, bool keep_preactivation);
-std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
-                                                 const OptionalTensor& bias);
-Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+// The operators on the CPU (signatures.h).
+MLPEXT_FOR_EACH_OPERATOR(MLPEXT_DECLARE)
 
 // y = f(x) on a dense pair; y may be x.
 void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params params);

@@ -2,8 +2,8 @@
 // which set MLPEXT_ISA (a namespace), MLPEXT_MEMORY (the type in memory) and, for 16 bits,
 // MLPEXT_APPROXIMATE.
 #pragma once
-#include "formulas/scalar_lanes.h"
 #include "cuda/kernels.h"
+#include "formulas/scalar_lanes.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {

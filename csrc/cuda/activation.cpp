@@ -3,8 +3,8 @@
 #include <ATen/TensorIterator.h>
 #include <torch/library.h>
 
-#include "ops/composites.h"
 #include "cuda/tensors.h"
+#include "ops/checks.h"
 
 namespace mlpext::cuda {
 namespace {
@@ -23,7 +23,7 @@ bool iterate(at::TensorIterator& iterator, LaunchElementwise launcher, Params pa
     for (int k = 0; k < iterator.ntensors(); ++k)
       job.layout.strides[k][d] = iterator.strides(k)[d] / iterator.element_size(k);
   }
-  const On on(iterator.tensor(0));
+  const DeviceStreamGuard on(iterator.tensor(0));
   C10_CUDA_CHECK(launcher(params.data(), job, on.stream));
   return true;
 }
@@ -34,14 +34,15 @@ bool strided_forward(const Tensor& input, Tensor& output, std::size_t index, Par
   return iterate(iterator, kernels(dtype_of(input)).activations[index].forward, params);
 }
 
+}  // namespace
+
 Tensor activation(const Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!served(input) || !usual(index, params, input.scalar_type()))
-    return composite::activation(input, name, params);
+  if (!has_kernel(input, index, params)) return composite::activation(input, name, params);
   Tensor output;
   if (input.is_non_overlapping_and_dense()) {
-    const On on(input);
-    output = fresh_like(input);
+    const DeviceStreamGuard on(input);
+    output = empty_like(input);
     run_forward(input, std::nullopt, output, index, params);
   } else if (!strided_forward(input, output, index, params)) {
     return composite::activation(input, name, params);
@@ -51,18 +52,15 @@ Tensor activation(const Tensor& input, std::string_view name, Params params) {
 
 Tensor& activation_(Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!served(input) || !usual(index, params, input.scalar_type()))
-    return composite::activation_(input, name, params);
+  if (!has_kernel(input, index, params)) return composite::activation_(input, name, params);
   if (input.is_non_overlapping_and_dense()) run_forward(input, std::nullopt, input, index, params);
   else if (!strided_forward(input, input, index, params)) return composite::activation_(input, name, params);
   return input;
 }
 
-}  // namespace
-
 void run_forward(const Tensor& x, const OptionalTensor& bias, const Tensor& y, std::size_t index,
                  Params params) {
-  const On on(x);
+  const DeviceStreamGuard on(x);
   Elementwise job{};
   job.n = x.numel(), job.output = y.mutable_data_ptr(), job.inputs[0] = x.const_data_ptr();
   if (bias) job.bias = bias->const_data_ptr(), job.columns = bias->numel();
@@ -73,8 +71,8 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::
                            Params params, bool from_output) {
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
-  if (!served(grad_output) || !served(saved) || grad_output.device() != saved.device() ||
-      grad_output.scalar_type() != saved.scalar_type() || !usual(index, params, grad_output.scalar_type()) ||
+  if (!has_kernel(grad_output, index, params) || !is_supported(saved) ||
+      grad_output.device() != saved.device() || grad_output.scalar_type() != saved.scalar_type() ||
       (from_output && !info.output_suffices(params.data())))
     return composite::activation_backward(grad_output, saved, name, params, from_output);
 
@@ -82,8 +80,8 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::
   const LaunchElementwise launcher = from_output ? table.backward_from_output : table.backward;
   if (saved.is_non_overlapping_and_dense() && saved.sizes() == grad_output.sizes() &&
       saved.strides() == grad_output.strides()) {
-    const On on(saved);
-    const Tensor grad_input = fresh_like(saved);
+    const DeviceStreamGuard on(saved);
+    const Tensor grad_input = empty_like(saved);
     Elementwise job{};
     job.n = saved.numel(), job.output = grad_input.mutable_data_ptr();
     job.inputs[0] = grad_output.const_data_ptr(), job.inputs[1] = saved.const_data_ptr();

@@ -33,7 +33,7 @@ struct Elementwise {
 using LaunchElementwise = cudaError_t (*)(const double* params, const Elementwise& job, cudaStream_t stream);
 
 // A matrix by its strides in elements.
-struct Matrix {
+struct StridedMatrix {
   const void* data;
   int64_t row_stride, column_stride;
 };
@@ -43,18 +43,18 @@ struct Matrix {
 //   dz[i, p columns + j] = g[i, j] f'(saved[i, j])                     of an activation; pieces is 1
 //   dz[i, p columns + j] = g[i, j] where saved[i, j] is p, else 0      of maxout: saved is the index
 // db is summed in float (float64: in double), in an order that depends on the shape alone.
-struct Rows {
+struct RowsJob {
   int64_t rows, columns, pieces;
-  Matrix g, saved;
+  StridedMatrix g, saved;
   void* dz;       // (rows, pieces columns), contiguous
   void* db;       // (pieces columns)
   void* partial;  // (RowTiles::chunks, pieces columns) sums; unused for one chunk
 };
-using LaunchRows = cudaError_t (*)(const double* params, const Rows& job, cudaStream_t stream);
+using LaunchRows = cudaError_t (*)(const double* params, const RowsJob& job, cudaStream_t stream);
 
-// How a block of threads covers a matrix for Rows: `across` threads, 16 bytes each, by `deep` rows at a time;
-// one block for each of `tiles` of columns and `chunks` of rows. 512 blocks fill an H100; that a chunk has
-// four rows a thread or more keeps the sums of db small beside the matrix.
+// How a block of threads covers a matrix for RowsJob: `across` threads, 16 bytes each, by `deep` rows at a
+// time; one block for each of `tiles` of columns and `chunks` of rows. 512 blocks fill an H100; that a chunk
+// has four rows a thread or more keeps the sums of db small beside the matrix.
 struct RowTiles {
   int across = 1, deep;
   int64_t tiles, chunk_rows, chunks;

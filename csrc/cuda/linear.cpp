@@ -7,8 +7,8 @@
 #include <ATen/ops/sum_cuda_dispatch.h>
 #include <torch/library.h>
 
-#include "ops/composites.h"
 #include "cuda/tensors.h"
+#include "ops/checks.h"
 
 namespace mlpext::cuda {
 namespace {
@@ -24,8 +24,9 @@ bool bias_in_pass(const Tensor& x) { return x.element_size() > 2; }
 
 // Whether at::_addmm_activation computes this activation. Its gelu is tanh's approximation by the hardware's
 // tanh, whose error float32 would show and 16 bits do not.
-bool torch_fuses(std::string_view name, const Tensor& x) {
-  return (name == ReLU::name && x.element_size() <= 4) || (name == GELUTanh::name && x.element_size() == 2);
+bool torch_fuses(std::size_t activation, const Tensor& x) {
+  return (activation == index_of<ReLU> && x.element_size() <= 4) ||
+         (activation == index_of<GELUTanh> && x.element_size() == 2);
 }
 
 // dz, whose columns are `pieces` times those of dy, and its column sums, in one pass.
@@ -34,9 +35,9 @@ std::tuple<Tensor, Tensor> dz_and_sums(LaunchRows launcher, Params params, const
   const int64_t rows = dy.size(0), columns = dy.size(1), width = pieces * columns;
   const int size = static_cast<int>(dy.element_size());
   const int64_t chunks = RowTiles(size, rows, columns).chunks;
-  const On on(dy);
-  const Tensor dz = fresh({rows, width}, dy.scalar_type()), db = fresh({width}, dy.scalar_type());
-  const Tensor partial = fresh({chunks > 1 ? chunks * width * sum_size(size) : 0}, at::kByte);
+  const DeviceStreamGuard on(dy);
+  const Tensor dz = empty({rows, width}, dy.scalar_type()), db = empty({width}, dy.scalar_type());
+  const Tensor partial = empty({chunks > 1 ? chunks * width * sum_size(size) : 0}, at::kByte);
   C10_CUDA_CHECK(launcher(params.data(),
                           {rows, columns, pieces, matrix(dy), matrix(saved), dz.mutable_data_ptr(),
                            db.mutable_data_ptr(), partial.mutable_data_ptr()},
@@ -50,14 +51,14 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                                      const OptionalTensor& bias, std::string_view name,
                                                      Params params, bool keep_preactivation) {
   const std::size_t index = activation_index(name, params);
-  if (!linear_served(input, weight, bias) || !usual(index, params, input.scalar_type()))
+  if (!is_supported_linear(input, weight, bias) || !has_kernel(input, index, params))
     return composite::linear_activation_forward(input, weight, bias, name, params, keep_preactivation);
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
-  const bool identity = name == Identity::name;
-  if (bias && !keep_preactivation && torch_fuses(name, x)) {
+  const bool identity = index == index_of<Identity>;
+  if (bias && !keep_preactivation && torch_fuses(index, x)) {
     const Tensor y = at::cuda::_addmm_activation(*bias, x, weight.t(), /*beta=*/1, /*alpha=*/1,
-                                                 /*use_gelu=*/name == GELUTanh::name);
+                                                 /*use_gelu=*/index == index_of<GELUTanh>);
     return {shaped(y, input), Tensor()};
   }
   if (bias && !identity && !keep_preactivation && bias_in_pass(x)) {
@@ -67,8 +68,8 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   }
   const Tensor z = product(x, weight, bias);
   if (identity && !keep_preactivation) return {shaped(z, input), Tensor()};
-  const On on(z);
-  const Tensor y = keep_preactivation ? fresh_like(z) : z;
+  const DeviceStreamGuard on(z);
+  const Tensor y = keep_preactivation ? empty_like(z) : z;
   run_forward(z, std::nullopt, y, index, params);
   return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
 }
@@ -100,6 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& dz, const Opti
   return {dx, dw, db};
 }
 
+}  // namespace
+
 Tensor linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                          std::string_view name, Params params) {
   return std::get<0>(
@@ -111,12 +114,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
     const OptionalTensor& saved, std::string_view name, Params params, bool from_output, Mask output_mask) {
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
-  const bool identity = name == Identity::name;
-  if (!served(grad_output) ||
-      (!identity &&
-       (!served(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
-        saved->device() != grad_output.device() || !usual(index, params, grad_output.scalar_type()) ||
-        (from_output && !info.output_suffices(params.data())))))
+  const bool identity = index == index_of<Identity>;
+  if (!is_supported(grad_output) ||
+      (!identity && (!is_supported(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
+                     saved->device() != grad_output.device() || !has_kernel(grad_output, index, params) ||
+                     (from_output && !info.output_suffices(params.data())))))
     return composite::linear_activation_backward(grad_output, input, weight, saved, name, params, from_output,
                                                  output_mask);
   const auto [dz, sums] =
@@ -125,6 +127,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
   auto [dx, dw, db] = product_backward(dz, input, weight, output_mask);
   return {shaped(dx, grad_output), dw, sums.defined() ? sums : db};
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& weight,
                                              const OptionalTensor& bias, bool with_index) {
@@ -140,23 +144,21 @@ std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& 
 
 std::tuple<Tensor, Tensor> linear_maxout_forward(const Tensor& input, const Tensor& weight,
                                                  const OptionalTensor& bias) {
-  if (!linear_maxout_served(input, weight, bias))
+  if (!is_supported_linear_maxout(input, weight, bias))
     return composite::linear_maxout_forward(input, weight, bias);
   return run_linear_maxout(input, weight, bias, /*with_index=*/true);
 }
 
 Tensor linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  if (!linear_maxout_served(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
+  if (!is_supported_linear_maxout(input, weight, bias)) return composite::linear_maxout(input, weight, bias);
   return std::get<0>(run_linear_maxout(input, weight, bias, /*with_index=*/false));
 }
-
-namespace {
 
 std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_output,
                                                           const OptionalTensor& input,
                                                           const OptionalTensor& weight, const Tensor& index,
                                                           int64_t pieces, Mask output_mask) {
-  if (!served(grad_output) || index.device() != grad_output.device())
+  if (!is_supported(grad_output) || index.device() != grad_output.device())
     return composite::linear_maxout_backward(grad_output, input, weight, index, pieces, output_mask);
   const OptionalTensor w = weight ? OptionalTensor(weight->flatten(0, 1)) : weight;
   const Tensor dy = rows_of(grad_output), winners = rows_of(index);
@@ -173,8 +175,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
   if (dw.defined()) dw = dw.unflatten(0, {pieces, -1});
   return {shaped(dx, grad_output), dw, db};
 }
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(mlpext, CUDA, m) {
   m.impl("linear_activation", linear_activation);

@@ -6,8 +6,8 @@
 // result depends neither on position nor on layout. No atomics: sums are taken in an order that depends on
 // the shape alone.
 #pragma once
-#include "formulas/activation_info.h"
 #include "cuda/access.cuh"
+#include "formulas/activation_info.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {
@@ -168,7 +168,7 @@ template <class Index> struct Winner {
 };
 
 template <class F> __global__ void __launch_bounds__(threads)
-    rows_kernel(const F f, const __grid_constant__ Rows job, const int64_t chunk_rows, const bool wide) {
+    rows_kernel(const F f, const __grid_constant__ RowsJob job, const int64_t chunk_rows, const bool wide) {
   using Saved = typename F::Saved;
   // The pieces of a tile are neighbours, so that all but the first find g and saved in the L2 cache.
   const int64_t tile = quotient(blockIdx.x, job.pieces), piece = blockIdx.x - tile * job.pieces;
@@ -255,7 +255,7 @@ cudaError_t add_sums(const Sums& job, cudaStream_t stream) {
   return launch(add_sums_kernel, dim3(ceil_div(job.columns, 8)), dim3(8, threads / 8), stream, job);
 }
 
-template <class F> cudaError_t rows(const F& f, const Rows& job, cudaStream_t stream) {
+template <class F> cudaError_t rows(const F& f, const RowsJob& job, cudaStream_t stream) {
   const int64_t width = job.pieces * job.columns;
   if (width == 0) return cudaSuccess;
   const RowTiles tiles(sizeof(M), job.rows, job.columns);
@@ -272,10 +272,10 @@ template <class F> cudaError_t rows(const F& f, const Rows& job, cudaStream_t st
 }
 
 template <class A, bool from_output>
-cudaError_t backward_rows(const double* params, const Rows& job, cudaStream_t stream) {
+cudaError_t backward_rows(const double* params, const RowsJob& job, cudaStream_t stream) {
   return rows(Backward<A, from_output>{with_params<A>(params)}, job, stream);
 }
-template <class Index> cudaError_t maxout_rows(const double*, const Rows& job, cudaStream_t stream) {
+template <class Index> cudaError_t maxout_rows(const double*, const RowsJob& job, cudaStream_t stream) {
   return rows(Winner<Index>(), job, stream);
 }
 

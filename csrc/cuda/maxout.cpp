@@ -2,8 +2,8 @@
 #include <ATen/WrapDimUtils.h>
 #include <torch/library.h>
 
-#include "ops/composites.h"
 #include "cuda/tensors.h"
+#include "ops/checks.h"
 
 namespace mlpext::cuda {
 namespace {
@@ -18,10 +18,10 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, int64_t pieces, int64_t dim,
   dim = check_maxout(input, pieces, dim);
   at::DimVector sizes(input.sizes());
   sizes[dim] /= pieces;
-  const On on(input);
-  const Tensor x = input.contiguous(), y = fresh(sizes, input.scalar_type());
+  const DeviceStreamGuard on(input);
+  const Tensor x = input.contiguous(), y = empty(sizes, input.scalar_type());
   const at::ScalarType index_dtype = maxout_index_dtype(pieces);
-  const Tensor index = with_index ? fresh(sizes, index_dtype) : Tensor();
+  const Tensor index = with_index ? empty(sizes, index_dtype) : Tensor();
   const auto [outer, inner] = around(sizes, dim);
   C10_CUDA_CHECK(kernels(dtype_of(x))
                      .maxout_forward[index_dtype == at::kInt](
@@ -34,24 +34,24 @@ std::tuple<Tensor, Tensor> run(const Tensor& input, int64_t pieces, int64_t dim,
 }  // namespace
 
 Tensor maxout(const Tensor& input, int64_t pieces, int64_t dim) {
-  if (!served(input)) return composite::maxout(input, pieces, dim);
+  if (!is_supported(input)) return composite::maxout(input, pieces, dim);
   return std::get<0>(run(input, pieces, dim, /*with_index=*/false));
 }
 
 std::tuple<Tensor, Tensor> maxout_forward(const Tensor& input, int64_t pieces, int64_t dim) {
-  if (!served(input)) return composite::maxout_forward(input, pieces, dim);
+  if (!is_supported(input)) return composite::maxout_forward(input, pieces, dim);
   return run(input, pieces, dim, /*with_index=*/true);
 }
 
 Tensor maxout_backward(const Tensor& grad_output, const Tensor& index, int64_t pieces, int64_t dim) {
-  if (!served(grad_output)) return composite::maxout_backward(grad_output, index, pieces, dim);
+  if (!is_supported(grad_output)) return composite::maxout_backward(grad_output, index, pieces, dim);
   dim = at::maybe_wrap_dim(dim, grad_output.dim());
   at::DimVector sizes(grad_output.sizes());
   const auto [outer, inner] = around(sizes, dim);
   sizes[dim] *= pieces;
-  const On on(grad_output);
+  const DeviceStreamGuard on(grad_output);
   const Tensor g = grad_output.contiguous(), winners = index.contiguous();
-  const Tensor dx = fresh(sizes, g.scalar_type());
+  const Tensor dx = empty(sizes, g.scalar_type());
   C10_CUDA_CHECK(
       kernels(dtype_of(g))
           .maxout_backward[winners.scalar_type() == at::kInt](

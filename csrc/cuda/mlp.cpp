@@ -1,15 +1,15 @@
 // Whole networks on CUDA: layer by layer, or as one kernel where experimental/narrow is switched on and
 // serves.
-#include "ops/mlp.h"
-
 #include <torch/library.h>
 
+#include "cuda/experimental/narrow/network.h"
 #include "cuda/tensors.h"
+#include "ops/network.h"
 
 namespace mlpext::cuda {
 namespace {
 
-using Layers = Mlp<linear_maxout, linear_maxout_forward, linear_activation_forward>;
+using Layers = ByLayers<linear_maxout, linear_maxout_forward, linear_activation_forward>;
 
 // A narrow network as one kernel where that serves, else its layers one by one.
 template <auto narrow, auto layers> struct Either;

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "formulas/activations.h"
@@ -12,10 +13,10 @@ struct ActivationInfo {
   std::string_view name;
   std::span<const Param> params;
   bool keeps_output;
-  bool coarse_in_half;
+  bool output_too_coarse_in_16bit;
   bool rounds_params;
   bool has_derivative_from_output;
-  bool (*usual)(const double* params);
+  bool (*has_kernel)(const double* params);
   bool (*output_suffices)(const double* params);
 };
 
@@ -40,19 +41,27 @@ template <class... A> constexpr std::array<ActivationInfo, sizeof...(A)> activat
       A::name,
       A::params,
       A::keeps_output,
-      A::coarse_in_half,
+      A::output_too_coarse_in_16bit,
       A::rounds_params,
       HasDerivativeFromOutput<A>,
       [](const double* params) {
         for (const double param : std::span<const double>(params, A::params.size()))
           if (param - param != 0) return false;  // infinite or NaN
-        return with_params<A>(params).usual();
+        return with_params<A>(params).has_kernel();
       },
       [](const double* params) {
         return HasDerivativeFromOutput<A> && with_params<A>(params).output_suffices();
       },
   }...};
 }
+
+// The place of A in the list.
+template <class A, class... Others> constexpr std::size_t place_in(std::tuple<Others...>*) {
+  std::size_t place = 0;
+  static_cast<void>(((std::is_same_v<A, Others> || (++place, false)) || ...));
+  return place;
+}
+template <class A> inline constexpr std::size_t index_of = place_in<A>(static_cast<Activations*>(nullptr));
 
 inline constexpr auto activation_infos = activation_table(static_cast<Activations*>(nullptr));
 

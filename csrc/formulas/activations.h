@@ -39,12 +39,13 @@ struct TwoParts {  // a constant with more digits than a double
 
 struct Formula {
   static constexpr std::array<Param, 0> params{};
-  static constexpr bool keeps_output = false;    // a bare module keeps y for backward, as native does, not x
-  static constexpr bool coarse_in_half = false;  // 16-bit y has too few digits for derivative_from_output
-  static constexpr bool zero_blocks_gradient =
+  static constexpr bool keeps_output = false;  // a bare module keeps y for backward, as native does, not x
+  static constexpr bool output_too_coarse_in_16bit =
+      false;  // 16-bit y has too few digits for derivative_from_output
+  static constexpr bool zero_slope_masks_gradient =
       false;  // f' = 0 gives 0 even for an infinite or NaN gradient, as native
   static constexpr bool rounds_params = false;  // native compares x with parameters rounded to its dtype
-  MLPEXT_FORMULA constexpr bool usual() const {
+  MLPEXT_FORMULA constexpr bool has_kernel() const {
     return true;
   }  // false: native operators serve these parameters, as they do all that are not finite numbers
   MLPEXT_FORMULA constexpr bool output_suffices() const {
@@ -84,7 +85,7 @@ struct Tanh : Formula {
 struct Hardtanh : Formula {  // x held between min_val and max_val
   static constexpr std::string_view name = "hardtanh";
   static constexpr std::array<Param, 2> params{{{"min_val", -1}, {"max_val", 1}}};
-  static constexpr bool zero_blocks_gradient = true;
+  static constexpr bool zero_slope_masks_gradient = true;
   double min_val, max_val;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     return at_most(at_least(x, V(min_val)), V(max_val));
@@ -92,13 +93,13 @@ struct Hardtanh : Formula {  // x held between min_val and max_val
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     return select((x > V(min_val)) & (x < V(max_val)), V(1), V(0));
   }
-  MLPEXT_FORMULA constexpr bool usual() const { return min_val <= max_val; }
+  MLPEXT_FORMULA constexpr bool has_kernel() const { return min_val <= max_val; }
 };
 
 struct ReLU : Formula {  // max(0, x)
   static constexpr std::string_view name = "relu";
   static constexpr bool keeps_output = true;
-  static constexpr bool zero_blocks_gradient = true;
+  static constexpr bool zero_slope_masks_gradient = true;
   template <class V> MLPEXT_FORMULA V forward(V x) const { return at_least(x, V(0)); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(x <= V(0), V(0), V(1)); }
   template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const { return derivative(y); }
@@ -106,7 +107,7 @@ struct ReLU : Formula {  // max(0, x)
 
 struct ReLU6 : Formula {  // min(max(0, x), 6)
   static constexpr std::string_view name = "relu6";
-  static constexpr bool zero_blocks_gradient = true;
+  static constexpr bool zero_slope_masks_gradient = true;
   template <class V> MLPEXT_FORMULA V forward(V x) const { return Hardtanh{{}, 0, 6}.forward(x); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const { return Hardtanh{{}, 0, 6}.derivative(x); }
 };
@@ -128,7 +129,7 @@ struct LeakyReLU : Formula {  // x, and negative_slope x below 0: max(0.1 x, x) 
 struct ELU : Formula {  // x, and alpha (e^x - 1) below 0 (Clevert et al., 2015)
   static constexpr std::string_view name = "elu";
   static constexpr std::array<Param, 1> params{{{"alpha", 1}}};
-  static constexpr bool coarse_in_half = true;
+  static constexpr bool output_too_coarse_in_16bit = true;
   double alpha;
   template <class V> MLPEXT_FORMULA V forward(V x) const { return select(x >= V(0), x, V(alpha) * expm1(x)); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
@@ -142,7 +143,7 @@ struct ELU : Formula {  // x, and alpha (e^x - 1) below 0 (Clevert et al., 2015)
 
 struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer et al., 2017)
   static constexpr std::string_view name = "selu";
-  static constexpr bool coarse_in_half = true;
+  static constexpr bool output_too_coarse_in_16bit = true;
   static constexpr double scale = 1.0507009873554804934193349852946;
   static constexpr double alpha = 1.6732632423543772848170429916717;
   static constexpr double scaled_alpha = alpha * scale;
@@ -160,7 +161,7 @@ struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer e
 struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 2017)
   static constexpr std::string_view name = "celu";
   static constexpr std::array<Param, 1> params{{{"alpha", 1}}};
-  static constexpr bool coarse_in_half = true;
+  static constexpr bool output_too_coarse_in_16bit = true;
   double alpha;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     return select(x >= V(0), x, V(alpha) * expm1(x / V(alpha)));
@@ -172,7 +173,7 @@ struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 20
     return select(y > V(0), V(1), (y + V(alpha)) / V(alpha));
   }
   // Native takes alpha and 1 / alpha in float, and refuses what is none there.
-  MLPEXT_FORMULA constexpr bool usual() const {
+  MLPEXT_FORMULA constexpr bool has_kernel() const {
     return (alpha > 1e-38 && alpha < 1e38) || (alpha < -1e-38 && alpha > -1e38);
   }
   MLPEXT_FORMULA constexpr bool output_suffices() const { return alpha > 0; }
@@ -259,7 +260,7 @@ struct Softplus : Formula {  // log(1 + e^(beta x)) / beta, and x where beta x >
 
 struct Hardsigmoid : Formula {  // x / 6 + 1/2 between 0 and 1
   static constexpr std::string_view name = "hardsigmoid";
-  static constexpr bool zero_blocks_gradient = true;
+  static constexpr bool zero_slope_masks_gradient = true;
   template <class V> MLPEXT_FORMULA V forward(V x) const { return ReLU6().forward(x + V(3)) / V(6); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     return select((x > V(-3)) & (x < V(3)), V(1.0 / 6), V(0));
@@ -268,7 +269,7 @@ struct Hardsigmoid : Formula {  // x / 6 + 1/2 between 0 and 1
 
 struct Hardswish : Formula {  // x hardsigmoid(x) (Howard et al., 2019)
   static constexpr std::string_view name = "hardswish";
-  static constexpr bool zero_blocks_gradient = true;
+  static constexpr bool zero_slope_masks_gradient = true;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     return at_least(x, V(-3)) * Hardsigmoid().forward(x);
   }
@@ -308,20 +309,20 @@ struct Softshrink : Formula {  // x moved towards 0 by lambd, and 0 within
   static constexpr std::string_view name = "softshrink";
   static constexpr std::array<Param, 1> params{{{"lambd", 0.5}}};
   static constexpr bool rounds_params = true;
-  static constexpr bool zero_blocks_gradient = true;
+  static constexpr bool zero_slope_masks_gradient = true;
   double lambd;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     return select(abs(x) <= V(lambd), V(0), x - select(x < V(0), V(-lambd), V(lambd)));
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(abs(x) <= V(lambd), V(0), V(1)); }
-  MLPEXT_FORMULA constexpr bool usual() const { return lambd >= 0; }
+  MLPEXT_FORMULA constexpr bool has_kernel() const { return lambd >= 0; }
 };
 
 struct Hardshrink : Formula {  // x, and 0 where |x| <= lambd
   static constexpr std::string_view name = "hardshrink";
   static constexpr std::array<Param, 1> params{{{"lambd", 0.5}}};
   static constexpr bool rounds_params = true;
-  static constexpr bool zero_blocks_gradient = true;
+  static constexpr bool zero_slope_masks_gradient = true;
   double lambd;
   template <class V> MLPEXT_FORMULA V forward(V x) const { return select(abs(x) <= V(lambd), V(0), x); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(abs(x) <= V(lambd), V(0), V(1)); }
@@ -353,7 +354,7 @@ struct Squareplus
     V d = tail(x) / root(x);
     return select(x > V(0), V(1) - d, d);
   }
-  MLPEXT_FORMULA constexpr bool usual() const {
+  MLPEXT_FORMULA constexpr bool has_kernel() const {
     return b > 1e-30 && b < 1e20;
   }  // a number in float, as is b / 4
 };
@@ -366,7 +367,8 @@ inline constexpr std::size_t activation_count = std::tuple_size_v<Activations>;
 
 // The gradient of x from that of f(x).
 template <class A, class V> MLPEXT_FORMULA V chain(V grad_output, V derivative) {
-  if constexpr (A::zero_blocks_gradient) return select(derivative == V(0), V(0), grad_output * derivative);
+  if constexpr (A::zero_slope_masks_gradient)
+    return select(derivative == V(0), V(0), grad_output * derivative);
   else return grad_output * derivative;
 }
 

@@ -1,6 +1,5 @@
-// The rows: the functions of activations.h as native operators, a line or two each. See composites.h.
-#include "ops/composites.h"
-
+// Every operator as torch's own operators: the activations of formulas/activations.h in a table, a line or
+// two each, and the linear layers by their parts (networks: network.cpp). signatures.h says who runs them.
 #include <ATen/ScalarOps.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/WrapDimUtils.h>
@@ -50,8 +49,9 @@
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <torch/library.h>
 
-#include "ops/mlp.h"
+#include "ops/checks.h"
 
 namespace mlpext::composite {
 namespace {
@@ -103,7 +103,9 @@ struct SquareplusParts {
   }
 };
 
-at::ScalarType squareplus_dtype(double b) { return Squareplus{{}, b}.usual() ? at::kFloat : at::kDouble; }
+at::ScalarType squareplus_dtype(double b) {
+  return Squareplus{{}, b}.has_kernel() ? at::kFloat : at::kDouble;
+}
 bool squareplus_is_ordinary(T x, double b) { return ordinary(x) && 0 < b && std::isfinite(b); }
 
 Tensor squareplus(T x, double b) {
@@ -219,7 +221,7 @@ static_assert(
         if (rows[i].name != activation_infos[i].name) return false;
       return std::size(rows) == activation_count;
     }(),
-    "composites.h and activations.h must list the same activations in the same order");
+    "composites.cpp and activations.h must list the same activations in the same order");
 
 // The pieces as one linear layer of pieces * out features, piece after piece: maxout splits it again.
 Tensor stacked_linear(T input, T weight, const OptionalTensor& bias) {
@@ -320,72 +322,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(T grad_output, const O
   return {dx, dw, db};
 }
 
-Tensor mlp(T input, at::TensorList weights, at::TensorList biases, std::string_view names, Params params) {
-  const Network network(weights, biases, names, params);
-  Tensor x = input;
-  for (int64_t l = 0; l < network.size(); ++l) {
-    const Network::Layer& layer = network.layers[l];
-    x = layer.maxout ? linear_maxout(x, weights[l], network.bias(l))
-                     : linear_activation(x, weights[l], network.bias(l), layer.name, layer.params);
-  }
-  return x;
-}
-
 namespace {
 
-// Outputs of the layers, and for each its preactivation or the index of the winner.
-std::pair<std::vector<Tensor>, std::vector<Tensor>> outputs_of(const Network& network, T input) {
-  std::vector<Tensor> outputs(network.size()), sources(network.size());
-  for (int64_t l = 0; l < network.size(); ++l) {
-    const Network::Layer& layer = network.layers[l];
-    const Tensor& x = l ? outputs[l - 1] : input;
-    std::tie(outputs[l], sources[l]) =
-        layer.maxout ? linear_maxout_forward(x, network.weights[l], network.bias(l))
-                     : linear_activation_forward(x, network.weights[l], network.bias(l), layer.name,
-                                                 layer.params, /*keep_preactivation=*/true);
-  }
-  return {std::move(outputs), std::move(sources)};
+void register_composites(torch::Library& m) {
+#define MLPEXT_IMPL(name) m.impl(#name, composite::name);
+  MLPEXT_FOR_EACH_OPERATOR(MLPEXT_IMPL)
+#undef MLPEXT_IMPL
 }
+
+TORCH_LIBRARY_IMPL(mlpext, CompositeExplicitAutograd, m) { register_composites(m); }
+TORCH_LIBRARY_IMPL(mlpext, FuncTorchBatched, m) { register_composites(m); }
+// The vmap behind is_grads_batched: its fallback takes no lists of tensors, but the layers' operators.
+TORCH_LIBRARY_IMPL(mlpext, Batched, m) { m.impl("mlp_backward", mlp_backward); }
+// torch's fallback for functionalization takes no operator that returns its argument.
+TORCH_LIBRARY_IMPL(mlpext, Functionalize, m) { m.impl("activation_", activation_); }
 
 }  // namespace
-
-std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(T input, at::TensorList weights,
-                                                            at::TensorList biases, std::string_view names,
-                                                            Params params) {
-  const Network network(weights, biases, names, params);
-  auto [outputs, sources] = outputs_of(network, input);
-  const int64_t end = network.size() - 1;
-  auto keeps_more = [&](int64_t l) {
-    const Network::Keep keep = network.layers[l].keep(input.scalar_type());
-    return keep == Network::preactivation || keep == Network::winner;
-  };
-  std::vector<Tensor> kept(outputs.begin(), outputs.end() - 1);
-  for (int64_t l = 0; l < end; ++l)
-    if (keeps_more(l)) kept.push_back(sources[l]);
-  return {outputs[end], keeps_more(end) ? sources[end] : Tensor(), std::move(kept)};
-}
-
-std::vector<Tensor> mlp_backward(T grad_output, T input, at::TensorList weights, at::TensorList biases,
-                                 at::TensorList kept, const OptionalTensor& last, bool last_is_output,
-                                 std::string_view names, Params params, at::IntArrayRef output_mask) {
-  const Network network(weights, biases, names, params);
-  const Kept all{network, input, kept, last, last_is_output};
-  return network.gradients(grad_output, output_mask,
-                           [&](int64_t l, T dy, Mask mask) { return layer_backward(all, l, dy, mask); });
-}
-
-std::vector<Tensor> mlp_backward_from_input(T grad_output, T input, at::TensorList weights,
-                                            at::TensorList biases, std::string_view names, Params params,
-                                            at::IntArrayRef output_mask) {
-  const Network network(weights, biases, names, params);
-  const auto [outputs, sources] = outputs_of(network, input);
-  return network.gradients(grad_output, output_mask, [&](int64_t l, T dy, Mask mask) {
-    const Network::Layer& layer = network.layers[l];
-    const Tensor& x = l ? outputs[l - 1] : input;
-    return layer.maxout ? linear_maxout_backward(dy, x, weights[l], sources[l], weights[l].size(0), mask)
-                        : linear_activation_backward(dy, x, weights[l], sources[l], layer.name, layer.params,
-                                                     /*from_output=*/false, mask);
-  });
-}
-
 }  // namespace mlpext::composite

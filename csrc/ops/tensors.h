@@ -1,7 +1,7 @@
 // What the tensor side of the kernels shares on every device.
 #pragma once
 #include "formulas/dtype.h"
-#include "ops/ops.h"
+#include "ops/checks.h"
 
 namespace mlpext {
 

@@ -1,7 +1,7 @@
 // Python's way in. A call with plain tensors goes straight to the dispatcher: 0.4 us less than through
 // torch.ops. Anything else (a subclass with __torch_function__, a function mode, an fx proxy, an argument of
-// the wrong type) goes to mlpext/_torch_fallback.py, which calls torch's own functions, so that it behaves, or is
-// refused, as natively.
+// the wrong type) goes to mlpext/_torch_fallback.py, which calls torch's own functions, so that it
+// behaves, or is refused, as torch does.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -9,35 +9,19 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
 #include "cpu/huge_pages.h"
-#include "ops/ops.h"
+#include "cpu/kernels.h"
+#include "ops/switches.h"
 #include "python/epoch.h"
+#include "python/network_module.h"
 
 namespace {
 
 using namespace mlpext;
+using namespace mlpext::python;
 
-bool plain(py::handle object) { return THPVariable_CheckTypeExact(Py_TYPE(object.ptr())); }
-bool plain_or_none(py::handle object) { return object.is_none() || plain(object); }
-
-const Tensor& tensor(py::handle object) { return THPVariable_Unpack(object.ptr()); }
 OptionalTensor optional_tensor(py::handle object) {
   return object.is_none() ? std::nullopt : OptionalTensor(tensor(object));
-}
-
-// What float(object) is, for a number of NumPy's or a tensor of one too; none for what torch refuses: a
-// tensor that wants a gradient or has dimensions, an integer beyond 64 bits.
-std::optional<double> number(PyObject* object) {
-  if (PyFloat_CheckExact(object)) return PyFloat_AS_DOUBLE(object);
-  if (THPVariable_Check(object) &&
-      (THPVariable_Unpack(object).dim() > 0 || THPVariable_Unpack(object).requires_grad()))
-    return std::nullopt;
-  int overflow = 0;
-  if (PyLong_Check(object)) static_cast<void>(PyLong_AsLongLongAndOverflow(object, &overflow));
-  const double value = overflow ? -1 : PyFloat_AsDouble(object);
-  if (overflow || (value == -1 && PyErr_Occurred())) return PyErr_Clear(), std::nullopt;
-  return value;
 }
 
 // What operator.index(object) is; none for a bool and for what is no integer.
@@ -50,7 +34,7 @@ std::optional<int64_t> integer(py::handle object) {
   return value;
 }
 
-// A tuple of at most two numbers; anything else is left to the native functions to accept or refuse.
+// A tuple of at most two numbers; anything else is left to torch's functions to accept or refuse.
 struct Numbers {
   std::array<double, 2> values;
   std::size_t size = 0;
@@ -68,13 +52,6 @@ struct Numbers {
   Params params() const { return {values.data(), size}; }
 };
 
-std::string_view text(py::handle object) {
-  Py_ssize_t size = 0;
-  const char* data = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
-  if (!data) throw py::error_already_set();
-  return {data, static_cast<std::size_t>(size)};
-}
-
 // torch's exception types for C++ errors, without a C++ stack in the message; the GIL released while `call`
 // runs.
 template <class Call> py::object released(Call call) {
@@ -91,14 +68,19 @@ template <class Call> py::object released(Call call) {
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-template <class... Arguments> py::object native(const char* function, Arguments... arguments) {
-  return py::module_::import("mlpext._torch_fallback").attr(function)(arguments...);
+// The functions of mlpext/_torch_fallback.py by name, which registers them.
+py::dict& fallbacks() {
+  static auto& functions = *new py::dict;
+  return functions;
+}
+template <class... Arguments> py::object fall_back(const char* function, Arguments... arguments) {
+  return fallbacks()[function](arguments...);
 }
 
 py::object activation(py::handle input, py::handle name, py::handle params, bool inplace) {
   const Numbers numbers(params);
-  if (!numbers.valid || !plain(input) || at::impl::torch_function_mode_enabled())
-    return native("activation", input, name, params, inplace);
+  if (!numbers.valid || !is_plain(input) || at::impl::torch_function_mode_enabled())
+    return fall_back("activation", input, name, params, inplace);
   if (inplace) {
     Tensor self = tensor(input);
     released([&] { return ops::activation_().call(self, text(name), numbers.params()); });
@@ -109,17 +91,17 @@ py::object activation(py::handle input, py::handle name, py::handle params, bool
 
 py::object maxout(py::handle input, py::handle pieces, py::handle dim) {
   const auto k = integer(pieces), d = integer(dim);
-  if (!plain(input) || !k || !d || at::impl::torch_function_mode_enabled())
-    return native("maxout", input, pieces, dim);
+  if (!is_plain(input) || !k || !d || at::impl::torch_function_mode_enabled())
+    return fall_back("maxout", input, pieces, dim);
   return released([&] { return ops::maxout().call(tensor(input), *k, *d); });
 }
 
 py::object linear_activation(py::handle input, py::handle weight, py::handle bias, py::handle name,
                              py::handle params) {
   const Numbers numbers(params);
-  if (!numbers.valid || !plain(input) || !plain(weight) || !plain_or_none(bias) ||
+  if (!numbers.valid || !is_plain(input) || !is_plain(weight) || !is_plain_or_none(bias) ||
       at::impl::torch_function_mode_enabled())
-    return native("linear_activation", input, weight, bias, name, params);
+    return fall_back("linear_activation", input, weight, bias, name, params);
   return released([&] {
     return ops::linear_activation().call(tensor(input), tensor(weight), optional_tensor(bias), text(name),
                                          numbers.params());
@@ -127,110 +109,22 @@ py::object linear_activation(py::handle input, py::handle weight, py::handle bia
 }
 
 py::object linear_maxout(py::handle input, py::handle weight, py::handle bias) {
-  if (!plain(input) || !plain(weight) || !plain_or_none(bias) || at::impl::torch_function_mode_enabled())
-    return native("linear_maxout", input, weight, bias);
+  if (!is_plain(input) || !is_plain(weight) || !is_plain_or_none(bias) ||
+      at::impl::torch_function_mode_enabled())
+    return fall_back("linear_maxout", input, weight, bias);
   return released(
       [&] { return ops::linear_maxout().call(tensor(input), tensor(weight), optional_tensor(bias)); });
 }
 
-// A network as the mlp operators take it, read from a module in the way of its layers' own forward.
-class NetworkModule {
- public:
-  std::vector<Tensor> weights, biases;
-  std::string names;
-  std::vector<double> params;
-
-  // False unless every layer is a LinearActivation or a Maxout with nothing in the way of its forward: no
-  // hook, no parametrization, no forward of its own.
-  bool read(py::handle module) {
-    const py::object own = attributes(module);
-    PyObject* layers = PyDict_GetItem(own.ptr(), words().modules);
-    if (!layers || !PyDict_Check(layers) || any(global_hooks())) return false;
-    PyObject *key, *layer;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(layers, &position, &key, &layer))
-      if (!add(layer)) return false;
-    return !weights.empty() && (biases.empty() || biases.size() == weights.size());
-  }
-
- private:
-  bool add(py::handle layer) {
-    static const auto& types =
-        *new std::array<py::object, 2>{py::module_::import("mlpext.nn").attr("LinearActivation"),
-                                       py::module_::import("mlpext.nn").attr("Maxout")};
-    const bool maxout = Py_TYPE(layer.ptr()) == reinterpret_cast<PyTypeObject*>(types[1].ptr());
-    if (!maxout && Py_TYPE(layer.ptr()) != reinterpret_cast<PyTypeObject*>(types[0].ptr())) return false;
-    const py::object own = attributes(layer);
-    for (PyObject* hooks : words().hooks)
-      if (PyObject* found = PyDict_GetItem(own.ptr(), hooks); !found || any(found)) return false;
-    if (PyDict_GetItem(own.ptr(), words().forward)) return false;
-    PyObject* parameters = PyDict_GetItem(own.ptr(), words().parameters);
-    if (!parameters || !PyDict_Check(parameters)) return false;
-    PyObject *weight = PyDict_GetItem(parameters, words().weight),
-             *bias = PyDict_GetItem(parameters, words().bias);
-    if (!weight || !bias || !plain(weight) || !plain_or_none(bias)) return false;
-    weights.push_back(tensor(weight));
-    if (bias != Py_None) biases.push_back(tensor(bias));
-    if (!names.empty()) names += ',';
-    return maxout ? (names += "maxout", true) : add_activation(own);
-  }
-
-  bool add_activation(py::handle own) {
-    PyObject *name = PyDict_GetItem(own.ptr(), words().activation),
-             *values = PyDict_GetItem(own.ptr(), words().params);
-    if (!name || !PyUnicode_Check(name) || !values || !PyDict_Check(values)) return false;
-    names += text(name);
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    while (PyDict_Next(values, &position, &key, &value)) {
-      const auto param = number(value);
-      if (!param) return false;
-      params.push_back(*param);
-    }
-    return true;
-  }
-
-  static py::object attributes(py::handle module) {
-    PyObject* own = PyObject_GenericGetDict(module.ptr(), nullptr);
-    if (!own) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(own);
-  }
-
-  // Keys of modules' dictionaries, made once.
-  struct Words {
-    static PyObject* intern(const char* text) { return PyUnicode_InternFromString(text); }
-    PyObject *modules = intern("_modules"), *parameters = intern("_parameters"), *weight = intern("weight"),
-             *bias = intern("bias"), *activation = intern("activation"), *params = intern("params"),
-             *forward = intern("forward");
-    std::array<PyObject*, 4> hooks{intern("_forward_hooks"), intern("_forward_pre_hooks"),
-                                   intern("_backward_hooks"), intern("_backward_pre_hooks")};
-  };
-  static const Words& words() {
-    static const Words all;
-    return all;
-  }
-  static bool any(PyObject* hooks) { return !PyDict_Check(hooks) || PyDict_Size(hooks) > 0; }
-  // torch's dictionaries of hooks on all modules.
-  static const std::array<py::object, 4>& global_hooks() {
-    static const auto& hooks = *[] {
-      const auto torch = py::module_::import("torch.nn.modules.module");
-      return new std::array<py::object, 4>{
-          torch.attr("_global_forward_hooks"), torch.attr("_global_forward_pre_hooks"),
-          torch.attr("_global_backward_hooks"), torch.attr("_global_backward_pre_hooks")};
-    }();
-    return hooks;
-  }
-  static bool any(const std::array<py::object, 4>& hooks) {
-    return std::ranges::any_of(hooks, [](const py::object& each) { return any(each.ptr()); });
-  }
-};
-
 py::object mlp(py::handle module, py::handle input) {
   NetworkModule network;
-  if (!plain(input) || at::impl::torch_function_mode_enabled() || !network.read(module))
+  HANDLE_TH_ERRORS
+  if (!is_plain(input) || at::impl::torch_function_mode_enabled() || !network.read(module))
     return py::reinterpret_borrow<py::object>(Py_NotImplemented);
+  END_HANDLE_TH_ERRORS_PYBIND
   return released([&] {
-    return ops::mlp().call(tensor(input), network.weights, network.biases, network.names, network.params);
+    return ops::mlp().call(tensor(input), network.weights, network.biases, network.activations,
+                           network.params);
   });
 }
 
@@ -270,6 +164,8 @@ PYBIND11_MODULE(_C, m) {
       "mlp", mlp, py::arg("module"), py::arg("input"),
       "The output of a module with LinearActivation and Maxout layers, as one operator; NotImplemented where "
       "its layers must be called one by one.");
+  m.def("register_layers", register_layers, py::arg("linear_activation"), py::arg("maxout"));
+  m.def("register_fallback", [](py::str name, py::object function) { fallbacks()[name] = function; });
   m.def("activations", activations,
         "Names of the elementwise activations, each with its parameters and their defaults.");
   m.def("cpu_isa", [] {
@@ -282,11 +178,20 @@ PYBIND11_MODULE(_C, m) {
     for (std::string_view name : cpu::available_isas()) names.append(std::string(name));
     return names;
   });
+  m.def(
+      "switches",
+      [] {
+        py::list all;
+        for (const Switch& each : switches)
+          all.append(py::make_tuple(each.variable, each.value(), each.meaning));
+        return all;
+      },
+      "The environment variables read at run time: name, value or None, meaning.");
   m.def("pool_limit", cpu::pool_limit);
   m.def("set_pool_limit", cpu::set_pool_limit, py::arg("bytes"));
   m.def("pool_bytes", cpu::pool_bytes);
   m.def("has_cuda", [] { return has_cuda; });
   m.def("all_finite", all_finite, py::arg("tensors"),
         "Whether no value of these tensors is NaN or infinite.");
-  training::bind(m);
+  bind_epoch(m);
 }

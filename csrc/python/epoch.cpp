@@ -14,8 +14,17 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-namespace mlpext::training {
+namespace mlpext::python {
 namespace {
+
+using cpu::EpochJob;
+using cpu::EpochLayer;
+using cpu::EpochParameter;
+using cpu::EpochReport;
+using cpu::Loss;
+using cpu::SampleRows;
+using cpu::TrainEpoch;
+using cpu::UpdateRule;
 
 using Clock = std::chrono::steady_clock;
 constexpr auto poll_interval = std::chrono::milliseconds(100);
@@ -58,9 +67,9 @@ void* data(const Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes, const c
 
 // A job, and the Python objects behind it.
 struct Run {
-  std::vector<Layer> layers;
+  std::vector<EpochLayer> layers;
   std::vector<std::array<double, 2>> params;
-  Job job{};
+  EpochJob job{};
   at::ScalarType dtype = at::kFloat;
   py::object fetch, poll, x, d;  // x and d: of the block under way
   Clock::time_point polled = Clock::now();
@@ -75,7 +84,7 @@ struct Run {
     if (layers.empty()) dtype = weight.scalar_type();
     TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
                       "weight: expected float32 or float64, got ", dtype);
-    Layer own{};
+    EpochLayer own{};
     const bool maxout = name == "maxout";
     TORCH_CHECK_VALUE(weight.dim() == (maxout ? 3 : 2) && weight.numel() > 0, "weight: expected (",
                       maxout ? "pieces, " : "", "out, in), got ", weight.sizes());
@@ -98,8 +107,8 @@ struct Run {
     layers.push_back(own);
   }
 
-  Parameter parameter(const Tensor& value, const py::tuple& states, std::size_t count) {
-    Parameter own{data(value, dtype, value.sizes(), "parameter"), {}, value.requires_grad()};
+  EpochParameter parameter(const Tensor& value, const py::tuple& states, std::size_t count) {
+    EpochParameter own{data(value, dtype, value.sizes(), "parameter"), {}, value.requires_grad()};
     TORCH_CHECK_VALUE(!own.trained || states.size() == count, "states: expected ", count, ", got ",
                       states.size());
     for (std::size_t i = 0; own.trained && i < count; ++i)
@@ -114,10 +123,10 @@ struct Run {
   }
 
   // Takes `count` rows of x and d as the block under way; with `order`, all rows.
-  Rows rows(py::object x_, py::object d_, int64_t count) {
+  SampleRows rows(py::object x_, py::object d_, int64_t count) {
     const Tensor &x_rows = tensor(x_, "x"), &d_rows = tensor(d_, "d");
     const int64_t outputs = layers.back().out;
-    Rows rows;
+    SampleRows rows;
     rows.x = data(x_rows, dtype, {count, layers[0].in}, "x");
     if (d_rows.scalar_type() == at::kLong) {
       rows.classes = static_cast<const int64_t*>(data(d_rows, at::kLong, {count}, "d"));
@@ -146,7 +155,7 @@ struct Run {
       return false;
     }
   }
-  static bool fetch_rows(void* context, int64_t first, int64_t count, Rows* rows) {
+  static bool fetch_rows(void* context, int64_t first, int64_t count, SampleRows* rows) {
     Run& run = *static_cast<Run*>(context);
     return run.python([&] {
       py::tuple block = run.fetch(first, count);
@@ -163,14 +172,14 @@ struct Run {
   }
 };
 
-Rule rule_of(const py::dict& options) {
-  Rule rule;
+UpdateRule rule_of(const py::dict& options) {
+  UpdateRule rule;
   const auto kind = options["kind"].cast<std::string>();
   TORCH_CHECK_VALUE(kind == "descent" || kind == "adam" || kind == "adamw", "rule: unknown kind ", kind);
-  rule.kind = kind == "descent" ? Rule::descent : kind == "adam" ? Rule::adam : Rule::adamw;
+  rule.kind = kind == "descent" ? UpdateRule::descent : kind == "adam" ? UpdateRule::adam : UpdateRule::adamw;
   rule.lr = options["lr"].cast<double>();
   rule.weight_decay = options["weight_decay"].cast<double>();
-  if (rule.kind == Rule::descent) {
+  if (rule.kind == UpdateRule::descent) {
     rule.momentum = options["momentum"].cast<double>();
     rule.nesterov = options["nesterov"].cast<bool>();
   } else {
@@ -187,9 +196,9 @@ py::tuple run_epoch(const py::list& layers, const py::dict& rule, const std::str
                     py::object poll) {
   HANDLE_TH_ERRORS
   Run run;
-  Job& job = run.job;
+  EpochJob& job = run.job;
   job.rule = rule_of(rule);
-  const std::size_t states = job.rule.kind != Rule::descent ? 2 : job.rule.momentum != 0 ? 1 : 0;
+  const std::size_t states = job.rule.kind != UpdateRule::descent ? 2 : job.rule.momentum != 0 ? 1 : 0;
   run.params.reserve(layers.size());
   for (py::handle layer : layers) run.add(layer, states);
   TORCH_CHECK_VALUE(!layers.empty() && samples > 0 && step_size > 0 && block_size > 0,
@@ -223,9 +232,9 @@ py::tuple run_epoch(const py::list& layers, const py::dict& rule, const std::str
   run.poll = std::move(poll);
   job.poll = Run::poll_python;
 
-  const Train train = cpu::kernels().train[run.dtype == at::kDouble ? 0 : 1];
+  const TrainEpoch train = cpu::kernels().train[run.dtype == at::kDouble ? 0 : 1];
   void* memory = scratch(train(job, nullptr).memory);
-  Report report;
+  EpochReport report;
   {
     py::gil_scoped_release no_gil;
     report = train(job, memory);
@@ -237,10 +246,10 @@ py::tuple run_epoch(const py::list& layers, const py::dict& rule, const std::str
 
 }  // namespace
 
-void bind(pybind11::module_& m) {
-  m.def("usual", [](const std::string& name, const std::vector<double>& params) {
+void bind_epoch(pybind11::module_& m) {
+  m.def("has_kernel", [](const std::string& name, const std::vector<double>& params) {
     HANDLE_TH_ERRORS
-    return activation_infos[activation_index(name, params)].usual(params.data());
+    return activation_infos[activation_index(name, params)].has_kernel(params.data());
     END_HANDLE_TH_ERRORS_PYBIND
   });
   m.def("run_epoch", run_epoch, py::arg("layers"), py::arg("rule"), py::arg("loss"), py::arg("mean"),
@@ -248,4 +257,4 @@ void bind(pybind11::module_& m) {
         py::arg("fetch"), py::arg("block_size"), py::arg("losses"), py::arg("outputs"), py::arg("poll"));
 }
 
-}  // namespace mlpext::training
+}  // namespace mlpext::python

@@ -5,8 +5,8 @@ namespace pybind11 {
 class module_;
 }
 
-namespace mlpext::training {
+namespace mlpext::python {
 
-void bind(pybind11::module_& m);
+void bind_epoch(pybind11::module_& m);
 
-}  // namespace mlpext::training
+}  // namespace mlpext::python

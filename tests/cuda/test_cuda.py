@@ -653,7 +653,7 @@ def test_epilogues_are_used(name, cublaslt):
 def test_cutlass_of_every_activation(name, parameters, dtype, cutlass):
     """In the layer's own product, and its derivative in that of the layer above, with the bias' gradient."""
     values = values_of(name, parameters)
-    if not mlpext._C.usual(name, tuple(values)):
+    if not mlpext._C.has_kernel(name, tuple(values)):
         pytest.skip("native's")
     call = lambda x, w, v, b, c: OPERATORS.mlp(x, [w, v], [b, c], f"{name},identity", values)  # noqa: E731
     x, *pairs = chain_inputs(["tanh", "identity"], [72, 136, 264], dtype, rows=200)

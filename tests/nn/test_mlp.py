@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mlpext
-from common import NAMES, Kept, assert_close, every_float
+from common import NAMES, Kept, assert_close, every_float, indices
 from mlpext import nn
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -335,5 +335,5 @@ def test_autocast(dtype):
 def test_the_operator_is_what_the_module_calls():
     model, x = network("elu", "tanh"), torch.randn(4, 5, dtype=torch.float64)
     weights, biases = [layer.weight for layer in model], [layer.bias for layer in model]
-    y = torch.ops.mlpext.mlp(x, weights, biases, "elu,elu,tanh", [1.0, 1.0])
+    y = torch.ops.mlpext.mlp(x, weights, biases, indices(["elu", "elu", "tanh"]), [1.0, 1.0])
     assert torch.equal(y, model(x)) and mlpext._C.mlp(model, x).grad_fn.name() == "MlpBackward0"

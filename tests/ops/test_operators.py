@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from common import CASES, NAMES, every_case, values_of
+from common import CASES, NAMES, every_case, indices, values_of
 
 ops = torch.ops.mlpext
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
@@ -123,50 +123,54 @@ def test_linear_maxout_backward(mask):
 
 
 NETWORKS = {
-    "tanh,identity": (),
-    "gelu,elu": (0.3,),
-    "maxout,tanh": (),
-    "identity,maxout": (),
-    "sine,relu6": (1.0,),
+    ("tanh", "identity"): (),
+    ("gelu", "elu"): (0.3,),
+    ("maxout", "tanh"): (),
+    ("identity", "maxout"): (),
+    ("sine", "relu6"): (1.0,),
 }
+every_network = pytest.mark.parametrize("names", NETWORKS, ids=", ".join)
 
 
 def network(names, bias, grad):
-    stacks = [(2,) if name == "maxout" else () for name in names.split(",")]
+    stacks = [(2,) if name == "maxout" else () for name in names]
     weights = [randn(*stack, 5, 6 - i, grad=grad) for i, stack in enumerate(stacks)]
     return weights, [randn(*stack, 5, grad=grad) for stack in stacks] if bias else []
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("names", NETWORKS)
+@every_network
 def test_mlp(names, bias):
     weights, biases = network(names, bias, grad=True)
-    opcheck(ops.mlp.default, (randn(3, 6), weights, biases, names, NETWORKS[names]))
-    opcheck(ops.mlp_forward.default, (randn(3, 6), weights, biases, names, NETWORKS[names]))
+    opcheck(ops.mlp.default, (randn(3, 6), weights, biases, indices(names), NETWORKS[names]))
+    opcheck(ops.mlp_forward.default, (randn(3, 6), weights, biases, indices(names), NETWORKS[names]))
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("mask", [[1] * 5, [0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]], ids=str)
-@pytest.mark.parametrize("names", NETWORKS)
+@every_network
 def test_mlp_backward(names, mask, grad):
     weights, biases = network(names, True, grad=False)
     x, values = randn(3, 6, grad=False), NETWORKS[names]
-    output, last, kept = ops.mlp_forward(x, weights, biases, names, values)
-    from_output = last is None and not names.endswith("identity")
+    output, last, kept = ops.mlp_forward(x, weights, biases, indices(names), values)
+    from_output = last is None and not names[-1] == "identity"
     for tensor in (x, *weights, *biases):
         tensor.requires_grad_(grad)
-    arguments = (x, weights, biases, kept, output if from_output else last, from_output, names, values, mask)
+    last = output if from_output else last
+    arguments = (x, weights, biases, kept, last, from_output, indices(names), values, mask)
     opcheck(ops.mlp_backward.default, (randn(3, 5, grad=grad), *arguments))
 
 
 def test_a_network_that_does_not_fit_together_is_refused():
-    x, (weights, biases) = randn(3, 6), network("tanh,elu", True, grad=False)
-    for names, params, b, message in (
-        ("tanh", (), biases, "1 activations for 2 weights"),
-        ("tanh,elu", (), biases, "too few"),
-        ("tanh,elu", (1.0, 2.0), biases, "take 1, got 2"),
-        ("tanh,relu", (), biases[:1], "1 for 2 weights"),
-        ("tanh,rule", (), biases, "unknown name 'rule'"),
+    x, (weights, biases) = randn(3, 6), network(("tanh", "elu"), True, grad=False)
+    tanh, elu, relu = indices(["tanh", "elu", "relu"])
+    for activations, params, b, message in (
+        ([tanh], (), biases, "1 for 2 weights"),
+        ([tanh, elu], (), biases, "too few"),
+        ([tanh, elu], (1.0, 2.0), biases, "take 1, got 2"),
+        ([tanh, relu], (), biases[:1], "1 for 2 weights"),
+        ([tanh, -2], (), biases, r"-2, expected -1 \(maxout\) or an index"),
+        ([tanh, len(NAMES)], (), biases, f"{len(NAMES)}, expected -1"),
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
-            ops.mlp(x, weights, b, names, params)
+            ops.mlp(x, weights, b, activations, params)

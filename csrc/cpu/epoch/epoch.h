@@ -6,17 +6,18 @@
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-template <class Epoch> Report train_epoch(const Job& job, void* memory) {
+template <class Epoch> EpochReport train_epoch(const EpochJob& job, void* memory) {
   Arena arena{static_cast<char*>(memory)};
   Epoch epoch(job, arena);
   if (memory) return epoch.run();
-  Report report;
+  EpochReport report;
   report.memory = arena.used;
   return report;
 }
 
-template <class T> Report train(const Job& job, void* memory) {
-  return (Online<T>::serves(job) ? train_epoch<Online<T>> : train_epoch<Batches<T>>)(job, memory);
+template <class T> EpochReport train(const EpochJob& job, void* memory) {
+  return (SingleSampleSgd<T>::serves(job) ? train_epoch<SingleSampleSgd<T>>
+                                          : train_epoch<Minibatches<T>>)(job, memory);
 }
 
 }  // namespace

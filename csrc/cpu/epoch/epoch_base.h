@@ -1,9 +1,9 @@
 // The way through the samples that every kind of epoch goes: rows brought in, progress reported, losses.
 #pragma once
-#include "cpu/kernels.h"
-#include "formulas/elementary.h"
 #include "cpu/epoch/job.h"
 #include "cpu/epoch/tiles.h"
+#include "cpu/kernels.h"
+#include "formulas/elementary.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
@@ -14,11 +14,12 @@ extern const cpu::Kernels kernels;
 
 namespace {
 
-using training::Job;
-using training::Loss;
-using training::Report;
-using training::Rows;
-using training::Rule;
+using cpu::EpochJob;
+using cpu::EpochLayer;
+using cpu::EpochReport;
+using cpu::Loss;
+using cpu::SampleRows;
+using cpu::UpdateRule;
 
 template <class T> constexpr Dtype dtype = sizeof(T) == 4 ? float32 : float64;
 
@@ -40,11 +41,11 @@ struct Arena {
   }
 };
 
-template <class T> class Walk {
+template <class T> class EpochBase {
  protected:
   using V = Lanes<T>;
 
-  explicit Walk(const Job& job)
+  explicit EpochBase(const EpochJob& job)
       : job(job), count(job.layer_count), in(job.layers[0].in), outputs(job.layers[count - 1].out) {}
 
   // Reports progress now and then. False: stop.
@@ -148,13 +149,13 @@ template <class T> class Walk {
     return s * std::log(powers) - mean;
   }
 
-  const Job& job;
+  const EpochJob& job;
   const int64_t count, in, outputs;  // layers; the width of x and of y
-  Rows block;
+  SampleRows block;
   int64_t block_first = 0, block_count = 0;
   int64_t done = 0, polled = 0;
   double epoch_error = 0;  // sum of E
-  Report report;
+  EpochReport report;
 };
 
 }  // namespace

@@ -4,26 +4,26 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace mlpext::training {
+namespace mlpext::cpu {
 
 // A weight or a bias, contiguous, with the optimizer's buffers of the same shape.
-struct Parameter {
+struct EpochParameter {
   void* value = nullptr;  // null: there is none
   void* state[2] = {};    // velocity; or Adam's two averages
   bool trained = false;
 };
 
 // y = f(x W' + b), or with pieces > 0 maxout: W is (out, in) or (pieces, out, in).
-struct Layer {
+struct EpochLayer {
   int64_t in, out, pieces;
   std::size_t activation;  // its place in the list of activations.h
   const double* params;
   bool output_suffices;  // f' follows from y
-  Parameter weight, bias;
+  EpochParameter weight, bias;
 };
 
 // As torch.optim has them. Plain descent is momentum 0.
-struct Rule {
+struct UpdateRule {
   enum Kind { descent, adam, adamw } kind = descent;
   double lr = 0, weight_decay = 0;
   double momentum = 0;
@@ -35,39 +35,39 @@ struct Rule {
 enum class Loss { squared_error, cross_entropy };
 
 // Sample i is row order[i] (row i where order is null) of x (*, n0) and of d (*, n_last) or of classes.
-struct Rows {
+struct SampleRows {
   const void* x = nullptr;
   const void* d = nullptr;
   const int64_t* classes = nullptr;
   const int64_t* order = nullptr;
 };
 
-struct Job {
-  const Layer* layers;
+struct EpochJob {
+  const EpochLayer* layers;
   int64_t layer_count;
-  Rule rule;
+  UpdateRule rule;
   Loss loss;
   bool mean;           // minimise the mean of E over the samples of a step, else the sum
   int64_t samples;     // to visit
   int64_t step_size;   // samples an update; the last takes those that are left
-  Rows rows;           // all of them, unless `fetch` brings them block_size at a time
+  SampleRows rows;     // all of them, unless `fetch` brings them block_size at a time
   int64_t block_size;  // whole steps, or less than one, or all samples
   double* losses;      // mean E of each step
   void*
       outputs;  // null, or (block_size, n_last): what the model gave as the steps met the samples of a block
   void* context;  // of the functions below, which return false to stop; either may be null
-  bool (*fetch)(void* context, int64_t first, int64_t count, Rows* rows);
+  bool (*fetch)(void* context, int64_t first, int64_t count, SampleRows* rows);
   // Every 16 samples or more, between two steps (in batch mode two chunks): samples done, their sum of E.
   bool (*poll)(void* context, int64_t done, double error);
 };
 
-struct Report {
+struct EpochReport {
   int64_t steps = 0;     // complete; the last has a loss that is NaN or infinite where training broke down
   bool stopped = false;  // by fetch or poll
   int64_t memory = 0;    // bytes of scratch that the job needs
 };
 
 // With null memory: only how much is needed (64-byte aligned, zeroed).
-using Train = Report (*)(const Job& job, void* memory);
+using TrainEpoch = EpochReport (*)(const EpochJob& job, void* memory);
 
-}  // namespace mlpext::training
+}  // namespace mlpext::cpu

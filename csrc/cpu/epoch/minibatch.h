@@ -8,20 +8,21 @@
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-// Rows taken at once: at 784-256-128-10, 96 rows and the weights share a 1 MiB L2 (192 spill: 8 % slower).
+// SampleRows taken at once: at 784-256-128-10, 96 rows and the weights share a 1 MiB L2 (192 spill: 8 %
+// slower).
 constexpr int64_t chunk_rows = 96;
 
 // What a layer makes of a chunk of rows, and how its activation goes. `outputs` of them are kept a row: out,
 // perhaps padded.
 template <class T> struct Values {
-  const training::Layer* job;
+  const EpochLayer* job;
   const cpu::ActivationKernels* activation;
   int64_t in, out, outputs, columns;  // `columns`: of z, `outputs` of each piece
   bool identity, keeps_z, trained;
   T *z, *y, *dz, *dy;  // (rows, columns) and (rows, outputs)
   int32_t* winner;     // (rows, outputs), of maxout
 
-  Values(const training::Layer& layer, int64_t rows, int64_t outputs, Arena& arena)
+  Values(const EpochLayer& layer, int64_t rows, int64_t outputs, Arena& arena)
       : job(&layer),
         activation(&kernels.activations[layer.activation]),
         in(layer.in),
@@ -63,7 +64,7 @@ template <class T> struct Values {
 };
 
 // A layer's weights as panels with the bias as last row. Lanes of padding hold 0 in weights and gradients.
-template <class T> struct Layer : Values<T> {
+template <class T> struct PanelLayer : Values<T> {
   using V = Lanes<T>;
   using Values<T>::job, Values<T>::in, Values<T>::out, Values<T>::outputs, Values<T>::columns;
   using Values<T>::z, Values<T>::dz;
@@ -71,7 +72,7 @@ template <class T> struct Layer : Values<T> {
   bool needs_dx;
   Panels<T> weight, gradient, state[2], transposed;
 
-  Layer(const training::Layer& layer, int64_t rows, bool needs_dx, bool fused, int states, Arena& arena)
+  PanelLayer(const EpochLayer& layer, int64_t rows, bool needs_dx, bool fused, int states, Arena& arena)
       : Values<T>(layer, rows, padded<T>(layer.out), arena), needs_dx(needs_dx) {
     auto panels = [&](int64_t rows, int64_t columns, bool wanted) {
       return Panels<T>{wanted ? arena.take<T>(rows * columns) : nullptr, rows, columns};
@@ -177,7 +178,7 @@ template <class T> struct Layer : Values<T> {
   }
 
   // The optimizer's rule, element by element.
-  void update(const Rule& rule, int64_t step) const {
+  void update(const UpdateRule& rule, int64_t step) const {
     for (int64_t p = 0; p < weight.count(); ++p) {
       const int64_t width = weight.width(p);
       const int64_t first = job->weight.trained ? 0 : in * width;
@@ -186,7 +187,7 @@ template <class T> struct Layer : Values<T> {
       T* s[2] = {state[0].data ? state[0].panel(p) : nullptr, state[1].data ? state[1].panel(p) : nullptr};
       for (int64_t i = first; i < last; i += V::size) {
         V weight = load<V>(w + i), slope = load<V>(g + i), change;
-        if (rule.kind == Rule::descent) {
+        if (rule.kind == UpdateRule::descent) {
           slope = madd(V(rule.weight_decay), weight, slope);
           change = slope;
           if (s[0]) {
@@ -196,7 +197,7 @@ template <class T> struct Layer : Values<T> {
           }
           weight = madd(V(-rule.lr), change, weight);
         } else {
-          if (rule.kind == Rule::adam) slope = madd(V(rule.weight_decay), weight, slope);
+          if (rule.kind == UpdateRule::adam) slope = madd(V(rule.weight_decay), weight, slope);
           else weight = weight * V(1 - rule.lr * rule.weight_decay);
           V mean = load<V>(s[0] + i), square = load<V>(s[1] + i);
           mean = madd(V(1 - rule.beta1), slope - mean, mean);
@@ -214,24 +215,24 @@ template <class T> struct Layer : Values<T> {
 };
 
 // Steps of any number of samples, under any rule.
-template <class T> class Batches : Walk<T> {
-  using Walk<T>::job, Walk<T>::count, Walk<T>::done, Walk<T>::report;
+template <class T> class Minibatches : EpochBase<T> {
+  using EpochBase<T>::job, EpochBase<T>::count, EpochBase<T>::done, EpochBase<T>::report;
 
  public:
-  Batches(const Job& job, Arena& arena) : Walk<T>(job) {
+  Minibatches(const EpochJob& job, Arena& arena) : EpochBase<T>(job) {
     steps = (job.samples + job.step_size - 1) / job.step_size;
     const int64_t step = job.step_size < job.samples ? job.step_size : job.samples;
     const int64_t chunks = (step + chunk_rows - 1) / chunk_rows;
     rows = (step + chunks - 1) / chunks;
     // The update is part of the gradient's product where one chunk is a step, and needs nothing but dE/dW. (A
     // block smaller than a step cuts the step into chunks of its own.)
-    const Rule& rule = job.rule;
-    fused = chunks == 1 && job.block_size >= step && rule.kind == Rule::descent && rule.momentum == 0;
-    const int states = rule.kind != Rule::descent ? 2 : rule.momentum != 0 ? 1 : 0;
-    layers = arena.take<Layer<T>>(count);
+    const UpdateRule& rule = job.rule;
+    fused = chunks == 1 && job.block_size >= step && rule.kind == UpdateRule::descent && rule.momentum == 0;
+    const int states = rule.kind != UpdateRule::descent ? 2 : rule.momentum != 0 ? 1 : 0;
+    layers = arena.take<PanelLayer<T>>(count);
     bool needs_dx = false;
     for (int64_t l = 0; l < count; ++l) {
-      const Layer<T> layer(job.layers[l], rows, needs_dx, fused, states, arena);
+      const PanelLayer<T> layer(job.layers[l], rows, needs_dx, fused, states, arena);
       if (layers) layers[l] = layer;
       needs_dx |= layer.trained;
     }
@@ -239,7 +240,7 @@ template <class T> class Batches : Walk<T> {
     x = arena.take<T>(rows * x_row);
   }
 
-  Report run() {
+  EpochReport run() {
     for (int64_t l = 0; l < count; ++l) layers[l].read_parameters();
     for (int64_t step = 0; step < steps && !report.stopped; ++step) {
       const int64_t left = job.samples - step * job.step_size;
@@ -255,7 +256,7 @@ template <class T> class Batches : Walk<T> {
 
  private:
   bool take_step(int64_t size) {
-    const Rule& rule = job.rule;
+    const UpdateRule& rule = job.rule;
     const T scale = job.mean ? T(1.0 / static_cast<double>(size)) : T(1);
     error = 0;
     for (int64_t l = 0; l < count; ++l)
@@ -265,7 +266,7 @@ template <class T> class Batches : Walk<T> {
       const int64_t n = this->proceed() ? this->bring(left / chunks) : 0;
       if (n == 0) return false;
       forward(n);
-      const Layer<T>& last = layers[count - 1];
+      const PanelLayer<T>& last = layers[count - 1];
       error += this->loss(n, scale, last.y, last.dy, last.outputs);
       backward(n, first == 0);
       done += n;
@@ -291,7 +292,7 @@ template <class T> class Batches : Walk<T> {
 
   void backward(int64_t n, bool first_chunk) {
     for (int64_t l = count - 1; l >= 0; --l) {
-      const Layer<T>& layer = layers[l];
+      const PanelLayer<T>& layer = layers[l];
       layer.activate_backward(0, n);
       if (layer.transposed.data) layer.input_gradient(n, layers[l - 1].dy, layers[l - 1].outputs);
       else if (layer.needs_dx) layer.input_gradient(layers[l - 1].dy);
@@ -308,7 +309,7 @@ template <class T> class Batches : Walk<T> {
 
   int64_t steps, rows, x_row;
   bool fused;
-  Layer<T>* layers;
+  PanelLayer<T>* layers;
   T* x;
   double error = 0;  // sum of E over the step under way
 };

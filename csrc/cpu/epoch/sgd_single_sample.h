@@ -17,17 +17,17 @@ namespace {
 
 // At 16 the corrections add 1/16 to the first layer's work, and its weights leave the cache once in 16
 // samples.
-constexpr int64_t online_block = 16;
+constexpr int64_t sgd_block = 16;
 
 // A layer behind the first, its weights in rows as torch has them, a multiple of the lanes apart.
-template <class T> struct OnlineLayer : Values<T> {
+template <class T> struct SgdLayer : Values<T> {
   using V = Lanes<T>;
   using Values<T>::job, Values<T>::in, Values<T>::columns, Values<T>::dz;
 
   int64_t stride;
   T *weight, *bias;
 
-  OnlineLayer(const training::Layer& layer, Arena& arena)
+  SgdLayer(const EpochLayer& layer, Arena& arena)
       : Values<T>(layer, 1, layer.out, arena), stride(padded<T>(in)) {
     weight = arena.take<T>(columns * stride);
     bias = arena.take<T>(padded<T>(columns));
@@ -46,7 +46,7 @@ template <class T> struct OnlineLayer : Values<T> {
   }
 
   void forward(const T* x) const {
-    dots<T>(x, 0, weight, stride, bias, this->z, 0, 1, columns, in);
+    gemm_few_rows<T>(x, 0, weight, stride, bias, this->z, 0, 1, columns, in);
     this->activate(0, 1);
   }
 
@@ -108,36 +108,36 @@ template <class T> struct OnlineLayer : Values<T> {
   }
 };
 
-template <class T> class Online : Walk<T> {
-  using Walk<T>::job, Walk<T>::count, Walk<T>::in, Walk<T>::done, Walk<T>::report;
+template <class T> class SingleSampleSgd : EpochBase<T> {
+  using EpochBase<T>::job, EpochBase<T>::count, EpochBase<T>::in, EpochBase<T>::done, EpochBase<T>::report;
 
  public:
-  static bool serves(const Job& job) {
-    return job.step_size == 1 && job.rule.kind == Rule::descent && job.rule.momentum == 0;
+  static bool serves(const EpochJob& job) {
+    return job.step_size == 1 && job.rule.kind == UpdateRule::descent && job.rule.momentum == 0;
   }
 
-  Online(const Job& job, Arena& arena)
-      : Walk<T>(job),
+  SingleSampleSgd(const EpochJob& job, Arena& arena)
+      : EpochBase<T>(job),
         rate(static_cast<T>(-job.rule.lr)),
         decay(static_cast<T>(1 - job.rule.lr * job.rule.weight_decay)),
-        first(job.layers[0], online_block, /*needs_dx=*/false, /*fused=*/true, /*states=*/0, arena) {
+        first(job.layers[0], sgd_block, /*needs_dx=*/false, /*fused=*/true, /*states=*/0, arena) {
     // Where only one of weight and bias decays, their sum cannot.
     const auto& [weight, bias] = std::tie(job.layers[0].weight, job.layers[0].bias);
-    most = decay == 1 || !bias.value || weight.trained == bias.trained ? online_block : 1;
+    most = decay == 1 || !bias.value || weight.trained == bias.trained ? sgd_block : 1;
     x_row = padded<T>(in);
-    x = arena.take<T>(online_block * x_row);
-    gram = arena.take<T>(online_block * online_block);
-    layers = arena.take<OnlineLayer<T>>(count);
+    x = arena.take<T>(sgd_block * x_row);
+    gram = arena.take<T>(sgd_block * sgd_block);
+    layers = arena.take<SgdLayer<T>>(count);
     lowest_trained = count;
     for (int64_t l = count - 1; l >= 0; --l)
       if (job.layers[l].weight.trained || job.layers[l].bias.trained) lowest_trained = l;
     for (int64_t l = 1; l < count; ++l) {
-      const OnlineLayer<T> layer(job.layers[l], arena);
+      const SgdLayer<T> layer(job.layers[l], arena);
       if (arena.memory) layers[l] = layer;
     }
   }
 
-  Report run() {
+  EpochReport run() {
     first.read_parameters();
     for (int64_t l = 1; l < count; ++l) layers[l].read_parameters();
     while (done < job.samples && this->bring(1) && take_block()) {
@@ -153,7 +153,7 @@ template <class T> class Online : Walk<T> {
     const int64_t left = this->block_first + this->block_count - done, size = left < most ? left : most;
     this->gather(size, x, x_row);
     first.forward(size, x, x_row);
-    dots<T>(x, x_row, x, x_row, nullptr, gram, online_block, size, size, in);
+    gemm_few_rows<T>(x, x_row, x, x_row, nullptr, gram, sgd_block, size, size, in);
     int64_t i = 0;
     bool goes_on = true;
     while (goes_on && i < size && (goes_on = this->proceed())) {
@@ -189,10 +189,10 @@ template <class T> class Online : Walk<T> {
 
   // z of sample i of the block, after the steps of those before it.
   void correct(int64_t i) {
-    T factors[online_block];
+    T factors[sgd_block];
     T power = 1;  // of the decay
     for (int64_t j = i; j-- > 0; power *= decay)
-      factors[j] = power * (first.job->weight.trained * gram[i * online_block + j] + first.job->bias.trained);
+      factors[j] = power * (first.job->weight.trained * gram[i * sgd_block + j] + first.job->bias.trained);
     for (int64_t p = 0; p < first.weight.count(); ++p) {
       T* z = first.z + i * first.columns + p * panel_width<T>;
       product<T>(1, first.weight.width(p), i, factors, first.dz + p * panel_width<T>, z, z, rate, power,
@@ -209,11 +209,11 @@ template <class T> class Online : Walk<T> {
   }
 
   T rate, decay;
-  Layer<T> first;
+  PanelLayer<T> first;
   int64_t most;  // samples of a block
   int64_t x_row;
   T *x, *gram;
-  OnlineLayer<T>* layers;  // layers[0] is empty: that one is `first`
+  SgdLayer<T>* layers;     // layers[0] is empty: that one is `first`
   int64_t lowest_trained;  // the first layer, counted from the input, that is
 };
 

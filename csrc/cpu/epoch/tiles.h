@@ -13,7 +13,8 @@ namespace {
 // 4 vectors x 6 rows of sums fill 24 of 32 registers (AVX-512); 2 x 6 fill 12 of 16.
 constexpr int panel_vectors = MLPEXT_VECTOR_BYTES == 64 ? 4 : 2;
 template <class T> constexpr int64_t panel_width = panel_vectors * Lanes<T>::size;
-// Rows of a tile of so many vectors. Narrow tiles need more rows to hide the latency of madd: 8 in flight.
+// SampleRows of a tile of so many vectors. Narrow tiles need more rows to hide the latency of madd: 8 in
+// flight.
 constexpr int tile_rows(int vectors) {
   return vectors == 1 ? 12 : vectors == 2 && panel_vectors > 2 ? 10 : 6;
 }
@@ -81,15 +82,16 @@ void tile(int64_t depth, const T* a, const T* b, T* c, const T* init, T alpha, T
   }
 }
 
-template <class T> using Tile = void (*)(int64_t, const T*, const T*, T*, const T*, T, T, const Strides&);
+template <class T>
+using TileKernel = void (*)(int64_t, const T*, const T*, T*, const T*, T, T, const Strides&);
 
 template <int vectors, class T, int... rows>
-constexpr std::array<Tile<T>, most_rows> tiles_of(std::integer_sequence<int, rows...>) {
+constexpr std::array<TileKernel<T>, most_rows> tiles_of(std::integer_sequence<int, rows...>) {
   return {(rows < tile_rows(vectors) ? tile < rows + 1 <= tile_rows(vectors) ? rows + 1 : 1, vectors,
            T >                       : nullptr)...};
 }
 template <class T, int... vectors>
-constexpr std::array<std::array<Tile<T>, most_rows>, panel_vectors> all_tiles(
+constexpr std::array<std::array<TileKernel<T>, most_rows>, panel_vectors> all_tiles(
     std::integer_sequence<int, vectors...>) {
   return {tiles_of<vectors + 1, T>(std::make_integer_sequence<int, most_rows>())...};
 }

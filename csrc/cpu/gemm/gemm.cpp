@@ -1,5 +1,5 @@
-// The blocked product. A panel of B, 64 columns wide, is packed so that it lies dense in the L2 cache; blocks
-// of A meet it in `combine` (product_loops.h), which keeps 6 x 64 sums in registers and reads A where it
+// The blocked gemm. A panel of B, 64 columns wide, is packed so that it lies dense in the L2 cache; blocks
+// of A meet it in `gemm_block` (product_loops.h), which keeps 6 x 64 sums in registers and reads A where it
 // lies, at any strides. That loop runs at 98 % of the multiply-add peak, as oneDNN's does, without code
 // generated at run time for every new shape.
 #include "cpu/gemm/gemm.h"
@@ -17,7 +17,7 @@ constexpr int64_t block_rows = 60;    // of A: whole steps of 6
 constexpr int64_t group_rows = 17 * block_rows;  // of A that meet one packing of a panel
 constexpr int64_t few_rows = 6, few_terms = 8;   // of A and of B, below which memory is what takes the time
 
-// The element types of a product: M in memory, T in the loops.
+// The element types of a gemm: M in memory, T in the loops.
 template <Dtype> struct Types;
 template <> struct Types<float64> {
   using M = double;
@@ -38,7 +38,7 @@ template <> struct Types<float16> {
 
 // With `pairs`, of bfloat16: the T of an operand is a pair of M, neighbours along the sum; an odd end is
 // paired with 0.
-template <Dtype dtype, bool pairs = false> struct Product {
+template <Dtype dtype, bool pairs = false> struct Gemm {
   using M = typename Types<dtype>::M;
   using T = typename Types<dtype>::T;
   static constexpr bool widens = sizeof(M) != sizeof(T);
@@ -50,8 +50,8 @@ template <Dtype dtype, bool pairs = false> struct Product {
     int64_t row_stride, column_stride;
   };
 
-  // Sums, or what they start from.
-  struct Rows {
+  // SumRows, or what they start from.
+  struct SumRows {
     T* data;
     int64_t stride;
   };
@@ -69,7 +69,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
 
   // A panel of b: terms t... along its rows, columns j....
   static void pack_panel(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t columns, T* to) {
-    const ProductKernels& kernel = kernels().product;
+    const GemmKernels& kernel = kernels().gemm;
     if constexpr (!pairs) {
       widen({at(b, t, j), terms, columns, b.row_stride, b.column_stride}, to, panel_columns);
     } else {
@@ -89,7 +89,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
     }
   }
 
-  // Rows i... and terms t... of an operand that the loops read at any strides.
+  // SumRows i... and terms t... of an operand that the loops read at any strides.
   static Operand block_of(const Matrix& a, int64_t i, int64_t t, int64_t rows, int64_t terms, T* space) {
     if constexpr (pairs) {
       if (a.column_stride == 1 && a.row_stride % 2 == 0 && 2 * (t + terms) <= a.columns)
@@ -120,7 +120,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
 
   // to[i, j] = m[i, j], in T.
   static void widen(const Matrix& m, T* to, int64_t stride) {
-    const ProductKernels& kernel = kernels().product;
+    const GemmKernels& kernel = kernels().gemm;
     if (m.column_stride == 1) {
       kernel.widen[dtype](m.data, m.row_stride, to, stride, m.rows, m.columns);
     } else if (m.row_stride == 1 && !widens) {
@@ -135,12 +135,12 @@ template <Dtype dtype, bool pairs = false> struct Product {
     }
   }
 
-  // What `combine` is given at a time.
+  // What `gemm_block` is given at a time.
   struct Blocks {
     int64_t columns = panel_columns, rows = block_rows, terms = block_terms;
   };
 
-  // A product that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
+  // A gemm that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
   // along the rows of b, or of the result, where strips of 64 columns would touch a page of memory each.
   static Blocks blocks_of(const Matrix& b, int64_t rows) {
     if (widens || b.column_stride != 1) return {};
@@ -149,18 +149,18 @@ template <Dtype dtype, bool pairs = false> struct Product {
     return {};
   }
 
-  // Sums of the product of a (rows, terms) and b (terms, columns), block by block.
+  // SumRows of the gemm of a (rows, terms) and b (terms, columns), block by block.
   //   load_a(i, t, rows, terms, space) and load_b(t, j, terms, columns, space)  an Operand; space to pack it
   //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
   //   sums(i, j)            where they are kept; null to keep them in scratch memory
-  //   finish(Tile, Sums)
-  // Columns are those of the product; the panel has `pieces` sums for each. All panels meet a group of rows
+  //   finish(OutputTile, SumRows)
+  // Columns are those of the gemm; the panel has `pieces` sums for each. All panels meet a group of rows
   // of a, which the caches hold, before the next group: the other way round a came from memory once for 64
   // columns, which at (4096, 1024, 1024) cost 18 % of the time.
   template <class LoadA, class LoadB, class Start, class Sums, class Finish>
   static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, Blocks blocks,
                        LoadA load_a, LoadB load_b, Start start, Sums sums, Finish finish) {
-    const auto combine = pairs ? kernels().product.combine_pairs : kernels().product.combine[sum_dtype];
+    const auto gemm_block = pairs ? kernels().gemm.gemm_pairs : kernels().gemm.gemm_block[sum_dtype];
     const int64_t step = pieces == 1   ? blocks.columns
                          : pieces <= 4 ? panel_columns / pieces / 16 * 16
                                        : panel_columns / pieces;
@@ -181,14 +181,14 @@ template <Dtype dtype, bool pairs = false> struct Product {
                           const Operand b = load_b(t, j, depth, width, panel);
                           for (int64_t i = g; i < end; i += blocks.rows) {
                             const int64_t height = std::min(blocks.rows, end - i);
-                            Rows c = sums(i, j);
+                            SumRows c = sums(i, j);
                             if (!c.data)
                               c = {group + (last && t == 0 ? 0 : (i - g) * panel_columns), panel_columns};
                             const Operand a = load_a(i, t, height, depth, block);
-                            const Rows from = t == 0 ? start(i, j, width) : c;
-                            combine(a.data, a.row_stride, a.column_stride, b.data, b.row_stride, from.data,
-                                    from.stride, c.data, c.stride, height, width * pieces, depth);
-                            if (last) finish(Tile{i, j, height, width}, c);
+                            const SumRows from = t == 0 ? start(i, j, width) : c;
+                            gemm_block(a.data, a.row_stride, a.column_stride, b.data, b.row_stride, from.data,
+                                       from.stride, c.data, c.stride, height, width * pieces, depth);
+                            if (last) finish(OutputTile{i, j, height, width}, c);
                           }
                           t += depth;
                         } while (t < terms);
@@ -198,8 +198,8 @@ template <Dtype dtype, bool pairs = false> struct Product {
   }
 
   // Few rows of x, or few columns of the result: dot products with the rows of w as they lie, a panel of w at
-  // a time. That saves packing w, and columns that do not fill a register of `combine`.
-  static bool by_dots(const Matrix& x, const Matrix& w) {
+  // a time. That saves packing w, and columns that do not fill a register of `gemm_block`.
+  static bool by_few_rows(const Matrix& x, const Matrix& w) {
     return x.column_stride == 1 && w.column_stride == 1 &&
            (x.rows * 16 <= x.columns || (w.rows <= 8 && x.columns >= 32));
   }
@@ -208,18 +208,20 @@ template <Dtype dtype, bool pairs = false> struct Product {
     const int64_t rows = x.rows, columns = w.rows, terms = x.columns;
     M* const z = static_cast<M*>(z_);
     const M* const b = static_cast<const M*>(bias);
-    if (by_dots(x, w)) {
-      const auto dots = pairs ? kernels().product.dots_in_pairs : kernels().product.dots[dtype];
-      in_rectangles(
-          rows, columns, rows * columns * terms,
-          [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
-            for (int64_t j = first_column; j < last_column; j += panel_columns) {
-              const Tile tile{first_row, j, last_row - first_row, std::min(panel_columns, last_column - j)};
-              dots(at(x, first_row, 0), x.row_stride, at(w, j, 0), w.row_stride, b ? b + j : nullptr,
-                   z + first_row * columns + j, columns, tile.rows, tile.columns, terms);
-              finish(tile);
-            }
-          });
+    if (by_few_rows(x, w)) {
+      const auto gemm_few_rows =
+          pairs ? kernels().gemm.gemm_few_rows_pairs : kernels().gemm.gemm_few_rows[dtype];
+      in_rectangles(rows, columns, rows * columns * terms,
+                    [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
+                      for (int64_t j = first_column; j < last_column; j += panel_columns) {
+                        const OutputTile tile{first_row, j, last_row - first_row,
+                                              std::min(panel_columns, last_column - j)};
+                        gemm_few_rows(at(x, first_row, 0), x.row_stride, at(w, j, 0), w.row_stride,
+                                      b ? b + j : nullptr, z + first_row * columns + j, columns, tile.rows,
+                                      tile.columns, terms);
+                        finish(tile);
+                      }
+                    });
       return;
     }
     multiply(
@@ -231,7 +233,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
         },
         [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, 1, 0); },
         [&](int64_t i, int64_t j) { return in_result(z, i, j, columns); },
-        [&](const Tile& tile, Rows sums) {
+        [&](const OutputTile& tile, SumRows sums) {
           keep(tile, sums, z, columns);
           finish(tile);
         });
@@ -252,12 +254,12 @@ template <Dtype dtype, bool pairs = false> struct Product {
           return Operand{space, panel_columns, 1};
         },
         [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, pieces, columns); },
-        [](int64_t, int64_t) { return Rows{}; },
-        [&](const Tile& tile, Rows sums) {
+        [](int64_t, int64_t) { return SumRows{}; },
+        [&](const OutputTile& tile, SumRows sums) {
           for (int64_t i = 0; i < tile.rows; ++i) {
             T* const row = sums.data + i * sums.stride;
             const int64_t at = (tile.row + i) * columns + tile.column;
-            if constexpr (widens) kernels().product.narrow[dtype](row, 0, row, 0, 1, tile.columns * pieces);
+            if constexpr (widens) kernels().gemm.narrow[dtype](row, 0, row, 0, 1, tile.columns * pieces);
             kernels().maxout_forward[0][dtype](row, y + at, index ? index + at : nullptr, pieces,
                                                tile.columns, tile.columns);
           }
@@ -300,11 +302,11 @@ template <Dtype dtype, bool pairs = false> struct Product {
       } while (i < dz.rows);
     }
     if constexpr (widens)
-      if (db) kernels().product.narrow[dtype](db, 0, db_, 0, 1, columns);
+      if (db) kernels().gemm.narrow[dtype](db, 0, db_, 0, 1, columns);
   }
 
  private:
-  // Rows of dz, as dx takes them and as dw does. Pairs are of two columns for dx, of two rows for dw: a
+  // SumRows of dz, as dx takes them and as dw does. Pairs are of two columns for dx, of two rows for dw: a
   // second copy.
   static std::pair<Matrix, Matrix> form(const PreactivationGradient& dz, int64_t first, int64_t rows, T* to,
                                         int64_t stride, bool for_dw) {
@@ -317,14 +319,14 @@ template <Dtype dtype, bool pairs = false> struct Product {
         dz.form(first + begin, end - begin, narrow + begin * stride, stride);
         for (int64_t i = begin; i < end; ++i) narrow[i * stride + dz.columns] = 0;
         for (int64_t i = begin; for_dw && i < end; i += 2)
-          kernels().product.zip(narrow + i * stride, i + 1 < end ? narrow + (i + 1) * stride : nullptr,
-                                zipped + i / 2 * stride, dz.columns);
+          kernels().gemm.zip(narrow + i * stride, i + 1 < end ? narrow + (i + 1) * stride : nullptr,
+                             zipped + i / 2 * stride, dz.columns);
       } else if constexpr (widens) {
         // The 16-bit values of a row lie in the upper half of its space until they are widened.
         for (int64_t i = begin; i < end; ++i) {
           M* const upper = narrow + (2 * i + 1) * stride;
           dz.form(first + i, 1, upper, stride);
-          kernels().product.widen[dtype](upper, 0, to + i * stride, 0, 1, dz.columns);
+          kernels().gemm.widen[dtype](upper, 0, to + i * stride, 0, 1, dz.columns);
         }
       } else {
         dz.form(first + begin, end - begin, to + begin * stride, stride);
@@ -359,18 +361,18 @@ template <Dtype dtype, bool pairs = false> struct Product {
     if (dx)
       multiply(
           by_rows.rows, w.columns, by_rows.columns, 1, blocks_of(w, by_rows.rows), load(by_rows),
-          panels(w, by_rows.rows), [](int64_t, int64_t, int64_t) { return Rows{}; },
+          panels(w, by_rows.rows), [](int64_t, int64_t, int64_t) { return SumRows{}; },
           [&](int64_t i, int64_t j) { return in_result(dx, i, j, w.columns); },
-          [&](const Tile& tile, Rows sums) { keep(tile, sums, dx, w.columns); });
+          [&](const OutputTile& tile, SumRows sums) { keep(tile, sums, dx, w.columns); });
     if (dw) {
       const auto sums = [&](int64_t i, int64_t j) {
-        return dw_sums ? Rows{dw_sums + i * x.columns + j, x.columns} : Rows{};
+        return dw_sums ? SumRows{dw_sums + i * x.columns + j, x.columns} : SumRows{};
       };
       multiply(
           by_columns.rows, x.columns, by_columns.columns, 1, blocks_of(x, by_columns.rows), load(by_columns),
           panels(x, by_columns.rows),
-          [&](int64_t i, int64_t j, int64_t) { return first ? Rows{} : sums(i, j); }, sums,
-          [&](const Tile& tile, Rows sums) {
+          [&](int64_t i, int64_t j, int64_t) { return first ? SumRows{} : sums(i, j); }, sums,
+          [&](const OutputTile& tile, SumRows sums) {
             if (last) keep(tile, sums, dw, x.columns);
           });
     }
@@ -381,7 +383,7 @@ template <Dtype dtype, bool pairs = false> struct Product {
     using Addend = std::conditional_t<pairs, M, T>;
     if (dz.column_stride == 1) {
       for (int64_t i = 0; i < dz.rows; i += block_rows)
-        kernels().product.add_rows[pairs ? dtype : sum_dtype](
+        kernels().gemm.add_rows[pairs ? dtype : sum_dtype](
             static_cast<const Addend*>(dz.data) + i * dz.row_stride, dz.row_stride, db,
             std::min(block_rows, dz.rows - i), dz.columns);
     } else {
@@ -401,35 +403,35 @@ template <Dtype dtype, bool pairs = false> struct Product {
   }
 
   // The bias of the sums of a panel: that of each piece, one after the other.
-  static Rows bias_row(const M* bias, int64_t j, int64_t width, int64_t pieces, int64_t piece_stride) {
+  static SumRows bias_row(const M* bias, int64_t j, int64_t width, int64_t pieces, int64_t piece_stride) {
     if (!bias) return {};
     if constexpr (!widens)
       if (pieces == 1) return {const_cast<T*>(bias) + j, 0};
     thread_local std::array<T, panel_columns> row;
     for (int64_t piece = 0; piece < pieces; ++piece)
-      kernels().product.widen[dtype](bias + piece * piece_stride + j, 0, row.data() + piece * width, 0, 1,
-                                     width);
+      kernels().gemm.widen[dtype](bias + piece * piece_stride + j, 0, row.data() + piece * width, 0, 1,
+                                  width);
     return {row.data(), 0};
   }
 
-  // Sums are kept where the result will be, unless it is of 16 bits.
-  static Rows in_result(M* result, int64_t i, int64_t j, int64_t stride) {
+  // SumRows are kept where the result will be, unless it is of 16 bits.
+  static SumRows in_result(M* result, int64_t i, int64_t j, int64_t stride) {
     if constexpr (widens) return {};
     else return {result + i * stride + j, stride};
   }
-  static void keep(const Tile& tile, Rows sums, M* result, int64_t stride) {
+  static void keep(const OutputTile& tile, SumRows sums, M* result, int64_t stride) {
     if constexpr (widens)
-      kernels().product.narrow[dtype](sums.data, sums.stride, result + tile.row * stride + tile.column,
-                                      stride, tile.rows, tile.columns);
+      kernels().gemm.narrow[dtype](sums.data, sums.stride, result + tile.row * stride + tile.column, stride,
+                                   tile.rows, tile.columns);
   }
 };
 
 template <class Run> void by_dtype(Dtype dtype, Run run) {
   switch (dtype) {
-    case float64: return run(Product<float64>());
-    case float32: return run(Product<float32>());
-    case bfloat16: return has_pairs() ? run(Product<bfloat16, true>()) : run(Product<bfloat16>());
-    default: return run(Product<float16>());
+    case float64: return run(Gemm<float64>());
+    case float32: return run(Gemm<float32>());
+    case bfloat16: return has_pairs() ? run(Gemm<bfloat16, true>()) : run(Gemm<bfloat16>());
+    default: return run(Gemm<float16>());
   }
 }
 
@@ -438,7 +440,7 @@ template <class Run> void by_dtype(Dtype dtype, Run run) {
 bool has_pairs() {
 #if defined(__x86_64__)
   static const bool machine = __builtin_cpu_supports("avx512bf16");
-  return machine && kernels().product.combine_pairs;
+  return machine && kernels().gemm.gemm_pairs;
 #else
   return false;
 #endif
@@ -446,34 +448,32 @@ bool has_pairs() {
 
 void copy_rows(Dtype dtype, const Matrix& from, void* to, int64_t stride) {
   if (from.row_stride == 1) {
-    kernels().product.transpose[dtype](from.data, from.column_stride, to, stride, from.columns, from.rows);
+    kernels().gemm.transpose[dtype](from.data, from.column_stride, to, stride, from.columns, from.rows);
     return;
   }
-  by_dtype(dtype, [&](auto product) {
-    using M = typename decltype(product)::M;
+  by_dtype(dtype, [&](auto gemm) {
+    using M = typename decltype(gemm)::M;
     for (int64_t i = 0; i < from.rows; ++i)
-      for (int64_t j = 0; j < from.columns; ++j)
-        static_cast<M*>(to)[i * stride + j] = *product.at(from, i, j);
+      for (int64_t j = 0; j < from.columns; ++j) static_cast<M*>(to)[i * stride + j] = *gemm.at(from, i, j);
   });
 }
 
-void product_forward(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, void* z,
-                     OnTile finish) {
-  by_dtype(dtype, [&](auto product) { product.forward(x, w, bias, z, finish); });
+void gemm_forward(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, void* z, OnTile finish) {
+  by_dtype(dtype, [&](auto gemm) { gemm.forward(x, w, bias, z, finish); });
 }
 
-void product_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
-                    void* index) {
-  by_dtype(dtype, [&](auto product) { product.maxout(x, w, bias, pieces, y, index); });
+void gemm_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
+                 void* index) {
+  by_dtype(dtype, [&](auto gemm) { gemm.maxout(x, w, bias, pieces, y, index); });
 }
 
-void product_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w,
-                      void* dx, void* dw, void* db) {
+void gemm_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w, void* dx,
+                   void* dw, void* db) {
   if (dz.winners && maxout_gradient(dtype, *dz.winners, x, w, dx, dw)) {
     if (!db) return;
     dx = dw = nullptr;
   }
-  by_dtype(dtype, [&](auto product) { product.backward(dz, x, w, dx, dw, db); });
+  by_dtype(dtype, [&](auto gemm) { gemm.backward(dz, x, w, dx, dw, db); });
 }
 
 }  // namespace mlpext::cpu

@@ -23,20 +23,20 @@ bool has_pairs();
 void copy_rows(Dtype dtype, const Matrix& from, void* to, int64_t stride);
 
 // A block of a result, on which something is to be done now.
-struct Tile {
+struct OutputTile {
   int64_t row, column, rows, columns;
 };
-using OnTile = c10::function_ref<void(const Tile&)>;
+using OnTile = c10::function_ref<void(const OutputTile&)>;
 
 // z = x w' + bias, where z (x.rows, w.rows) is dense and bias may be null. `finish` is called once on each
 // tile.
-void product_forward(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, void* z, OnTile finish);
+void gemm_forward(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, void* z, OnTile finish);
 
 // Maxout of z = x w' + bias, where w holds `pieces` times as many rows as y has columns: y, and the index of
 // the winner (null if nobody asks), are dense. z itself never exists beyond a tile. At most max_fused_pieces.
 inline constexpr int64_t max_fused_pieces = 64;
-void product_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
-                    void* index);
+void gemm_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
+                 void* index);
 
 // Where dz is that of maxout: dy, and which piece has won each output, dense. The other pieces' dz is 0.
 struct Winners {
@@ -56,8 +56,8 @@ struct PreactivationGradient {
 
 // dx = dz w, dw = dz' x, db = the sum of dz over its rows, each dense and each only where its pointer is not
 // null; x and w are not read otherwise.
-void product_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w,
-                      void* dx, void* dw, void* db);
+void gemm_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w, void* dx,
+                   void* dw, void* db);
 
 // dx and dw of a maxout (maxout_gradient.cpp): one product's work each, however many pieces there are. False,
 // and nothing done, where that is not served or does not pay.

@@ -139,8 +139,8 @@ template <bool pairs, class V> MLPEXT_INLINE V add_product(V factor, V term, V s
 // y[i, j] = bias[j] + the dot product of row i of x and row j of w: a register of sums at a time, for `rows`
 // rows of x and as many columns as fill it.
 template <class M, bool pairs, int rows>
-MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_t w_stride, const M* bias,
-                                M* y, int64_t y_stride, int64_t columns, int64_t depth) {
+MLPEXT_INLINE void few_rows_block(const M* x, int64_t x_stride, const M* w, int64_t w_stride, const M* bias,
+                                  M* y, int64_t y_stride, int64_t columns, int64_t depth) {
   using V = LanesOf<M>;
   constexpr int wide = V::size / rows;
   for (int64_t j = 0; j < columns; j += wide) {
@@ -206,13 +206,13 @@ MLPEXT_INLINE void dots_of_rows(const M* x, int64_t x_stride, const M* w, int64_
 }
 
 template <class M, bool pairs = false>
-void dots(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias, void* y,
-          int64_t y_stride, int64_t rows, int64_t columns, int64_t depth) {
+void gemm_few_rows(const void* x, int64_t x_stride, const void* w, int64_t w_stride, const void* bias,
+                   void* y, int64_t y_stride, int64_t rows, int64_t columns, int64_t depth) {
   using V = LanesOf<M>;
   auto run = [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
-    dots_of_rows<M, pairs, count>(static_cast<const M*>(x) + i * x_stride, x_stride, static_cast<const M*>(w),
-                                  w_stride, static_cast<const M*>(bias), static_cast<M*>(y) + i * y_stride,
-                                  y_stride, columns, depth);
+    few_rows_block<M, pairs, count>(static_cast<const M*>(x) + i * x_stride, x_stride,
+                                    static_cast<const M*>(w), w_stride, static_cast<const M*>(bias),
+                                    static_cast<M*>(y) + i * y_stride, y_stride, columns, depth);
   };
   // One column would leave 3 of 4 sums unused, two columns half of them.
   if (columns == 1) in_steps<V::size, 1>(0, rows, run);
@@ -224,9 +224,9 @@ void dots(const void* x, int64_t x_stride, const void* w, int64_t w_stride, cons
 // c[i, :] = start[i, :] + the sum over t of a[i, t] b[t, :], for a block of c in registers. `start` may be
 // null, for 0, or c.
 template <bool pairs, int rows, int registers, class T, class Load, class Store>
-MLPEXT_INLINE void combine_block(const T* a, int64_t a_row, int64_t a_term, const T* b, int64_t b_stride,
-                                 const T* start, int64_t start_stride, T* c, int64_t c_stride, int64_t terms,
-                                 Load load_some, Store store_some) {
+MLPEXT_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_term, const T* b, int64_t b_stride,
+                             const T* start, int64_t start_stride, T* c, int64_t c_stride, int64_t terms,
+                             Load load_some, Store store_some) {
   using V = Lanes<T>;
   V sums[rows][registers];
 #pragma GCC unroll 6
@@ -254,10 +254,10 @@ MLPEXT_INLINE void combine_block(const T* a, int64_t a_row, int64_t a_term, cons
 }
 
 // 6 x 4 sums, 4 of b and a factor fill the 32 registers of AVX-512, 6 x 2 the 16 of the others.
-template <class T, bool pairs = false> void combine(const void* a_, int64_t a_row, int64_t a_term,
-                                                    const void* b_, int64_t b_stride, const void* start_,
-                                                    int64_t start_stride, void* c_, int64_t c_stride,
-                                                    int64_t rows, int64_t columns, int64_t terms) {
+template <class T, bool pairs = false> void gemm_block(const void* a_, int64_t a_row, int64_t a_term,
+                                                       const void* b_, int64_t b_stride, const void* start_,
+                                                       int64_t start_stride, void* c_, int64_t c_stride,
+                                                       int64_t rows, int64_t columns, int64_t terms) {
   using V = Lanes<T>;
   const T* a = static_cast<const T*>(a_);
   const T* b = static_cast<const T*>(b_);
@@ -266,9 +266,9 @@ template <class T, bool pairs = false> void combine(const void* a_, int64_t a_ro
   auto block = [&](int64_t j, auto registers, auto load_some, auto store_some) MLPEXT_LAMBDA {
     in_steps<6, 5, 4, 3, 2, 1>(
         0, rows, [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
-          combine_block<pairs, count, registers>(
-              a + i * a_row, a_row, a_term, b + j, b_stride, start ? start + i * start_stride + j : nullptr,
-              start_stride, c + i * c_stride + j, c_stride, terms, load_some, store_some);
+          gemm_tile<pairs, count, registers>(a + i * a_row, a_row, a_term, b + j, b_stride,
+                                             start ? start + i * start_stride + j : nullptr, start_stride,
+                                             c + i * c_stride + j, c_stride, terms, load_some, store_some);
         });
   };
   auto whole = [&]<int registers>(int64_t j, std::integral_constant<int, registers>) MLPEXT_LAMBDA {
@@ -290,8 +290,8 @@ template <class T, bool pairs = false> void combine(const void* a_, int64_t a_ro
 
 // c[i] (+)= the sum of what terms(i, column, add) calls add(factor, row from that column on) with.
 template <class T, int registers, class Terms, class Load, class Store>
-MLPEXT_INLINE void combine_rows_block(T* c, int64_t c_stride, int64_t rows, int64_t column, bool add,
-                                      Terms terms, Load load_some, Store store_some) {
+MLPEXT_INLINE void gemm_terms_block(T* c, int64_t c_stride, int64_t rows, int64_t column, bool add,
+                                    Terms terms, Load load_some, Store store_some) {
   using V = Lanes<T>;
   for (int64_t i = 0; i < rows; ++i) {
     V sums[registers];
@@ -312,51 +312,51 @@ MLPEXT_INLINE void combine_rows_block(T* c, int64_t c_stride, int64_t rows, int6
 }
 
 // Eight registers of c at a time: no row of b serves two rows of c, so each multiply-add loads its own.
-template <class T, class Terms> MLPEXT_INLINE void combine_rows(T* c, int64_t c_stride, int64_t rows,
-                                                                int64_t columns, bool add, Terms terms) {
+template <class T, class Terms>
+MLPEXT_INLINE void gemm_terms(T* c, int64_t c_stride, int64_t rows, int64_t columns, bool add, Terms terms) {
   using V = Lanes<T>;
   auto whole = [&]<int registers>(int64_t j, std::integral_constant<int, registers>) MLPEXT_LAMBDA {
-    combine_rows_block<T, registers>(
+    gemm_terms_block<T, registers>(
         c, c_stride, rows, j * V::size, add, terms, [](const T* p) MLPEXT_LAMBDA { return load<V>(p); },
         [](T* p, V x) MLPEXT_LAMBDA { store(p, x); });
   };
   in_steps<8, 4, 2, 1>(0, columns / V::size, whole);
   const int left = static_cast<int>(columns % V::size);
   if (left > 0)
-    combine_rows_block<T, 1>(
+    gemm_terms_block<T, 1>(
         c, c_stride, rows, columns - left, add, terms,
         [&](const T* p) MLPEXT_LAMBDA { return load_partial<V>(p, left); },
         [&](T* p, V x) MLPEXT_LAMBDA { store_partial(p, x, left); });
 }
 
-template <class T> void combine_winners(const void* factors_, int64_t factor_stride, const uint8_t* index,
-                                        int64_t index_stride, const void* b_, int64_t b_term, int64_t b_piece,
-                                        void* c, int64_t c_stride, int64_t rows, int64_t columns,
-                                        int64_t terms, bool add) {
+template <class T> void gemm_by_index(const void* factors_, int64_t factor_stride, const uint8_t* index,
+                                      int64_t index_stride, const void* b_, int64_t b_term, int64_t b_piece,
+                                      void* c, int64_t c_stride, int64_t rows, int64_t columns, int64_t terms,
+                                      bool add) {
   const T* factors = static_cast<const T*>(factors_);
   const T* b = static_cast<const T*>(b_);
-  combine_rows<T>(static_cast<T*>(c), c_stride, rows, columns, add,
-                  [&](int64_t i, int64_t column, auto add_term) MLPEXT_LAMBDA {
-                    const T* const factor = factors + i * factor_stride;
-                    const uint8_t* winner = index + i * index_stride;
-                    const T* row = b + column;
-                    for (int64_t t = 0; t < terms; ++t, row += b_term)
-                      add_term(factor + t, row + winner[t] * b_piece);
-                  });
+  gemm_terms<T>(static_cast<T*>(c), c_stride, rows, columns, add,
+                [&](int64_t i, int64_t column, auto add_term) MLPEXT_LAMBDA {
+                  const T* const factor = factors + i * factor_stride;
+                  const uint8_t* winner = index + i * index_stride;
+                  const T* row = b + column;
+                  for (int64_t t = 0; t < terms; ++t, row += b_term)
+                    add_term(factor + t, row + winner[t] * b_piece);
+                });
 }
 
-template <class T> void combine_chosen(const void* factors_, int64_t factor_stride, const uint64_t* chosen,
-                                       const void* b_, int64_t b_stride, void* c, int64_t c_stride,
-                                       int64_t rows, int64_t columns, bool add) {
+template <class T> void gemm_by_bitmask(const void* factors_, int64_t factor_stride, const uint64_t* chosen,
+                                        const void* b_, int64_t b_stride, void* c, int64_t c_stride,
+                                        int64_t rows, int64_t columns, bool add) {
   const T* factors = static_cast<const T*>(factors_);
   const T* b = static_cast<const T*>(b_);
-  combine_rows<T>(static_cast<T*>(c), c_stride, rows, columns, add,
-                  [&](int64_t i, int64_t column, auto add_term) MLPEXT_LAMBDA {
-                    for (uint64_t left = chosen[i]; left != 0; left &= left - 1) {
-                      const int t = __builtin_ctzll(left);
-                      add_term(factors + i * factor_stride + t, b + column + t * b_stride);
-                    }
-                  });
+  gemm_terms<T>(static_cast<T*>(c), c_stride, rows, columns, add,
+                [&](int64_t i, int64_t column, auto add_term) MLPEXT_LAMBDA {
+                  for (uint64_t left = chosen[i]; left != 0; left &= left - 1) {
+                    const int t = __builtin_ctzll(left);
+                    add_term(factors + i * factor_stride + t, b + column + t * b_stride);
+                  }
+                });
 }
 
 // ---- passes over the rows of a tile
@@ -420,15 +420,15 @@ inline void zip(const void* a_, const void* b_, void* to_, int64_t n) {
     write(to + j, both(read<Narrow>(a + j, left), b ? read<Narrow>(b + j, left) : Narrow{}), left);
 }
 
-template <class... M> constexpr cpu::ProductKernels product_kernels() {
+template <class... M> constexpr cpu::GemmKernels gemm_kernels() {
   return {{transpose<M>...},
-          {dots<M>...},
-          {combine<double>, combine<float>, nullptr, nullptr},
-          {combine_winners<double>, combine_winners<float>, nullptr, nullptr},
-          {combine_chosen<double>, combine_chosen<float>, nullptr, nullptr},
+          {gemm_few_rows<M>...},
+          {gemm_block<double>, gemm_block<float>, nullptr, nullptr},
+          {gemm_by_index<double>, gemm_by_index<float>, nullptr, nullptr},
+          {gemm_by_bitmask<double>, gemm_by_bitmask<float>, nullptr, nullptr},
 #if MLPEXT_VECTOR_BYTES == 64 && !defined(MLPEXT_EMULATED_AVX512)
-          dots<BFloat16, true>,
-          combine<float, true>,
+          gemm_few_rows<BFloat16, true>,
+          gemm_block<float, true>,
 #else
           nullptr,
           nullptr,

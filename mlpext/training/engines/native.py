@@ -189,7 +189,7 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
                 raise Refused(f"a {name} has gradient hooks")
             begin = parameter.data_ptr()
             places.append((begin, begin + parameter.numel() * parameter.element_size(), name))
-        if isinstance(layer, LinearActivation) and not _C.usual(
+        if isinstance(layer, LinearActivation) and not _C.has_kernel(
             layer.activation, tuple(layer.params.values())
         ):
             raise Refused(f"{layer.activation} with {layer.params} runs on torch's operators")

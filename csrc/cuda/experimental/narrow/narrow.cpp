@@ -1,25 +1,15 @@
 // Narrow networks on CUDA: tensors to pointers.
 #include "cuda/experimental/narrow/narrow.h"
 
-#include <cstdlib>
-
-#include "ops/mlp.h"
+#include "cuda/experimental/narrow/network.h"
 #include "cuda/tensors.h"
+#include "ops/switches.h"
 
 namespace mlpext::cuda {
 namespace {
 
-// Read at each call, so that a program may compare both ways.
-bool switched_on() {
-  const char* text = std::getenv("MLPEXT_CUDA_NARROW");
-  const std::string_view choice = text ? text : "0";
-  TORCH_CHECK_VALUE(choice == "0" || choice == "1", "MLPEXT_CUDA_NARROW='", choice,
-                    "' is none of 0 (layers one by one), 1 (narrow networks as one kernel)");
-  return choice == "1";
-}
-
 // A network as the kernels take it, and the tensors that it points to.
-struct Job : Narrow {
+struct NarrowJob : Narrow {
   std::vector<Tensor> held;
 
   const void* hold(const Tensor& tensor) { return held.emplace_back(tensor.contiguous()).const_data_ptr(); }
@@ -27,19 +17,20 @@ struct Job : Narrow {
 };
 
 // Nothing where the kernels do not serve: what is wrong is the layers' to say.
-std::optional<Job> job_of(const Network& network, const Tensor& input) {
+std::optional<NarrowJob> job_of(const Network& network, const Tensor& input) {
   const auto dtype = input.scalar_type();
-  if (!network.served(input) || dtype == at::kDouble || input.dim() == 0 || input.numel() == 0 ||
+  if (!network.is_supported(input) || dtype == at::kDouble || input.dim() == 0 || input.numel() == 0 ||
       network.size() > Narrow::deepest)
     return std::nullopt;
-  Job job{};
+  NarrowJob job{};
   job.depth = static_cast<int>(network.size());
   int64_t width = input.size(-1);
   job.rows = input.numel() / width;
   for (int l = 0; l < job.depth; ++l) {
     const Tensor& weight = network.weights[l];
     const OptionalTensor bias = network.bias(l);
-    if (network.layers[l].maxout || width > Narrow::widest || weight.dim() != 2 || weight.size(1) != width)
+    if (network.layers[l].is_maxout() || width > Narrow::widest || weight.dim() != 2 ||
+        weight.size(1) != width)
       return std::nullopt;
     const int64_t in = std::exchange(width, weight.size(0));
     if (bias && (bias->dim() != 1 || bias->size(0) != width || bias->scalar_type() != dtype))
@@ -62,7 +53,7 @@ Narrow::Device limits_of(const Tensor& tensor) {
   return device;
 }
 
-void hold_parameters(Job& job, const Network& network, const Tensor& input) {
+void hold_parameters(NarrowJob& job, const Network& network, const Tensor& input) {
   job.x = job.hold(input);
   for (int l = 0; l < job.depth; ++l) {
     job.layers[l].weight = job.hold(network.weights[l]);
@@ -73,15 +64,15 @@ void hold_parameters(Job& job, const Network& network, const Tensor& input) {
 }  // namespace
 
 OptionalTensor narrow_mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
-                          std::string_view names, Params params) {
-  if (!switched_on()) return std::nullopt;
-  const Network network(weights, biases, names, params);
+                          at::IntArrayRef activations, Params params) {
+  if (!narrow_switch.is_on()) return std::nullopt;
+  const Network network(weights, biases, activations, params);
   auto job = job_of(network, input);
   const int size = static_cast<int>(input.element_size());
   if (!job || !job->plan(size, /*backward=*/false, limits_of(input))) return std::nullopt;
-  const On on(input);
+  const DeviceStreamGuard on(input);
   hold_parameters(*job, network, input);
-  const Tensor output = fresh(with_last(input.sizes(), weights.back().size(0)), input.scalar_type());
+  const Tensor output = empty(with_last(input.sizes(), weights.back().size(0)), input.scalar_type());
   job->layers[job->depth - 1].y = output.mutable_data_ptr();
   C10_CUDA_CHECK(narrow_kernels(dtype_of(input)).forward(*job, on.stream));
   return output;
@@ -90,22 +81,22 @@ OptionalTensor narrow_mlp(const Tensor& input, at::TensorList weights, at::Tenso
 std::optional<std::tuple<Tensor, Tensor, std::vector<Tensor>>> narrow_mlp_forward(const Tensor& input,
                                                                                   at::TensorList weights,
                                                                                   at::TensorList biases,
-                                                                                  std::string_view names,
+                                                                                  at::IntArrayRef activations,
                                                                                   Params params) {
-  if (!switched_on()) return std::nullopt;
-  const Network network(weights, biases, names, params);
+  if (!narrow_switch.is_on()) return std::nullopt;
+  const Network network(weights, biases, activations, params);
   auto job = job_of(network, input);
   if (!job) return std::nullopt;
-  const On on(input);
+  const DeviceStreamGuard on(input);
   std::vector<Tensor> kept, more;
   for (int l = 0; l < job->depth; ++l) {
     NarrowLayer& layer = job->layers[l];
     const auto store = [&](std::vector<Tensor>& to) {
-      to.push_back(fresh(with_last(input.sizes(), layer.out), input.scalar_type()));
+      to.push_back(empty(with_last(input.sizes(), layer.out), input.scalar_type()));
       return to.back().mutable_data_ptr();
     };
     layer.y = store(kept);
-    if (network.layers[l].keep(input.scalar_type()) == Network::preactivation) layer.z = store(more);
+    if (network.layers[l].kept(input.scalar_type()) == Kept::preactivation) layer.z = store(more);
   }
   if (!job->plan(static_cast<int>(input.element_size()), /*backward=*/false, limits_of(input)))
     return std::nullopt;
@@ -121,33 +112,33 @@ std::optional<std::tuple<Tensor, Tensor, std::vector<Tensor>>> narrow_mlp_forwar
 std::optional<std::vector<Tensor>> narrow_mlp_backward(const Tensor& grad_output, const Tensor& input,
                                                        at::TensorList weights, at::TensorList biases,
                                                        at::TensorList kept, const OptionalTensor& last,
-                                                       bool last_is_output, std::string_view names,
+                                                       bool last_is_output, at::IntArrayRef activations,
                                                        Params params, at::IntArrayRef output_mask) {
-  if (!switched_on()) return std::nullopt;
-  const Network network(weights, biases, names, params);
+  if (!narrow_switch.is_on()) return std::nullopt;
+  const Network network(weights, biases, activations, params);
   auto job = job_of(network, input);
-  if (!job || !served(grad_output) || grad_output.scalar_type() != input.scalar_type() ||
+  if (!job || !is_supported(grad_output) || grad_output.scalar_type() != input.scalar_type() ||
       grad_output.device() != input.device())
     return std::nullopt;
   const int64_t n = job->depth;
   const auto asked = [&](int64_t i) { return output_mask[i] != 0; };
   std::vector<Tensor> gradients(1 + n + static_cast<int64_t>(biases.size()));
-  const On on(input);
+  const DeviceStreamGuard on(input);
   const auto fresh_gradient = [&](int64_t i, const Tensor& of) -> void* {
     if (!asked(i)) return nullptr;
-    gradients[i] = fresh(of.sizes(), of.scalar_type());
+    gradients[i] = empty(of.sizes(), of.scalar_type());
     return gradients[i].mutable_data_ptr();
   };
   job->lowest = job->depth;
   auto more = kept.end();  // those that go with the layers, from the last
   for (int64_t l = n - 1; l >= 0; --l) {
     NarrowLayer& layer = job->layers[l];
-    const Network::Keep keep = network.layers[l].keep(input.scalar_type());
+    const Kept keep = network.layers[l].kept(input.scalar_type());
     if (l == n - 1) {
       if (last) (last_is_output ? layer.y : layer.z) = job->hold_mutable(*last);
     } else {
       layer.y = job->hold_mutable(kept[l]);
-      if (keep == Network::preactivation) layer.z = job->hold_mutable(*--more);
+      if (keep == Kept::preactivation) layer.z = job->hold_mutable(*--more);
     }
     layer.dw = fresh_gradient(1 + l, weights[l]);
     if (!biases.empty()) layer.db = fresh_gradient(1 + n + l, biases[l]);
@@ -159,7 +150,7 @@ std::optional<std::vector<Tensor>> narrow_mlp_backward(const Tensor& grad_output
     return std::nullopt;
   hold_parameters(*job, network, input);
   job->g = job->hold(grad_output);
-  const Tensor partial = fresh({static_cast<int64_t>(job->blocks) * job->sums}, at::kFloat);
+  const Tensor partial = empty({static_cast<int64_t>(job->blocks) * job->sums}, at::kFloat);
   job->partial = static_cast<float*>(partial.mutable_data_ptr());
   C10_CUDA_CHECK(narrow_kernels(dtype_of(input)).backward(*job, on.stream));
   return gradients;

@@ -8,9 +8,9 @@
 // % 2 + 8 (e / 4), with g and t quotient and remainder of the lane by 4. No atomics: each sum belongs to one
 // lane.
 #pragma once
-#include "formulas/activation_info.h"
 #include "cuda/access.cuh"
 #include "cuda/experimental/narrow/narrow.h"
+#include "formulas/activation_info.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {

@@ -49,7 +49,7 @@ struct Narrow {
   int sums;           // how many there are
   std::size_t bytes;  // of shared memory
 
-  // Rows of a tile, all of it in shared memory.
+  // RowsJob of a tile, all of it in shared memory.
   static constexpr int tile(int value_size) { return value_size == 2 ? 64 : 32; }
   // On a multiprocessor: as many as its registers serve.
   static constexpr int blocks_together(bool backward) { return backward ? 2 : 3; }
