@@ -69,7 +69,7 @@ template <class Run> void parallel(int64_t n, char* result, int64_t size, bool i
     for (; begin < end; begin += room) {
       const int64_t count = std::min(room, end - begin);
       run(begin, count, data);
-      stream(data, result + begin * size, count * size);
+      copy_non_temporal(data, result + begin * size, count * size);
     }
   };
   if (n <= grain_size) part(0, n);

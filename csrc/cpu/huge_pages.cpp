@@ -181,7 +181,7 @@ void set_pool_limit(std::size_t) {}
 std::size_t pool_bytes() { return 0; }
 #endif
 
-void stream(const void* from_, void* to_, std::size_t bytes) {
+void copy_non_temporal(const void* from_, void* to_, std::size_t bytes) {
 #if defined(__SSE2__)
   const char* from = static_cast<const char*>(from_);
   char* to = static_cast<char*>(to_);

@@ -21,6 +21,6 @@ void set_pool_limit(std::size_t bytes);
 std::size_t pool_bytes();  // what it holds
 
 // Copies without reading the target into the cache first; any alignment.
-void stream(const void* from, void* to, std::size_t bytes);
+void copy_non_temporal(const void* from, void* to, std::size_t bytes);
 
 }  // namespace mlpext::cpu

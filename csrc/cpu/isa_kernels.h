@@ -1,27 +1,14 @@
-// From formulas to loops: compiled once an instruction set, on the lanes of vec.h. A tail is a partial load
-// through the same code, so a value's result depends neither on its position nor on the length of the tensor.
+// All that is compiled once an instruction set: from the formulas, the loops of activations and maxout, those
+// of a gemm and of an epoch, and the table of them. baseline.cpp, avx2.cpp and avx512.cpp include this page,
+// each in a namespace of its own (MLPEXT_ISA).
 #pragma once
-#include "cpu/kernels.h"
+#include "cpu/epoch/epoch.h"
+#include "cpu/gemm/microkernels.h"
+#include "cpu/map.h"
 #include "formulas/activation_info.h"
-#include "formulas/elementary.h"
-
-#define MLPEXT_LAMBDA __attribute__((always_inline))
 
 namespace mlpext::MLPEXT_ISA {
 namespace {
-
-// 16-bit types are float in registers.
-template <class M> using LanesOf =
-    Lanes<std::conditional_t<std::is_same_v<M, double>, double, float>, sizeof(M) == 2>;
-
-// out[i] = f(in[i]...), a register at a time.
-template <class M, class F, class... In> MLPEXT_INLINE void map(int64_t n, M* out, F f, const In*... in) {
-  using V = LanesOf<M>;
-  int64_t i = 0;
-  for (; i + V::size <= n; i += V::size) store(out + i, f(load<V>(in + i)...));
-  const int left = static_cast<int>(n - i);
-  if (left > 0) store_partial(out + i, f(load_partial<V>(in + i, left)...), left);
-}
 
 template <class A, class M> void forward_rows(const double* params, const void* x_, int64_t x_stride,
                                               void* y_, int64_t y_stride, int64_t rows, int64_t n) {
@@ -140,11 +127,6 @@ template <class Index> constexpr PerDtype<cpu::MaxoutBackward> maxout_backward_k
 
 }  // namespace
 }  // namespace mlpext::MLPEXT_ISA
-
-// clang-format off: the engine is built on the products
-#include "cpu/gemm/microkernels.h"
-#include "cpu/epoch/epoch.h"
-// clang-format on
 
 namespace mlpext::MLPEXT_ISA {
 

@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                    : kernels().activations[index].forward_rows[dtype];
   gemm_forward(dtype, matrix(x), matrix(weight), data(dense_bias), from, [&](const OutputTile& tile) {
     const int64_t at = (tile.row * columns + tile.column) * size;
-    // Whole rows are one run of memory.
+    // RoundedInteger rows are one run of memory.
     const int64_t n = tile.columns == columns ? tile.rows * columns : tile.columns;
     if (activate)
       activate(params.data(), from + at, columns, to + at, columns, n == tile.columns ? tile.rows : 1, n);

@@ -3,7 +3,10 @@
 // MLPEXT_APPROXIMATE.
 #pragma once
 #include "cuda/kernels.h"
-#include "formulas/scalar_lanes.h"
+#include "formulas/elementary.h"
+#ifdef MLPEXT_APPROXIMATE
+#include "formulas/approximate.h"
+#endif
 
 namespace mlpext::MLPEXT_ISA {
 namespace {

@@ -1,4 +1,4 @@
-// Whole networks on CUDA: layer by layer, or as one kernel where experimental/narrow is switched on and
+// RoundedInteger networks on CUDA: layer by layer, or as one kernel where experimental/narrow is switched on and
 // serves.
 #include <torch/library.h>
 

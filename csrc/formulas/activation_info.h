@@ -1,4 +1,5 @@
-// What the operators must know of an activation at run time, read off the structs of activations.h.
+// What the operators must know of an activation at run time, read off the structs of activations.h: its name,
+// parameters and traits as a table, its index by type, and a call with the struct of an index.
 #pragma once
 #include <cstdint>
 #include <span>

@@ -1,19 +1,23 @@
-// The formulas: one struct an activation, and the list of them. Everything else in the package is made from
-// this page.
+// The formulas: one struct for each activation, and the list of them. Everything else in the package, on every
+// device, is made from this page. docs/adding-an-activation.md says how to add one.
 //
-// V is a vector of float or double lanes (cpu/vec.h) or a plain float or double. A formula uses only the
-// words that every V has: + - * /, comparisons, select, abs, sqrt, madd, at_least and at_most (a NaN passes),
-// exp(x), exp(x, c) = c e^x, expm1(x), expm1(x, c), log1p, tanh, tanhshrink, sin, cos, normal_cdf,
-// times_normal_cdf, normal_pdf, odd_cubic. There is no `if`: with select(condition, a, b) a NaN takes the
-// same side in every lane, at every length, on every instruction set.
+// V is a plain float or double on a GPU (scalar_lanes.h), a register of them on a CPU (simd_lanes.h). A formula
+// uses only the lane operations that every V has: + - * /, comparisons, select, abs, sqrt, madd(a, b, c) = a b +
+// c, at_least and at_most (a NaN passes), exp(x), exp(x, c) = c e^x, expm1(x), expm1(x, c), log1p, tanh,
+// tanhshrink, sin, cos, normal_cdf, times_normal_cdf, normal_pdf, odd_cubic (elementary.h). There is no `if`:
+// with select(condition, a, b) a NaN takes the same side in every lane, at every length, on every machine.
 //
 // A struct has
-//   name, params             what users call it and its parameters, with defaults: double members in the same
-//   order forward(x)               y = f(x) derivative(x)            f'(x) derivative_from_output(y)  f'(x)
-//   from y = f(x), where y determines it
-// and, where they differ from the defaults of `Formula`, the traits below. An argument is bounded
-// (at_least(x, -1000)) where a limit at infinity would otherwise be computed as inf * 0; at the bound the
-// other factor has underflowed to 0.
+//
+//   name, params                what users call it, and its parameters with their defaults; they are double
+//                               members in the same order
+//   forward(x)                  y = f(x)
+//   derivative(x)               f'(x)
+//   derivative_from_output(y)   f'(x) from y = f(x), where y determines it
+//
+// and, where they differ from those of `Formula`, the traits below. An argument is bounded, as in at_least(x,
+// -1000), where a limit at infinity would otherwise be computed as inf * 0; at the bound the other factor has
+// underflowed to 0.
 #pragma once
 #include <array>
 #include <cstddef>
@@ -39,18 +43,18 @@ struct TwoParts {  // a constant with more digits than a double
 
 struct Formula {
   static constexpr std::array<Param, 0> params{};
-  static constexpr bool keeps_output = false;  // a bare module keeps y for backward, as native does, not x
-  static constexpr bool output_too_coarse_in_16bit =
-      false;  // 16-bit y has too few digits for derivative_from_output
-  static constexpr bool zero_slope_masks_gradient =
-      false;  // f' = 0 gives 0 even for an infinite or NaN gradient, as native
-  static constexpr bool rounds_params = false;  // native compares x with parameters rounded to its dtype
-  MLPEXT_FORMULA constexpr bool has_kernel() const {
-    return true;
-  }  // false: native operators serve these parameters, as they do all that are not finite numbers
-  MLPEXT_FORMULA constexpr bool output_suffices() const {
-    return true;
-  }  // false: these parameters make f non-monotone
+  // A bare module keeps y for backward, as torch's does, not x.
+  static constexpr bool keeps_output = false;
+  // In float16 and bfloat16 y has too few digits for derivative_from_output: near -alpha, for elu.
+  static constexpr bool output_too_coarse_in_16bit = false;
+  // f'(x) = 0 makes the gradient 0 even where the one that comes in is infinite or NaN, as in torch.
+  static constexpr bool zero_slope_masks_gradient = false;
+  // torch compares x with parameters that are rounded to its dtype.
+  static constexpr bool rounds_params = false;
+  // False: torch's operators take these parameters, as they do all that are not finite numbers.
+  MLPEXT_FORMULA constexpr bool has_kernel() const { return true; }
+  // False: with these parameters f is not monotone, so that y does not determine f'(x).
+  MLPEXT_FORMULA constexpr bool output_suffices() const { return true; }
 };
 
 struct Identity : Formula {
@@ -126,7 +130,7 @@ struct LeakyReLU : Formula {  // x, and negative_slope x below 0: max(0.1 x, x) 
   MLPEXT_FORMULA constexpr bool output_suffices() const { return negative_slope >= 0; }
 };
 
-struct ELU : Formula {  // x, and alpha (e^x - 1) below 0 (Clevert et al., 2015)
+struct ELU : Formula {  // x, and alpha (e^x - 1) below 0 (Clevert et al., 2015, arXiv 1511.07289)
   static constexpr std::string_view name = "elu";
   static constexpr std::array<Param, 1> params{{{"alpha", 1}}};
   static constexpr bool output_too_coarse_in_16bit = true;
@@ -141,7 +145,7 @@ struct ELU : Formula {  // x, and alpha (e^x - 1) below 0 (Clevert et al., 2015)
   MLPEXT_FORMULA constexpr bool output_suffices() const { return alpha >= 0; }
 };
 
-struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer et al., 2017)
+struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer et al., 2017, arXiv 1706.02515)
   static constexpr std::string_view name = "selu";
   static constexpr bool output_too_coarse_in_16bit = true;
   static constexpr double scale = 1.0507009873554804934193349852946;
@@ -158,7 +162,7 @@ struct SELU : Formula {  // scale * elu(x, alpha), self-normalising (Klambauer e
   }
 };
 
-struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 2017)
+struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 2017, arXiv 1704.07483)
   static constexpr std::string_view name = "celu";
   static constexpr std::array<Param, 1> params{{{"alpha", 1}}};
   static constexpr bool output_too_coarse_in_16bit = true;
@@ -172,14 +176,14 @@ struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 20
   template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const {
     return select(y > V(0), V(1), (y + V(alpha)) / V(alpha));
   }
-  // Native takes alpha and 1 / alpha in float, and refuses what is none there.
+  // torch takes alpha and 1 / alpha in float, and refuses what is no number there.
   MLPEXT_FORMULA constexpr bool has_kernel() const {
     return (alpha > 1e-38 && alpha < 1e38) || (alpha < -1e-38 && alpha > -1e38);
   }
   MLPEXT_FORMULA constexpr bool output_suffices() const { return alpha > 0; }
 };
 
-struct GELU : Formula {  // x P(X <= x), X normal (Hendrycks and Gimpel, 2016)
+struct GELU : Formula {  // x P(X <= x), X normal (Hendrycks and Gimpel, 2016, arXiv 1606.08415)
   static constexpr std::string_view name = "gelu";
   template <class V> MLPEXT_FORMULA V forward(V x) const { return times_normal_cdf(x); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
@@ -194,7 +198,7 @@ template <class V, class Exponent> MLPEXT_FORMULA V times_sigmoid_derivative(V x
   return select(x < V(0), exp(minus, madd(x, slope, d)), madd(x * slope, e, d)) / (d * d);
 }
 
-struct SiLU : Formula {  // x sigmoid(x) (Elfwing et al., 2017)
+struct SiLU : Formula {  // x sigmoid(x) (Elfwing et al., 2017, arXiv 1702.03118)
   static constexpr std::string_view name = "silu";
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     V e = exp(-abs(x)), n = select(x < V(0), exp(-abs(x), at_least(x, V(-1000))), x);
@@ -223,7 +227,7 @@ struct GELUTanh : Formula {
   }
 };
 
-struct Mish : Formula {  // x tanh(log(1 + e^x)) (Misra, 2019), in t = e^-|x|
+struct Mish : Formula {  // x tanh(log(1 + e^x)) (Misra, 2019, arXiv 1908.08681), in t = e^-|x|
   static constexpr std::string_view name = "mish";
   // Below 0 it is x n / (1 + e) with n = t + t^2 / 2 = e, above x - x n / (1 + e) with n = 2 t^2 and e = 2 t
   // + 2 t^2.
@@ -267,7 +271,7 @@ struct Hardsigmoid : Formula {  // x / 6 + 1/2 between 0 and 1
   }
 };
 
-struct Hardswish : Formula {  // x hardsigmoid(x) (Howard et al., 2019)
+struct Hardswish : Formula {  // x hardsigmoid(x) (Howard et al., 2019, arXiv 1905.02244)
   static constexpr std::string_view name = "hardswish";
   static constexpr bool zero_slope_masks_gradient = true;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
@@ -328,7 +332,7 @@ struct Hardshrink : Formula {  // x, and 0 where |x| <= lambd
   template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(abs(x) <= V(lambd), V(0), V(1)); }
 };
 
-struct Sine : Formula {  // sin(omega x), for implicit neural representations (Sitzmann et al., 2020)
+struct Sine : Formula {  // sin(omega x), for implicit neural representations (Sitzmann et al., 2020, arXiv 2006.09661)
   static constexpr std::string_view name = "sine";
   static constexpr std::array<Param, 1> params{{{"omega", 1}}};
   double omega;
@@ -336,8 +340,8 @@ struct Sine : Formula {  // sin(omega x), for implicit neural representations (S
   template <class V> MLPEXT_FORMULA V derivative(V x) const { return V(omega) * cos(V(omega) * x); }
 };
 
-struct Squareplus
-    : Formula {  // (x + sqrt(x^2 + b)) / 2 (Barron, 2021), as max(x, 0) + tail, which cancels nowhere
+// (x + sqrt(x^2 + b)) / 2 (Barron, 2021, arXiv 2112.11687), as max(x, 0) + tail, which cancels nowhere
+struct Squareplus : Formula {
   static constexpr std::string_view name = "squareplus";
   static constexpr std::array<Param, 1> params{{{"b", 4}}};
   double b;
@@ -354,9 +358,8 @@ struct Squareplus
     V d = tail(x) / root(x);
     return select(x > V(0), V(1) - d, d);
   }
-  MLPEXT_FORMULA constexpr bool has_kernel() const {
-    return b > 1e-30 && b < 1e20;
-  }  // a number in float, as is b / 4
+  // A number in float, as is b / 4.
+  MLPEXT_FORMULA constexpr bool has_kernel() const { return b > 1e-30 && b < 1e20; }
 };
 
 // The list. An activation's index is its place here.

@@ -34,14 +34,14 @@ template <class V> MLPEXT_INLINE V residual(V a, V b, V c) {
 
 // x rounded to a whole number n, |n| < 2^22 or 2^51, by adding 1.5 * 2^23 or 2^52: the low bits of `biased`
 // are n's.
-template <class V> struct Whole {
+template <class V> struct RoundedInteger {
   static constexpr double magic = is_float<V> ? 0x1.8p23 : 0x1.8p52;
   V biased;
   MLPEXT_INLINE V value() const { return biased - V(magic); }
   MLPEXT_INLINE typename V::Bits bits() const { return bits_of(biased); }
 };
-template <class V> MLPEXT_INLINE Whole<V> round_product(V x, double c) {
-  return {madd(x, V(c), V(Whole<V>::magic))};
+template <class V> MLPEXT_INLINE RoundedInteger<V> round_product(V x, double c) {
+  return {madd(x, V(c), V(RoundedInteger<V>::magic))};
 }
 
 // 2^(n + offset) for exponents of normal numbers.
@@ -51,7 +51,7 @@ template <class V> MLPEXT_INLINE V power_of_two(typename V::Bits n, int offset) 
 }
 
 // x * 2^n, 0.5 <= x < 2, rounded once also when subnormal; |n| up to twice the largest exponent.
-template <class V> MLPEXT_INLINE V scale(V x, Whole<V> n) {
+template <class V> MLPEXT_INLINE V scale(V x, RoundedInteger<V> n) {
 #if MLPEXT_VECTOR_BYTES == 64
   if constexpr (is_float<V>) return V(_mm512_maskz_scalef_ps(0xffff, x.v, n.value().v));
   else return V(_mm512_maskz_scalef_pd(0xff, x.v, n.value().v));
@@ -96,7 +96,7 @@ template <class V> struct Pair {
 
 // e^x = 2^n e^r, |r| <= ln 2 / 2; x in one part or two.
 template <class V> struct Exponential {
-  Whole<V> n;
+  RoundedInteger<V> n;
   V r;
   MLPEXT_INLINE explicit Exponential(V x) : n(round_product(x, log2e)), r(subtract_ln2(x, n.value())) {}
   MLPEXT_INLINE explicit Exponential(Pair<V> x) : n(round_product(x.hi, log2e)) {
@@ -121,7 +121,7 @@ template <class V> MLPEXT_INLINE V exp(Pair<V> x, V c) { return Exponential<V>(e
 // n / (1 + e), e >= 0 and n finite, nearly rounded once: what rounding 1 + e and the quotient lost is made
 // good.
 template <class V> MLPEXT_INLINE V over_one_plus(V n, V e) {
-  if constexpr (V::brief) return n / (V(1) + e);
+  if constexpr (V::low_precision) return n / (V(1) + e);
   const V d = V(1) + e, lost = e - (d - V(1)), r = V(1) / d, y = n * r;
   return madd(madd(-y, lost, residual(-y, d, n)), r, y);
 }
@@ -133,7 +133,7 @@ template <class V, class Constant> MLPEXT_INLINE Pair<V> odd_cubic(V x, Constant
   const double a_grid = (a.hi + magic) - magic, b_hi = typename V::Scalar(b.hi);
   const V a1(a_grid), a2((a.hi - a_grid) + a.lo), b1(b_hi), b2((b.hi - b_hi) + b.lo);
   const V z = x * x, slope = madd(b1, z, a1), y = x * slope;
-  if constexpr (V::brief) return {y, V(0)};
+  if constexpr (V::low_precision) return {y, V(0)};
   const V rest = residual(b1, z, a1 - slope) + madd(b1, residual(x, x, -z), madd(b2, z, a2));
   return {y, madd(x, rest, residual(x, slope, -y))};
 }
@@ -282,7 +282,7 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   auto sign = (quadrant & 2) << (F::mantissa + F::exponent - 1);
   if constexpr (shift == 0) sign ^= bits_of(x) & sign_bit<T>;
   V y = from_bits<V>(bits_of(select(odd == V(0), s, c)) ^ sign);
-  return beyond(T(is_float<V> ? 1e5 : 1e9), x, y,
+  return patch_lanes(T(is_float<V> ? 1e5 : 1e9), x, y,
                 [](T far) { return T(shift == 0 ? library_sin(far) : library_cos(far)); });
 }
 // Max ULP, both: float 1.21 (2.48), double 1.13 (1.50).
@@ -321,7 +321,7 @@ template <bool times_t, class V> MLPEXT_INLINE V normal_tail(V t) {
                 299992403084.4471, -885527675755.48293, 1515408242536.4596, -1462728284932.1377,
                 622324146153.51355);
   const V q1 = madd(u, q2, c1), q = madd(u, q1, c0);
-  if constexpr (V::brief) {
+  if constexpr (V::low_precision) {
     const Exponential<V> g(V(-0.5) * t * t);
     // Near 0 rounded once: half of a subnormal number of 16 bits is often nearly a tie.
     const V y = select(t < V(1e-4), madd(t, V(-0.3989422804014327), V(0.5)), u * q);

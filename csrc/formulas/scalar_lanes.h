@@ -1,12 +1,10 @@
-// The words a formula may use, for one number at a time: CUDA's kernels, and the same kernels compiled as
-// plain C++ by the emulator in tests/. As cpu/vec.h has them for lanes, so that cpu/vec_math.h and
-// activations.h serve both.
+// The lane operations that a formula may use, on one number at a time: for CUDA's kernels, and for the same
+// kernels compiled as plain C++ by the emulator in tests/. simd_lanes.h has the same for registers, so that
+// elementary.h and activations.h serve both.
 //
 // The including file sets MLPEXT_ISA, its namespace. float and double round every step as the CPU's AVX2 and
 // AVX-512 do (-fmad=false), so results have the same bits. With MLPEXT_APPROXIMATE, for numbers stored in 16
-// bits, division, exp and what is made of them come from the hardware's fast approximations, a few units in
-// the last of float's 24 bits: at 2^28 bfloat16 values memory leaves time for 40 instructions a value, and
-// the accurate gelu alone has 90.
+// bits, division is the hardware's approximation, and approximate.h follows.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -59,7 +57,7 @@ MLPEXT_INLINE float divide(float a, float b) {
 }
 
 template <class T> struct Lanes {
-  static constexpr bool brief = false;  // as in cpu/vec.h
+  static constexpr bool low_precision = false;  // as in simd_lanes.h
   static constexpr int size = 1;
   using Scalar = T;
   using Bits = typename Format<T>::Bits;
@@ -104,7 +102,7 @@ MLPEXT_RARE double library_sin(double x) { return ::sin(x); }
 MLPEXT_RARE double library_cos(double x) { return ::cos(x); }
 
 // y, but f(x) where x > limit or -x > limit.
-template <class T, class F> MLPEXT_INLINE Lanes<T> beyond(T limit, Lanes<T> x, Lanes<T> y, F f) {
+template <class T, class F> MLPEXT_INLINE Lanes<T> patch_lanes(T limit, Lanes<T> x, Lanes<T> y, F f) {
   return x.v > limit || -x.v > limit ? Lanes<T>(f(x.v)) : y;
 }
 
@@ -196,55 +194,3 @@ template <class M, class V> MLPEXT_INLINE void narrow_pair(V x, V y, M* to) {
 }
 
 }  // namespace mlpext::MLPEXT_ISA
-
-#include "formulas/elementary.h"
-
-#ifdef MLPEXT_APPROXIMATE
-namespace mlpext::MLPEXT_ISA {
-
-// Overloads that win over vec_math.h's templates. Arguments of exp up to 100 lose |x| 2^-24 of the result.
-
-MLPEXT_INLINE Lanes<float> exp(Lanes<float> x) {
-  const float u = x.v * static_cast<float>(log2e);
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(u));
-  return Lanes<float>(y);
-#else
-  return Lanes<float>(::exp2f(u));
-#endif
-}
-MLPEXT_INLINE Lanes<float> exp(Lanes<float> x, Lanes<float> c) { return c * exp(x); }
-
-MLPEXT_INLINE Lanes<float> expm1(Lanes<float> x) {
-  const Lanes<float> y =
-      select(abs(x) < Lanes<float>(0.41), expm1_reduced<true>(x), exp(x) - Lanes<float>(1));
-  return copysign(y, x);
-}
-MLPEXT_INLINE Lanes<float> expm1(Lanes<float> x, Lanes<float> c) { return c * expm1(x); }
-
-MLPEXT_INLINE Lanes<float> one_minus_tanh(Lanes<float> t) {
-  return Lanes<float>(2) / (exp(t + t) + Lanes<float>(1));
-}
-MLPEXT_INLINE Lanes<float> over_one_plus(Lanes<float> n, Lanes<float> e) { return n / (Lanes<float>(1) + e); }
-template <class Constant> MLPEXT_INLINE Lanes<float> odd_cubic(Lanes<float> x, Constant a, Constant b) {
-  return x * madd(Lanes<float>(b.hi), x * x, Lanes<float>(a.hi));
-}
-
-MLPEXT_INLINE Lanes<float> normal_pdf(Lanes<float> x) {
-  return Lanes<float>(0.3989422804014327) * exp(Lanes<float>(-0.5) * x * x);
-}
-// With t = |x|: Phi(-t) = e^(-t^2/2) u q(u), u = 1 / (t + 3.25), q of degree 5 to 2^-17.8 of the result. The
-// library's erfcf has twice the instructions.
-MLPEXT_INLINE Lanes<float> normal_cdf(Lanes<float> x) {
-  const Lanes<float> t = abs(x), u = Lanes<float>(1) / (t + Lanes<float>(3.25));
-  const Lanes<float> q = horner(u, 0.399731858, 1.25490962, 4.67920514, 0.820665449, 68.794971, -88.6150417);
-  const Lanes<float> tail = u * q * exp(Lanes<float>(-0.5) * t * t);
-  return select(x > Lanes<float>(0), Lanes<float>(1) - tail, tail);
-}
-MLPEXT_INLINE Lanes<float> times_normal_cdf(Lanes<float> x) {
-  return at_least(x, Lanes<float>(-1000)) * normal_cdf(x);
-}
-
-}  // namespace mlpext::MLPEXT_ISA
-#endif

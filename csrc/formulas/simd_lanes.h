@@ -1,4 +1,5 @@
-// SIMD lanes: the words a formula may use, on whole registers of float or double.
+// SIMD lanes: the operations that a formula may use, on whole registers of float or double. Lanes<float> has 4,
+// 8 or 16 lanes, Lanes<double> half as many.
 //
 // The including file sets MLPEXT_ISA (a namespace: baseline, avx2, avx512) and MLPEXT_VECTOR_BYTES (16, 32,
 // 64) and switches its target on: 64 means AVX-512 F/BW/VL/DQ + BMI2, 32 means AVX2 + FMA + F16C, 16 is
@@ -74,10 +75,10 @@ template <class T> struct Mask {
   friend MLPEXT_INLINE Mask operator!(Mask a) { return {decltype(bits)(~a.bits)}; }
 };
 
-// `brief`: the results go to 16 bits, where the last two of a float's digits do not show; functions may then
+// `low_precision`: the results go to 16 bits, where the last two of a float's digits do not show; functions may then
 // leave out what makes those right.
-template <class T, bool brief_ = false> struct Lanes {
-  static constexpr bool brief = brief_;
+template <class T, bool low_precision_ = false> struct Lanes {
+  static constexpr bool low_precision = low_precision_;
   static constexpr int size = MLPEXT_VECTOR_BYTES / sizeof(T);
   using Scalar = T;
   using Register = Packed<T, size>;
@@ -113,20 +114,20 @@ template <class T, bool brief_ = false> struct Lanes {
   friend MLPEXT_INLINE Mask<T> operator>=(Lanes a, Lanes b) { return b <= a; }
 };
 
-template <class T, bool brief> MLPEXT_INLINE auto bits_of(Lanes<T, brief> x) {
+template <class T, bool low_precision> MLPEXT_INLINE auto bits_of(Lanes<T, low_precision> x) {
   return (typename Lanes<T>::Bits)x.v;
 }
 template <class V> MLPEXT_INLINE V from_bits(typename V::Bits x) { return V((typename V::Register)x); }
 template <class T> constexpr typename Format<T>::Bits sign_bit = typename Format<T>::Bits(1)
                                                                  << (8 * sizeof(T) - 1);
 
-template <class T, bool brief>
-MLPEXT_INLINE Lanes<T, brief> select(Mask<T> mask, Lanes<T, brief> a, Lanes<T, brief> b) {
+template <class T, bool low_precision>
+MLPEXT_INLINE Lanes<T, low_precision> select(Mask<T> mask, Lanes<T, low_precision> a, Lanes<T, low_precision> b) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_mask_blend_ps(mask.bits, b.v, a.v));
-  else return Lanes<T, brief>(_mm512_mask_blend_pd(mask.bits, b.v, a.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_mask_blend_ps(mask.bits, b.v, a.v));
+  else return Lanes<T, low_precision>(_mm512_mask_blend_pd(mask.bits, b.v, a.v));
 #else
-  return Lanes<T, brief>(mask.bits ? a.v : b.v);
+  return Lanes<T, low_precision>(mask.bits ? a.v : b.v);
 #endif
 }
 
@@ -145,69 +146,69 @@ MLPEXT_INLINE double library_sin(double x) { return __builtin_sin(x); }
 MLPEXT_INLINE double library_cos(double x) { return __builtin_cos(x); }
 
 // y, but f(x) in the lanes where x > limit or -x > limit: for what is rare, a lane at a time.
-template <class T, bool brief, class F>
-MLPEXT_INLINE Lanes<T, brief> beyond(T limit, Lanes<T, brief> x, Lanes<T, brief> y, F f) {
-  if (any((x > Lanes<T, brief>(limit)) | (-x > Lanes<T, brief>(limit)))) {
+template <class T, bool low_precision, class F>
+MLPEXT_INLINE Lanes<T, low_precision> patch_lanes(T limit, Lanes<T, low_precision> x, Lanes<T, low_precision> y, F f) {
+  if (any((x > Lanes<T, low_precision>(limit)) | (-x > Lanes<T, low_precision>(limit)))) {
     for (int i = 0; i < Lanes<T>::size; ++i)
       if (x.v[i] > limit || -x.v[i] > limit) y.v[i] = f(x.v[i]);
   }
   return y;
 }
 
-template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> abs(Lanes<T, brief> x) {
-  return from_bits<Lanes<T, brief>>(bits_of(x) & ~sign_bit<T>);
+template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> abs(Lanes<T, low_precision> x) {
+  return from_bits<Lanes<T, low_precision>>(bits_of(x) & ~sign_bit<T>);
 }
 
 // Magnitude of x, sign of y.
-template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> copysign(Lanes<T, brief> x, Lanes<T, brief> y) {
-  return from_bits<Lanes<T, brief>>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));
+template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> copysign(Lanes<T, low_precision> x, Lanes<T, low_precision> y) {
+  return from_bits<Lanes<T, low_precision>>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));
 }
 
 // a * b + c, rounded once where the instruction set can.
-template <class T, bool brief>
-MLPEXT_INLINE Lanes<T, brief> madd(Lanes<T, brief> a, Lanes<T, brief> b, Lanes<T, brief> c) {
+template <class T, bool low_precision>
+MLPEXT_INLINE Lanes<T, low_precision> madd(Lanes<T, low_precision> a, Lanes<T, low_precision> b, Lanes<T, low_precision> c) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_fmadd_ps(a.v, b.v, c.v));
-  else return Lanes<T, brief>(_mm512_fmadd_pd(a.v, b.v, c.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_fmadd_ps(a.v, b.v, c.v));
+  else return Lanes<T, low_precision>(_mm512_fmadd_pd(a.v, b.v, c.v));
 #elif MLPEXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm256_fmadd_ps(a.v, b.v, c.v));
-  else return Lanes<T, brief>(_mm256_fmadd_pd(a.v, b.v, c.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm256_fmadd_ps(a.v, b.v, c.v));
+  else return Lanes<T, low_precision>(_mm256_fmadd_pd(a.v, b.v, c.v));
 #else
   return a * b + c;
 #endif
 }
 
-template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> sqrt(Lanes<T, brief> x) {
+template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> sqrt(Lanes<T, low_precision> x) {
 #if MLPEXT_VECTOR_BYTES == 64
   // The zero-masked form: the plain one starts from an undefined register, which g++ 12 warns of.
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_maskz_sqrt_ps(0xffff, x.v));
-  else return Lanes<T, brief>(_mm512_maskz_sqrt_pd(0xff, x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_maskz_sqrt_ps(0xffff, x.v));
+  else return Lanes<T, low_precision>(_mm512_maskz_sqrt_pd(0xff, x.v));
 #elif MLPEXT_VECTOR_BYTES == 32
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm256_sqrt_ps(x.v));
-  else return Lanes<T, brief>(_mm256_sqrt_pd(x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm256_sqrt_ps(x.v));
+  else return Lanes<T, low_precision>(_mm256_sqrt_pd(x.v));
 #elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm_sqrt_ps(x.v));
-  else return Lanes<T, brief>(_mm_sqrt_pd(x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm_sqrt_ps(x.v));
+  else return Lanes<T, low_precision>(_mm_sqrt_pd(x.v));
 #else
-  for (int i = 0; i < Lanes<T, brief>::size; ++i)
+  for (int i = 0; i < Lanes<T, low_precision>::size; ++i)
     x.v[i] = T(__builtin_sqrt(x.v[i]));  // float by way of double rounds the same
   return x;
 #endif
 }
 
 // max(x, lo) and min(x, hi); a NaN x passes. The instruction returns its second operand when either is NaN.
-template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> at_least(Lanes<T, brief> x, Lanes<T, brief> lo) {
+template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> at_least(Lanes<T, low_precision> x, Lanes<T, low_precision> lo) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_maskz_max_ps(0xffff, lo.v, x.v));
-  else return Lanes<T, brief>(_mm512_maskz_max_pd(0xff, lo.v, x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_maskz_max_ps(0xffff, lo.v, x.v));
+  else return Lanes<T, low_precision>(_mm512_maskz_max_pd(0xff, lo.v, x.v));
 #else
   return select(lo > x, lo, x);
 #endif
 }
-template <class T, bool brief> MLPEXT_INLINE Lanes<T, brief> at_most(Lanes<T, brief> x, Lanes<T, brief> hi) {
+template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> at_most(Lanes<T, low_precision> x, Lanes<T, low_precision> hi) {
 #if MLPEXT_VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) return Lanes<T, brief>(_mm512_maskz_min_ps(0xffff, hi.v, x.v));
-  else return Lanes<T, brief>(_mm512_maskz_min_pd(0xff, hi.v, x.v));
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_maskz_min_ps(0xffff, hi.v, x.v));
+  else return Lanes<T, low_precision>(_mm512_maskz_min_pd(0xff, hi.v, x.v));
 #else
   return select(hi < x, hi, x);
 #endif

@@ -1,7 +1,7 @@
 // The way through the samples that every kind of epoch goes: rows brought in, progress reported, losses.
 #pragma once
 #include "cpu/epoch/job.h"
-#include "cpu/epoch/tiles.h"
+#include "cpu/epoch/panels.h"
 #include "cpu/kernels.h"
 #include "formulas/elementary.h"
 #ifdef __SANITIZE_ADDRESS__

@@ -4,12 +4,12 @@
 // transposed: dx comes of dot products with the rows as they lie.
 #pragma once
 #include "cpu/epoch/epoch_base.h"
+#include "formulas/activation_info.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-// SampleRows taken at once: at 784-256-128-10, 96 rows and the weights share a 1 MiB L2 (192 spill: 8 %
-// slower).
+// Rows taken at once: at 784-256-128-10, 96 rows and the weights share a 1 MiB L2 (192 spill: 8 % slower).
 constexpr int64_t chunk_rows = 96;
 
 // What a layer makes of a chunk of rows, and how its activation goes. `outputs` of them are kept a row: out,
@@ -29,7 +29,7 @@ template <class T> struct Values {
         out(layer.out),
         outputs(outputs),
         columns(outputs * (layer.pieces ? layer.pieces : 1)),
-        identity(!layer.pieces && layer.activation == 0),
+        identity(!layer.pieces && layer.activation == index_of<Identity>),
         keeps_z(layer.pieces || !layer.output_suffices),
         trained(layer.weight.trained || layer.bias.trained) {
     y = arena.take<T>(rows * padded<T>(outputs));
@@ -92,8 +92,8 @@ template <class T> struct PanelLayer : Values<T> {
         const int64_t column = piece * outputs + o, p = column / panel_width<T>;
         const int64_t room = (p + 1) * panel_width<T> - column, n = out - o < room ? out - o : room;
         T* own = weight ? weight + (piece * out + o) * in : nullptr;
-        if (own && to_panels) transpose(own, in, panels.at(0, column), panels.width(p), n, in);
-        else if (own) transpose(panels.at(0, column), panels.width(p), own, in, in, n);
+        if (own && to_panels) transpose<T>(own, in, panels.at(0, column), panels.width(p), n, in);
+        else if (own) transpose<T>(panels.at(0, column), panels.width(p), own, in, in, n);
         T* own_bias = bias ? bias + piece * out + o : nullptr;
         if (bias && to_panels) std::memcpy(panels.at(in, column), own_bias, n * sizeof(T));
         else if (bias) std::memcpy(own_bias, panels.at(in, column), n * sizeof(T));
@@ -120,7 +120,7 @@ template <class T> struct PanelLayer : Values<T> {
         const int64_t left = in - q * panel_width<T>, width = weight.width(p);
         const T* from = weight.panel(p) + q * panel_width<T> * width;
         T* to = transposed.panel(q) + p * panel_width<T> * transposed.width(q);
-        transpose(from, width, to, transposed.width(q), left < panel_width<T> ? left : panel_width<T>, width);
+        transpose<T>(from, width, to, transposed.width(q), left < panel_width<T> ? left : panel_width<T>, width);
       }
   }
 
@@ -129,7 +129,7 @@ template <class T> struct PanelLayer : Values<T> {
     for (int64_t p = 0; p < weight.count(); ++p) {
       const int64_t width = weight.width(p);
       const T* panel = weight.panel(p);
-      product<T>(rows, width, in, x, panel, z + p * panel_width<T>, panel + in * width, 1, 1,
+      panel_gemm<T>(rows, width, in, x, panel, z + p * panel_width<T>, panel + in * width, 1, 1,
                  {x_row, 1, width, columns, 0});
     }
   }
@@ -156,7 +156,7 @@ template <class T> struct PanelLayer : Values<T> {
     const int64_t depth = job->pieces ? columns : out;
     for (int64_t q = 0; q < transposed.count(); ++q) {
       const int64_t width = transposed.width(q);
-      product<T>(rows, width, depth, dz, transposed.panel(q), dx + q * panel_width<T>, nullptr, 1, 0,
+      panel_gemm<T>(rows, width, depth, dz, transposed.panel(q), dx + q * panel_width<T>, nullptr, 1, 0,
                  {columns, 1, width, dx_row, 0});
     }
   }
@@ -169,10 +169,10 @@ template <class T> struct PanelLayer : Values<T> {
       T *panel = c.panel(p), *last = panel + in * width;
       const T* dz_panel = dz + p * panel_width<T>;
       if (job->weight.trained)
-        product<T>(in, width, rows, x, dz_panel, panel, beta == 0 ? nullptr : panel, alpha, beta,
+        panel_gemm<T>(in, width, rows, x, dz_panel, panel, beta == 0 ? nullptr : panel, alpha, beta,
                    {1, x_row, columns, width, width});
       if (job->bias.trained)
-        product<T>(1, width, rows, &one, dz_panel, last, beta == 0 ? nullptr : last, alpha, beta,
+        panel_gemm<T>(1, width, rows, &one, dz_panel, last, beta == 0 ? nullptr : last, alpha, beta,
                    {0, 0, columns, width, width});
     }
   }

@@ -195,7 +195,7 @@ template <class T> class SingleSampleSgd : EpochBase<T> {
       factors[j] = power * (first.job->weight.trained * gram[i * sgd_block + j] + first.job->bias.trained);
     for (int64_t p = 0; p < first.weight.count(); ++p) {
       T* z = first.z + i * first.columns + p * panel_width<T>;
-      product<T>(1, first.weight.width(p), i, factors, first.dz + p * panel_width<T>, z, z, rate, power,
+      panel_gemm<T>(1, first.weight.width(p), i, factors, first.dz + p * panel_width<T>, z, z, rate, power,
                  {0, 1, first.columns, 0, 0});
     }
   }

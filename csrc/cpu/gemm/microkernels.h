@@ -1,6 +1,10 @@
-// The loops of a product, compiled once an instruction set as those of loops.h, which includes this page:
-// products of few rows, the transposes that packing needs, and passes over the rows of a tile.
+// The innermost loops of a gemm, compiled once an instruction set: blocks of sums in registers, products of few
+// rows, the transposes that packing needs, and what is done to the rows of a finished tile.
+//
+// All take untyped pointers and strides in elements, so that one table (GemmKernels, kernels.h) holds them for
+// every dtype. 16-bit types are float in registers, and so are their sums.
 #pragma once
+#include "cpu/map.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {

@@ -17,24 +17,24 @@ namespace emulated {
 namespace {
 
 // Half `which` of x; of 16 bytes the half is the lower part of a register.
-template <class Half, class Whole> EMULATED Half half_of(const Whole& x, int which) {
-  static_assert(2 * sizeof(Half) == sizeof(Whole) || sizeof(Whole) == 16);
+template <class Half, class RoundedInteger> EMULATED Half half_of(const RoundedInteger& x, int which) {
+  static_assert(2 * sizeof(Half) == sizeof(RoundedInteger) || sizeof(RoundedInteger) == 16);
   Half half{};
-  std::memcpy(&half, reinterpret_cast<const char*>(&x) + which * (sizeof(Whole) / 2), sizeof(Whole) / 2);
+  std::memcpy(&half, reinterpret_cast<const char*>(&x) + which * (sizeof(RoundedInteger) / 2), sizeof(RoundedInteger) / 2);
   return half;
 }
 
-template <class Whole, class Half> EMULATED Whole both(const Half& low, const Half& high) {
-  static_assert(2 * sizeof(Half) == sizeof(Whole));
-  Whole whole;
+template <class RoundedInteger, class Half> EMULATED RoundedInteger both(const Half& low, const Half& high) {
+  static_assert(2 * sizeof(Half) == sizeof(RoundedInteger));
+  RoundedInteger whole;
   std::memcpy(&whole, &low, sizeof(Half));
   std::memcpy(reinterpret_cast<char*>(&whole) + sizeof(Half), &high, sizeof(Half));
   return whole;
 }
 
 // f of the halves of each argument.
-template <class Whole, class Half, class F, class... In> EMULATED Whole by_halves(F f, const In&... in) {
-  return both<Whole>(f(half_of<Half>(in, 0)...), f(half_of<Half>(in, 1)...));
+template <class RoundedInteger, class Half, class F, class... In> EMULATED RoundedInteger by_halves(F f, const In&... in) {
+  return both<RoundedInteger>(f(half_of<Half>(in, 0)...), f(half_of<Half>(in, 1)...));
 }
 
 template <int predicate> EMULATED __mmask16 compare(__m512 a, __m512 b) {
@@ -115,8 +115,8 @@ template <class Vector> EMULATED void store_bytes(void* p, uint64_t mask, const 
 }  // namespace emulated
 
 // The zero-masked forms are used with all lanes, only because g++ 12 warns of the plain ones.
-#define BY_HALVES(Whole, Half, call, ...)                                                                 \
-  emulated::by_halves<Whole, Half>([](auto... in) __attribute__((always_inline)) { return call(in...); }, \
+#define BY_HALVES(RoundedInteger, Half, call, ...)                                                                 \
+  emulated::by_halves<RoundedInteger, Half>([](auto... in) __attribute__((always_inline)) { return call(in...); }, \
                                    __VA_ARGS__)
 
 #define _mm512_fmadd_ps(a, b, c) BY_HALVES(__m512, __m256, _mm256_fmadd_ps, a, b, c)

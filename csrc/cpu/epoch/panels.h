@@ -1,11 +1,10 @@
-// Products and transposes in registers, on the lanes of cpu/vec.h: all that the engine computes with, besides
-// the formulas.
+// How an epoch keeps its weights, and the product that runs on them.
 //
-// A matrix of weights is kept with one row an input, in panels of up to `panel_vectors` vectors of columns
-// (outputs): panel p is a dense (rows, width) matrix. So a row of a panel is a few whole registers, and the
-// forward product, its gradients and the update run along it without a shuffle.
+// A weight is kept transposed, W' (in_features, out_features), cut into panels of up to `panel_vectors`
+// registers of columns: panel p is a dense (in_features, width) matrix. So a row of a panel is a few whole
+// registers, and the forward product, both gradients and the update run along it without a shuffle.
 #pragma once
-#include "formulas/simd_lanes.h"
+#include "cpu/gemm/microkernels.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {
@@ -51,7 +50,7 @@ struct Strides {
 
 // C = beta init + alpha A B on a tile in registers; init may be C, or null for 0.
 template <int rows, int vectors, class T>
-void tile(int64_t depth, const T* a, const T* b, T* c, const T* init, T alpha, T beta, const Strides& s) {
+void panel_tile(int64_t depth, const T* a, const T* b, T* c, const T* init, T alpha, T beta, const Strides& s) {
   using V = Lanes<T>;
   V sum[rows][vectors];
 #pragma GCC unroll 12
@@ -85,10 +84,11 @@ void tile(int64_t depth, const T* a, const T* b, T* c, const T* init, T alpha, T
 template <class T>
 using TileKernel = void (*)(int64_t, const T*, const T*, T*, const T*, T, T, const Strides&);
 
-template <int vectors, class T, int... rows>
-constexpr std::array<TileKernel<T>, most_rows> tiles_of(std::integer_sequence<int, rows...>) {
-  return {(rows < tile_rows(vectors) ? tile < rows + 1 <= tile_rows(vectors) ? rows + 1 : 1, vectors,
-           T >                       : nullptr)...};
+// For 1 to tile_rows(vectors) rows; null beyond.
+template <int vectors, class T, int... above>
+constexpr std::array<TileKernel<T>, most_rows> tiles_of(std::integer_sequence<int, above...>) {
+  constexpr int most = tile_rows(vectors);
+  return {(above < most ? panel_tile<(above < most ? above + 1 : 1), vectors, T> : nullptr)...};
 }
 template <class T, int... vectors>
 constexpr std::array<std::array<TileKernel<T>, most_rows>, panel_vectors> all_tiles(
@@ -98,28 +98,16 @@ constexpr std::array<std::array<TileKernel<T>, most_rows>, panel_vectors> all_ti
 template <class T> constexpr auto tiles = all_tiles<T>(std::make_integer_sequence<int, panel_vectors>());
 
 // The same on any number of rows of one panel, in tiles of nearly equal heights.
-template <class T> void product(int64_t rows, int64_t width, int64_t depth, const T* a, const T* b, T* c,
+template <class T> void panel_gemm(int64_t rows, int64_t width, int64_t depth, const T* a, const T* b, T* c,
                                 const T* init, T alpha, T beta, const Strides& s) {
   const int vectors = static_cast<int>(width / Lanes<T>::size);
   const int64_t most = tile_rows(vectors), count = (rows + most - 1) / most;
   for (int64_t t = 0, row = 0; t < count; ++t) {
     const int64_t height = (rows - row) / (count - t);
-    tiles<T>[vectors - 1][height - 1](depth, a + row* s.a_row, b, c + row* s.c_row,
-                                      init ? init + row* s.init_row : nullptr, alpha, beta, s);
+    tiles<T>[vectors - 1][height - 1](depth, a + row * s.a_row, b, c + row * s.c_row,
+                                      init ? init + row * s.init_row : nullptr, alpha, beta, s);
     row += height;
   }
-}
-
-// Lanes j with bit `distance` clear from a, set from b: the others exchanged between the two.
-template <int distance, class V, int... j>
-MLPEXT_INLINE void exchange(V& a, V& b, std::integer_sequence<int, j...>) {
-  const auto low = __builtin_shufflevector(a.v, b.v, ((j & distance) ? V::size + j - distance : j)...);
-  const auto high = __builtin_shufflevector(a.v, b.v, ((j & distance) ? V::size + j : j + distance)...);
-  a = V(low);
-  b = V(high);
-}
-template <int distance, class V> MLPEXT_INLINE void exchange(V& a, V& b) {
-  exchange<distance>(a, b, std::make_integer_sequence<int, V::size>());
 }
 
 // Lane j: the sum of the lanes of vector(j), for `count` vectors (a power of two), each asked for once, in
@@ -127,44 +115,8 @@ template <int distance, class V> MLPEXT_INLINE void exchange(V& a, V& b) {
 template <int count, class V, class F> MLPEXT_INLINE V sums(F vector, int64_t first) {
   if constexpr (count == 1) return vector(first);
   else {
-    V a = sums<count / 2, V>(vector, first), b = sums<count / 2, V>(vector, first + count / 2);
-    exchange<count / 2>(a, b);
-    return a + b;
-  }
-}
-
-template <int distance, class V> MLPEXT_INLINE void transpose_block(V* rows) {
-  if constexpr (distance < V::size) {
-#pragma GCC unroll 16
-    for (int i = 0; i < V::size; ++i)
-      if (!(i & distance)) exchange<distance>(rows[i], rows[i + distance]);
-    transpose_block<2 * distance>(rows);
-  }
-}
-
-// to[c][r] = from[r][c]
-template <class T>
-void transpose(const T* from, int64_t from_row, T* to, int64_t to_row, int64_t rows, int64_t columns) {
-  using V = Lanes<T>;
-  for (int64_t r = 0; r < rows; r += V::size) {
-    const int height = static_cast<int>(rows - r < V::size ? rows - r : V::size);
-    for (int64_t c = 0; c < columns; c += V::size) {
-      const int width = static_cast<int>(columns - c < V::size ? columns - c : V::size);
-      V block[V::size];
-#pragma GCC unroll 16
-      for (int i = 0; i < V::size; ++i) {
-        const T* row = from + (r + i) * from_row + c;
-        block[i] = i >= height ? V(0) : width == V::size ? load<V>(row) : load_partial<V>(row, width);
-      }
-      transpose_block<1>(block);
-#pragma GCC unroll 16
-      for (int i = 0; i < V::size; ++i) {
-        T* row = to + (c + i) * to_row + r;
-        if (i >= width) continue;
-        if (height == V::size) store(row, block[i]);
-        else store_partial(row, block[i], height);
-      }
-    }
+    const V a = sums<count / 2, V>(vector, first), b = sums<count / 2, V>(vector, first + count / 2);
+    return interleave<count / 2, 0>(a, b) + interleave<count / 2, 1>(a, b);
   }
 }
 
