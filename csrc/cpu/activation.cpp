@@ -1,5 +1,5 @@
 // Activations on CPU: tensors to pointers. Dense tensors are one run of memory; every other layout goes
-// through native's TensorIterator, for its order and its output strides, and a buffer that stays in the L1
+// through torch's TensorIterator, for its order and its output strides, and a buffer that stays in the L1
 // cache.
 #include <ATen/Parallel.h>
 #include <ATen/TensorIterator.h>
@@ -11,9 +11,11 @@
 namespace mlpext::cpu {
 namespace {
 
+// 4 KiB for each operand: three of them and the stack around share the 32 KiB of an L1 cache.
 constexpr int64_t buffer_elements = 512;
 using Buffer = std::array<std::byte, buffer_elements * sizeof(double)>;
 
+// memcpy, because elements of a view of bytes may lie at any address.
 template <class Element>
 void copy_strided(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t n) {
   for (int64_t i = 0; i < n; ++i)

@@ -10,6 +10,7 @@
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
+// y = f(x) on rows, for the activation A and elements M in memory.
 template <class A, class M> void forward_rows(const double* params, const void* x_, int64_t x_stride,
                                               void* y_, int64_t y_stride, int64_t rows, int64_t n) {
   using V = LanesOf<M>;
@@ -24,6 +25,7 @@ template <class A, class M> void forward(const double* params, const void* x, vo
   forward_rows<A, M>(params, x, 0, y, 0, 1, n);
 }
 
+// dx = g f'(saved) on rows: saved is the output y (from_output) or the input.
 template <class A, class M, bool from_output>
 void backward_rows(const double* params, const void* grad_output_, int64_t grad_output_stride,
                    const void* saved_, int64_t saved_stride, void* grad_input_, int64_t grad_input_stride,
@@ -63,6 +65,8 @@ constexpr std::array<cpu::ActivationKernels, sizeof...(A)> all_activation_kernel
   return {activation_kernels<A, double, float, BFloat16, Half>()...};
 }
 
+// The index of the winner is kept in a register of M's own lanes beside the best piece so far, so that one
+// comparison decides on both; it is narrowed to Index when it is stored. float holds every index up to 2^24.
 template <class M, class Index>
 void maxout_forward(const void* x_, void* y_, void* index_, int64_t pieces, int64_t stride, int64_t n) {
   using V = LanesOf<M>;

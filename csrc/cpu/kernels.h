@@ -1,5 +1,6 @@
-// The loops as a table of pointers, one table an instruction set. No torch header is included here or in the
-// loops.
+// The loops as a table of pointers, one table for each instruction set: what the tensor side calls, and all
+// that it knows of lanes. No torch header is included here or in the loops, so that each of them compiles in
+// seconds and no inline function of torch is compiled for one instruction set and linked for all.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -42,8 +43,8 @@ using MaxoutForward = void (*)(const void* x, void* y, void* index, int64_t piec
 using MaxoutBackward = void (*)(const void* grad_output, const void* index, void* grad_input, int64_t pieces,
                                 int64_t stride, int64_t n);
 
-// What a product needs besides (product_loops.h). Strides count elements. Sums are float for the 16-bit
-// types.
+// The innermost loops of a gemm, C = A B (gemm/microkernels.h). Strides count elements. The sums of 16-bit
+// types are float.
 using CopyRows = void (*)(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows,
                           int64_t columns);
 struct GemmKernels {
@@ -52,29 +53,29 @@ struct GemmKernels {
   using GemmFewRows = void (*)(const void* x, int64_t x_stride, const void* w, int64_t w_stride,
                                const void* bias, void* y, int64_t y_stride, int64_t rows, int64_t columns,
                                int64_t depth);
-  PerDtype<GemmFewRows> gemm_few_rows;
+  PerDtype<GemmFewRows> few_rows;
   // c[i] = start[i] + sum over t of a[i a_row + t a_term] b[t], where c, start and b are rows; start may be
   // null, for 0, or c. For float and double.
   using GemmBlock = void (*)(const void* a, int64_t a_row, int64_t a_term, const void* b, int64_t b_stride,
                              const void* start, int64_t start_stride, void* c, int64_t c_stride, int64_t rows,
                              int64_t columns, int64_t terms);
-  PerDtype<GemmBlock> gemm_block;
-  // Gradients of maxout, where one piece of each output has one, for float and double. c[i] gets, or with
-  // `add` is added, the sum over t of factors[i, t] b[t, index[i, t]]: rows of b are `b_term` apart by t and
-  // `b_piece` by index.
+  PerDtype<GemmBlock> block;
+  // For dx of a maxout, whose gradient g[i, t] belongs to the winning piece index[i, t] alone, in float and
+  // double: c[i, :] = (or, with `add`, +=) sum over t of factors[i, t] b[t, index[i, t], :], where the rows of
+  // b lie `b_term` apart by t and `b_piece` by index.
   using GemmByIndex = void (*)(const void* factors, int64_t factor_stride, const uint8_t* index,
                                int64_t index_stride, const void* b, int64_t b_term, int64_t b_piece, void* c,
                                int64_t c_stride, int64_t rows, int64_t columns, int64_t terms, bool add);
-  PerDtype<GemmByIndex> gemm_by_index;
-  // The same of the sum over the bits t of chosen[i] of factors[i, t] b[t].
+  PerDtype<GemmByIndex> by_index;
+  // For dw of a maxout: c[i, :] = (+=) sum over the bits t set in chosen[i] of factors[i, t] b[t, :].
   using GemmByBitmask = void (*)(const void* factors, int64_t factor_stride, const uint64_t* chosen,
                                  const void* b, int64_t b_stride, void* c, int64_t c_stride, int64_t rows,
                                  int64_t columns, bool add);
-  PerDtype<GemmByBitmask> gemm_by_bitmask;
+  PerDtype<GemmByBitmask> by_bitmask;
   // Both for bfloat16, two terms at a time: a and b of gemm_block are pairs, its sums float. For machines
   // with AVX512_BF16 only, and null where no table serves such.
-  GemmFewRows gemm_few_rows_pairs;
-  GemmBlock gemm_pairs;
+  GemmFewRows few_rows_pairs;
+  GemmBlock block_pairs;
   // to[j] = the pair of a[j] and b[j], of 16 bits each; b may be null, for 0.
   void (*zip)(const void* a, const void* b, void* to, int64_t n);
   // sums[j] += sum over the rows of x[i, j].

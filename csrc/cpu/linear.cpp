@@ -1,5 +1,6 @@
-// Linear + activation and linear + maxout on CPU: one blocked torch_linear that bias, activation or maxout
-// meet tile by tile (torch_linear.cpp); or native's torch_linear, then the same in place.
+// Linear + activation and linear + maxout on CPU: tensors to pointers for the gemm, whose tiles take bias and
+// activation, or maxout, while they are in the cache (gemm/gemm.h). Where that gemm is not the faster one,
+// torch's product, then the activation in place.
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
@@ -12,9 +13,9 @@
 namespace mlpext::cpu {
 namespace {
 
-// Whether the blocked torch_linear is the faster one (docs/benchmarks.md). The baseline's loops are made to
-// run everywhere, native's torch_linear to be fast there too; and bfloat16 widened to float is slower than
-// native's.
+// Whether the package's gemm is the faster one (docs/benchmarks.md). Not on the baseline, whose loops are made to
+// run on every machine while torch's product picks its instructions at run time; nor for bfloat16 without
+// AVX512_BF16, where the values would be widened to float first.
 bool uses_gemm(Dtype dtype) { return kernels().isa != "baseline" && (dtype != bfloat16 || has_pairs()); }
 
 Matrix matrix(const Tensor& tensor) {
@@ -28,7 +29,7 @@ Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
   return bias ? at::cpu::addmm(*bias, x, weight.t()) : at::cpu::mm(x, weight.t());
 }
 
-// Gradients of the torch_linear from dz (rows, out_features); only those asked for.
+// Gradients of torch's product from dz (rows, out_features); only those asked for.
 std::tuple<Tensor, Tensor, Tensor> torch_linear_backward(const Tensor& dz, const OptionalTensor& x,
                                                          const OptionalTensor& weight, Mask mask) {
   return {mask[0] ? at::cpu::mm(dz, *weight) : Tensor(),
@@ -36,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor> torch_linear_backward(const Tensor& dz, const
           mask[2] ? at::cpu::sum(dz, at::OptionalIntArrayRef(0)) : Tensor()};
 }
 
-// The same, where dz is formed as it is used. `features` are the columns of dz.
+// The same by the package's gemm, where dz is formed as it is used. `features` are the columns of dz.
 std::tuple<Tensor, Tensor, Tensor> gemm_gradients(Dtype dtype, at::ScalarType type,
                                                   const PreactivationGradient& dz, const OptionalTensor& x,
                                                   const OptionalTensor& weight, Mask mask) {

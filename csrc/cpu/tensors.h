@@ -9,7 +9,7 @@
 
 namespace mlpext::cpu {
 
-// Elements a thread must have to be worth waking: 32768, as native.
+// Elements a thread must have to be worth waking: 32768, as in torch.
 inline constexpr int64_t grain_size = 32768;
 
 // Fresh memory, without a trip through the dispatcher: 0.1 us against 0.5.

@@ -1,5 +1,5 @@
 // Activations on CUDA: tensors to pointers. Dense tensors are one run of memory; for every other layout
-// native's TensorIterator decides the order, the output's strides and which dimensions are one.
+// torch's TensorIterator decides the order, the output's strides and which dimensions are one.
 #include <ATen/TensorIterator.h>
 #include <torch/library.h>
 

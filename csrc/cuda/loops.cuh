@@ -39,8 +39,6 @@ template <int operands> struct Places {
   }
 };
 
-// ---- elementwise
-
 template <class A> struct Forward {
   static constexpr int inputs = 1;
   A f;
@@ -61,6 +59,8 @@ template <class A, bool from_output> struct Backward {
   }
 };
 
+// Loads come first, then the formula, then stores: the compiler keeps `unroll` accesses of each input in flight,
+// which a formula between them would break up.
 template <int n, class F> __device__ __forceinline__ void apply(const F& f, const M (&in)[F::inputs][n],
                                                                 bool add_bias, const M (&bias)[n],
                                                                 M (&packed)[n]) {
@@ -77,6 +77,8 @@ template <int n, class F> __device__ __forceinline__ void apply(const F& f, cons
   for (int j = 0; j < n; j += 2) narrow_pair(out[j], out[j + 1], packed + j);
 }
 
+// A block of threads takes unroll * values * threads elements: with 16-byte accesses (`wide`) where every
+// operand is one aligned run, else, and in the last block, element by element through the layout.
 template <class F> __global__ void __launch_bounds__(threads)
     elementwise_kernel(const F f, const __grid_constant__ Elementwise job, const bool wide) {
   constexpr int count = unroll * values, tile = threads * count, operands = F::inputs + 1;
@@ -139,8 +141,6 @@ cudaError_t backward(const double* params, const Elementwise& job, cudaStream_t 
   return elementwise(Backward<A, from_output>{with_params<A>(params)}, job, stream);
 }
 
-// ---- the gradient of a row-wise matrix with its column sums
-
 // The values that the threads of a column hold, summed pairwise; whole in the threads of row 0.
 template <int n> __device__ __forceinline__ void sum_columns(V (&sums)[n]) {
   __shared__ Scalar shared[n * threads];
@@ -167,6 +167,9 @@ template <class Index> struct Winner {
   }
 };
 
+// One block of threads a tile of columns and chunk of rows (RowTiles): dz is written as it is made, its column
+// sums stay in registers down the chunk, then meet in shared memory. One chunk: they are db; more: a row of
+// `partial`, which add_sums adds up.
 template <class F> __global__ void __launch_bounds__(threads)
     rows_kernel(const F f, const __grid_constant__ RowsJob job, const int64_t chunk_rows, const bool wide) {
   using Saved = typename F::Saved;
@@ -278,8 +281,6 @@ cudaError_t backward_rows(const double* params, const RowsJob& job, cudaStream_t
 template <class Index> cudaError_t maxout_rows(const double*, const RowsJob& job, cudaStream_t stream) {
   return rows(Winner<Index>(), job, stream);
 }
-
-// ---- maxout
 
 // n neighbouring outputs, whose first piece lies at `from`.
 template <int n, class Index>

@@ -62,7 +62,7 @@ Tensor& activation_(DispatchKeySet keys, Tensor& input, std::string_view name, P
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
   const bool keeps_output = info.output_suffices(params.data());
-  // With a negative slope native refuses the backward of the in-place form, and so do we.
+  // With a negative slope the sign of x is lost with x: torch refuses the backward of the in-place form.
   if (!plain_eager(keys, input) || !has_kernel(input, index, params) ||
       info.has_derivative_from_output != keeps_output)
     return composite::activation_(input, name, params);
@@ -224,7 +224,7 @@ Tensor linear_activation(DispatchKeySet keys, const Tensor& input, const Tensor&
   node->set_next_edges(collect_next_edges(input, weight, bias));
   node->rule.activation = {index, params};
   node->rule.from_output = kept != Kept::preactivation;
-  // Where native's activation keeps its input (elu and its family), `y += skip` trains natively, and so must
+  // Where torch's activation keeps its input (elu and its family), `y += skip` trains in torch, and so must
   // it here; elsewhere it may where x is at hand.
   const bool for_weight = node->should_compute_output(1);
   const bool recomputable = kept == Kept::output && (for_weight || !info.keeps_output);

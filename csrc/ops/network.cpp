@@ -96,7 +96,9 @@ std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
                                  at::IntArrayRef output_mask) {
   const Network network(weights, biases, activations, params);
   const int64_t end = network.size() - 1;
-  auto more = kept.size();  // of what lies behind the outputs, from the last layer on
+  // kept: y of all layers but the last, then z or the winner's index of those that keep one, in order. Going
+  // backward each such layer takes the last one not taken yet.
+  auto more = kept.size();
   return network.gradients(
       grad_output, output_mask,
       [&](int64_t l, const Tensor& dy, Mask mask) -> std::tuple<Tensor, Tensor, Tensor> {

@@ -1,3 +1,4 @@
+// Read when asked, not once at the start: a program may set a switch before the first call that asks for it.
 #include "ops/switches.h"
 
 #include <c10/util/Exception.h>

@@ -5,8 +5,8 @@
 
 namespace mlpext {
 
-inline Dtype dtype_of(const Tensor& served) {
-  switch (served.scalar_type()) {
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
     case at::kDouble: return float64;
     case at::kFloat: return float32;
     case at::kBFloat16: return bfloat16;

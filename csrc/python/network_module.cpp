@@ -1,3 +1,4 @@
+// Which dictionaries of a module's layers are read, and what in them makes the layers go one by one instead.
 #include "python/network_module.h"
 
 #include <torch/csrc/Exceptions.h>

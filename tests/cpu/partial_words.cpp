@@ -1,7 +1,7 @@
-// The words of cpu/vec.h for parts of registers against memcpy, of every n in 0..size, on one instruction
-// set: MLPEXT_VECTOR_BYTES says which. Buffers end where a page ends behind which nothing may be touched, so
-// that a byte too many is a crash. With an argument, a store of that many floats, which MLPEXT_DEBUG stops
-// where they are no part of a register.
+// Loads and stores of parts of registers (formulas/simd_lanes.h) against memcpy, of every n in 0..size, on one
+// instruction set: MLPEXT_VECTOR_BYTES says which. Buffers end where a page ends behind which nothing may be
+// touched, so that a byte too many is a crash. With an argument, a store of that many floats, which
+// MLPEXT_DEBUG stops where they are no part of a register.
 #include <sys/mman.h>
 
 #include <cstdio>

@@ -1,4 +1,5 @@
-// An epoch of gradient descent on a multilayer perceptron, compiled once an instruction set.
+// An epoch of gradient descent on a multilayer perceptron, compiled once an instruction set: one sample at a
+// time under plain descent, or steps of any size under any rule.
 #pragma once
 #include "cpu/epoch/minibatch.h"
 #include "cpu/epoch/sgd_single_sample.h"

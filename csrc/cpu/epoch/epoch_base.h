@@ -1,4 +1,6 @@
-// The way through the samples that every kind of epoch goes: rows brought in, progress reported, losses.
+// What both kinds of epoch share: scratch memory, the way through the samples (rows brought in block by block,
+// gathered in the epoch's order), progress, and the losses with their gradients dE/dy. To add a loss: its name in
+// job.h, its value and gradient here, beside squared_error and cross_entropy (docs/adding-a-loss.md).
 #pragma once
 #include "cpu/epoch/job.h"
 #include "cpu/epoch/panels.h"
@@ -109,6 +111,7 @@ template <class T> class EpochBase {
     return sum;
   }
 
+  // E = 1/2 ||y - d||^2, dE/dy = y - d; a class number stands for its one-hot d.
   double squared_error(const T* y, const T* d, int64_t target, T* dy, T scale) const {
     V squares(0);
     along([&](int64_t i, int n) __attribute__((always_inline)) {
@@ -123,6 +126,7 @@ template <class T> class EpochBase {
 
   // E = -sum d log softmax(y), with d of sum s: dE/dy = s softmax(y) - d.
   double cross_entropy(const T* y, const T* d, int64_t target, T* dy, T scale) const {
+    // exp(y - largest) cannot overflow; a NaN anywhere becomes the largest, and so the loss.
     T largest = y[0];
     for (int64_t i = 1; i < outputs; ++i) largest = y[i] > largest || y[i] != y[i] ? y[i] : largest;
     V sum(0), weighed(0), weights(0);

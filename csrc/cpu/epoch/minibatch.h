@@ -1,7 +1,9 @@
 // Gradient descent in steps of several samples, compiled once an instruction set.
 //
-// A step takes its samples through the layers in chunks that stay in the cache. At batch size 1 no weight is
-// transposed: dx comes of dot products with the rows as they lie.
+// A step takes its samples, x (rows, in), through the layers in chunks that stay in the cache: forward z = x W'
+// + b, y = f(z) layer by layer, the loss, then backward dz = dy f', dW = dz' x, dx = dz W. Where a step is one
+// chunk under plain descent, W -= eta dW is part of the product that makes dW (`fused`), which then is never
+// stored. At batch size 1 no weight is transposed: dx comes of dot products with the rows as they lie.
 #pragma once
 #include "cpu/epoch/epoch_base.h"
 #include "formulas/activation_info.h"
@@ -83,7 +85,8 @@ template <class T> struct PanelLayer : Values<T> {
     transposed = panels(columns, padded<T>(in), needs_dx && rows > 1);
   }
 
-  // Between the parameters as torch has them and panels.
+  // Between the parameters as torch has them, (out, in) or (pieces, out, in), and panels, whose columns are
+  // the outputs of all pieces, each piece padded to whole registers.
   template <bool to_panels> void copy(const Panels<T>& panels, void* weight_, void* bias_) const {
     T* weight = static_cast<T*>(weight_);
     T* bias = static_cast<T*>(bias_);
@@ -114,6 +117,7 @@ template <class T> struct PanelLayer : Values<T> {
         copy<false>(state[i], w ? job->weight.state[i] : nullptr, b ? job->bias.state[i] : nullptr);
   }
 
+  // W from W', once a step: dx of several rows runs along panels of W.
   void transpose_weight() const {
     for (int64_t q = 0; q < transposed.count(); ++q)
       for (int64_t p = 0; p < weight.count(); ++p) {
@@ -224,6 +228,7 @@ template <class T> class Minibatches : EpochBase<T> {
     const int64_t step = job.step_size < job.samples ? job.step_size : job.samples;
     const int64_t chunks = (step + chunk_rows - 1) / chunk_rows;
     rows = (step + chunks - 1) / chunks;
+    // Chunks of nearly equal size: 100 samples are two chunks of 50, not 96 and 4.
     // The update is part of the gradient's product where one chunk is a step, and needs nothing but dE/dW. (A
     // block smaller than a step cuts the step into chunks of its own.)
     const UpdateRule& rule = job.rule;

@@ -1,5 +1,7 @@
-// The blocked gemm. A panel of B, 64 columns wide, is packed so that it lies dense in the L2 cache; blocks
-// of A meet it in `gemm_block` (product_loops.h), which keeps 6 x 64 sums in registers and reads A where it
+// The blocked gemm, C = A B: forward z = x W' + b, backward dx = dz W and dW = dz' x.
+//
+// A panel of B, 64 columns wide, is packed so that it lies dense in the L2 cache; blocks
+// of A meet it in `gemm_block` (microkernels.h), which keeps 6 x 64 sums in registers and reads A where it
 // lies, at any strides. That loop runs at 98 % of the multiply-add peak, as oneDNN's does, without code
 // generated at run time for every new shape.
 #include "cpu/gemm/gemm.h"
@@ -12,12 +14,12 @@
 namespace mlpext::cpu {
 namespace {
 
-constexpr int64_t block_terms = 512;  // a panel of float is 128 KiB, and its sums stay as exact as native's
+constexpr int64_t block_terms = 512;  // a panel of float is 128 KiB, and its sums stay as exact as torch's
 constexpr int64_t block_rows = 60;    // of A: whole steps of 6
 constexpr int64_t group_rows = 17 * block_rows;  // of A that meet one packing of a panel
 constexpr int64_t few_rows = 6, few_terms = 8;   // of A and of B, below which memory is what takes the time
 
-// The element types of a gemm: M in memory, T in the loops.
+// The element types: M in memory, T in the loops.
 template <Dtype> struct Types;
 template <> struct Types<float64> {
   using M = double;
@@ -50,12 +52,14 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     int64_t row_stride, column_stride;
   };
 
-  // SumRows, or what they start from.
+  // Sums, or what they start from.
   struct SumRows {
     T* data;
     int64_t stride;
   };
 
+  // Scratch memory of a thread, in T: a panel of B, a block of A where it has to be widened, and the sums of a
+  // group of rows where they cannot lie in the result.
   static constexpr std::size_t panel_size = block_terms * panel_columns;
   static constexpr std::size_t block_size = block_rows * block_terms;
   static constexpr std::size_t group_size = group_rows * panel_columns;
@@ -140,7 +144,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     int64_t columns = panel_columns, rows = block_rows, terms = block_terms;
   };
 
-  // A gemm that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
+  // A product that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
   // along the rows of b, or of the result, where strips of 64 columns would touch a page of memory each.
   static Blocks blocks_of(const Matrix& b, int64_t rows) {
     if (widens || b.column_stride != 1) return {};
@@ -149,18 +153,18 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     return {};
   }
 
-  // SumRows of the gemm of a (rows, terms) and b (terms, columns), block by block.
+  // The sums of the product of a (rows, terms) and b (terms, columns), block by block.
   //   load_a(i, t, rows, terms, space) and load_b(t, j, terms, columns, space)  an Operand; space to pack it
   //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
   //   sums(i, j)            where they are kept; null to keep them in scratch memory
   //   finish(OutputTile, SumRows)
-  // Columns are those of the gemm; the panel has `pieces` sums for each. All panels meet a group of rows
+  // Columns are those of the product; the panel has `pieces` sums for each. All panels meet a group of rows
   // of a, which the caches hold, before the next group: the other way round a came from memory once for 64
   // columns, which at (4096, 1024, 1024) cost 18 % of the time.
   template <class LoadA, class LoadB, class Start, class Sums, class Finish>
   static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, Blocks blocks,
                        LoadA load_a, LoadB load_b, Start start, Sums sums, Finish finish) {
-    const auto gemm_block = pairs ? kernels().gemm.gemm_pairs : kernels().gemm.gemm_block[sum_dtype];
+    const auto gemm_block = pairs ? kernels().gemm.block_pairs : kernels().gemm.block[sum_dtype];
     const int64_t step = pieces == 1   ? blocks.columns
                          : pieces <= 4 ? panel_columns / pieces / 16 * 16
                                        : panel_columns / pieces;
@@ -210,7 +214,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     const M* const b = static_cast<const M*>(bias);
     if (by_few_rows(x, w)) {
       const auto gemm_few_rows =
-          pairs ? kernels().gemm.gemm_few_rows_pairs : kernels().gemm.gemm_few_rows[dtype];
+          pairs ? kernels().gemm.few_rows_pairs : kernels().gemm.few_rows[dtype];
       in_rectangles(rows, columns, rows * columns * terms,
                     [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
                       for (int64_t j = first_column; j < last_column; j += panel_columns) {
@@ -440,7 +444,7 @@ template <class Run> void by_dtype(Dtype dtype, Run run) {
 bool has_pairs() {
 #if defined(__x86_64__)
   static const bool machine = __builtin_cpu_supports("avx512bf16");
-  return machine && kernels().gemm.gemm_pairs;
+  return machine && kernels().gemm.block_pairs;
 #else
   return false;
 #endif

@@ -1,7 +1,7 @@
 // Backward of linear + maxout. One piece of each output has a gradient, so dz is one part in `pieces` of its
 // size: instead of a product with the zeros, each gradient is multiplied with the one row that it belongs to.
 // Such a row serves one sum, so every multiply-add loads from the L1 cache, where `gemm_terms`
-// (product_loops.h) meets the rows a slab at a time: 0.65 of the peak, on 1 / pieces of the work.
+// (microkernels.h) meets the rows a slab at a time: 0.65 of the peak, on 1 / pieces of the work.
 #include <algorithm>
 
 #include "cpu/gemm/blocking.h"
@@ -97,7 +97,7 @@ template <Dtype dtype> struct MaxoutGradient : Winners {
                                 width);
           b = slab, term = slab_columns, piece = terms * slab_columns;
         }
-        kernel.gemm_by_index[dtype](factors + j * rows, terms, winners + j * rows, terms, b, term, piece,
+        kernel.by_index[dtype](factors + j * rows, terms, winners + j * rows, terms, b, term, piece,
                                     dx + i * w.columns + c, w.columns, rows, width, terms, /*add=*/j > 0);
       }
     }
@@ -130,7 +130,7 @@ template <Dtype dtype> struct MaxoutGradient : Winners {
           b = packed, stride = slab_columns;
         }
         for (int64_t p = 0; p < pieces; ++p)
-          kernel.gemm_by_bitmask[dtype](factors + (slab * outputs + j) * slab_rows, slab_rows,
+          kernel.by_bitmask[dtype](factors + (slab * outputs + j) * slab_rows, slab_rows,
                                         chosen + (slab * pieces + p) * outputs + j, b, stride,
                                         dw + (p * outputs + j) * x.columns + c, x.columns, some, width,
                                         /*add=*/row > 0);

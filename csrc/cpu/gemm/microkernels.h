@@ -9,10 +9,9 @@
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-// ---- transposes in registers
-
-// Lane i of a pair interleaved in blocks of `block` lanes: the even blocks of both (high = 0), or the odd
-// ones. Over block = 1, 2, 4, ... this transposes a square of registers.
+// Two registers a, b interleaved in blocks of `block` lanes: with high = 0 the even blocks of both, a0 b0 a2 b2
+// ..., with high = 1 the odd ones, a1 b1 a3 b3 .... For each lane of the result, which lane of (a, b) it is.
+// Over block = 1, 2, 4, ... this transposes a square of registers, in N log2(N) shuffles.
 template <int N, int block, int high> constexpr int interleaved(int i) {
   const int from_second = (i / block) & 1, source = (i / block & ~1) + high;
   return source * block + i % block + from_second * N;
@@ -23,6 +22,7 @@ template <int block, int high, class V> MLPEXT_INLINE V interleave(V a, V b) {
   }(std::make_integer_sequence<int, V::size>());
 }
 
+// rows[i] lane j <-> rows[j] lane i, for as many registers as one has lanes.
 template <int block = 1, class V> MLPEXT_INLINE void transpose_square(V* rows) {
 #pragma GCC unroll 16
   for (int r = 0; r < V::size; ++r) {
@@ -34,7 +34,8 @@ template <int block = 1, class V> MLPEXT_INLINE void transpose_square(V* rows) {
   if constexpr (2 * block < V::size) transpose_square<2 * block>(rows);
 }
 
-// Lane i: the sum over the lanes of rows[i].
+// Lane i: the sum over the lanes of rows[i]. Each step adds pairs of registers and halves their number, so that
+// all the sums across take as many additions as registers, not log2(N) times as many.
 template <int block = 1, class V> MLPEXT_INLINE V sum_each(V* rows) {
 #pragma GCC unroll 16
   for (int r = 0; r < V::size; r += 2 * block)
@@ -73,7 +74,8 @@ MLPEXT_INLINE void transpose_narrow(const M* from, M* to, int64_t to_stride, int
   }
 }
 
-// to[j to_stride + i] = from[i from_stride + j] for i < rows, j < columns.
+// to[j to_stride + i] = from[i from_stride + j] for i < rows, j < columns: square by square in registers, with
+// zeros where the matrix ends.
 template <class M> void transpose(const void* from_, int64_t from_stride, void* to_, int64_t to_stride,
                                   int64_t rows, int64_t columns) {
   using V = LanesOf<M>;
@@ -114,8 +116,6 @@ template <class M> void transpose(const void* from_, int64_t from_stride, void* 
     }
   }
 }
-
-// ---- products of few rows
 
 // Calls f(start, std::integral_constant of a count) over n in steps of the counts, the largest that still
 // fits first.
@@ -225,8 +225,9 @@ void gemm_few_rows(const void* x, int64_t x_stride, const void* w, int64_t w_str
   else in_steps<4, 2, 1>(0, rows, run);
 }
 
-// c[i, :] = start[i, :] + the sum over t of a[i, t] b[t, :], for a block of c in registers. `start` may be
-// null, for 0, or c.
+// c[i, :] = start[i, :] + sum over t of a[i, t] b[t, :], with all sums of the block (rows x registers) in
+// registers: of each term it loads `registers` of b, and broadcasts each a[i, t] once. `start` may be null,
+// for 0, or c.
 template <bool pairs, int rows, int registers, class T, class Load, class Store>
 MLPEXT_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_term, const T* b, int64_t b_stride,
                              const T* start, int64_t start_stride, T* c, int64_t c_stride, int64_t terms,
@@ -290,9 +291,8 @@ template <class T, bool pairs = false> void gemm_block(const void* a_, int64_t a
         [&](T* p, V x) MLPEXT_LAMBDA { store_partial(p, x, left); });
 }
 
-// ---- products with one piece of each output
-
-// c[i] (+)= the sum of what terms(i, column, add) calls add(factor, row from that column on) with.
+// For each row i: c[i, column:] (+)= sum over t of factor_t * row_t[column:], for so many registers of columns.
+// `terms(i, column, add)` enumerates the pairs by calling add(&factor_t, row_t + column).
 template <class T, int registers, class Terms, class Load, class Store>
 MLPEXT_INLINE void gemm_terms_block(T* c, int64_t c_stride, int64_t rows, int64_t column, bool add,
                                     Terms terms, Load load_some, Store store_some) {
@@ -315,7 +315,8 @@ MLPEXT_INLINE void gemm_terms_block(T* c, int64_t c_stride, int64_t rows, int64_
   }
 }
 
-// Eight registers of c at a time: no row of b serves two rows of c, so each multiply-add loads its own.
+// The same for all columns of c, eight registers at a time: no row of b serves two rows of c, so each
+// multiply-add loads its own, and eight chains of sums hide their latency.
 template <class T, class Terms>
 MLPEXT_INLINE void gemm_terms(T* c, int64_t c_stride, int64_t rows, int64_t columns, bool add, Terms terms) {
   using V = Lanes<T>;
@@ -362,8 +363,6 @@ template <class T> void gemm_by_bitmask(const void* factors_, int64_t factor_str
                   }
                 });
 }
-
-// ---- passes over the rows of a tile
 
 // sums[j] += the sum over rows of x[i, j].
 template <class M>

@@ -1,5 +1,5 @@
 // The AVX-512 intrinsics that csrc/cpu uses, with the bits that the hardware gives, on AVX2, FMA and F16C:
-// two registers of 32 bytes for one of 64. For tests alone, and g++ alone; included before cpu/vec.h, whose
+// two registers of 32 bytes for one of 64. For tests alone, and g++ alone; included before simd_lanes.h, whose
 // other operations are the compiler's own vectors.
 #pragma once
 #include <immintrin.h>

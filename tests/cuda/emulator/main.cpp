@@ -53,7 +53,7 @@ void rows(const Kernels& table) {
   const auto name = next<std::string>();
   const int64_t kind = next();
   const double params[] = {next<double>(), next<double>()};
-  Rows job{};
+  RowsJob job{};
   job.rows = next(), job.columns = next(), job.pieces = next();
   job.g.row_stride = next(), job.g.column_stride = next();
   job.saved.row_stride = next(), job.saved.column_stride = next();

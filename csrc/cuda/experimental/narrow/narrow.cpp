@@ -1,4 +1,8 @@
-// Narrow networks on CUDA: tensors to pointers.
+// Narrow networks on CUDA: tensors to pointers. The mlp operators ask here first (cuda/mlp.cpp); nothing comes
+// back where the switch is off or the kernels do not serve, and the layers are run one by one.
+//
+// What is kept for backward is exactly what the layers one by one keep, in the same order (ops/schema.cpp), so
+// that the backward of either serves the forward of the other.
 #include "cuda/experimental/narrow/narrow.h"
 
 #include "cuda/experimental/narrow/network.h"
@@ -129,6 +133,8 @@ std::optional<std::vector<Tensor>> narrow_mlp_backward(const Tensor& grad_output
     gradients[i] = empty(of.sizes(), of.scalar_type());
     return gradients[i].mutable_data_ptr();
   };
+  // From the last layer to the first: where its kept tensors are, and which gradients are asked for. `lowest`
+  // ends as the first layer, counted from the input, whose gradients anybody wants.
   job->lowest = job->depth;
   auto more = kept.end();  // those that go with the layers, from the last
   for (int64_t l = n - 1; l >= 0; --l) {
