@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 import mlpext
-from mlpext import nn, training
-from mlpext.training import fit, fit_many
-from mlpext.training._samples import Samples, as_held
-from mlpext.training.engines import autograd as descent
-from mlpext.training.engines import cuda_graphs as captured
+from mlpext import nn
+from mlpext.training import _samples, engines, fit, fit_many
+from mlpext.training._progress import Progress
+from mlpext.training._samples import Samples, to_storage
+from mlpext.training.engines import _graph_group, cuda_graphs
+from mlpext.training.engines.cuda_graphs import CudaGraphsEngine
 from test_native_engine import DTYPES, MODES, TARGETS, assert_engines_agree, trained
 
 
@@ -82,7 +83,7 @@ graphs: list[Recorder | Counter] = []
 
 
 def recorded(function, inputs):
-    """captured.capture without a GPU."""
+    """cuda_graphs.capture without a GPU."""
     with Recorder() as recorder:
         outputs = function(*inputs)
     recorder.undo()
@@ -91,7 +92,7 @@ def recorded(function, inputs):
 
 
 def counted(function, inputs):
-    replay, outputs = captured.capture(function, inputs)
+    replay, outputs = cuda_graphs.capture(function, inputs)
     graphs.append(Counter(replay))
     return graphs[-1].replay, outputs
 
@@ -106,12 +107,12 @@ def device(request, monkeypatch):
     """Where the models of a test are, with captured steps: several blocks an epoch, in batch mode of several
     chunks, none of which divides 67 samples."""
     where = "cuda" if request.param == "cuda" else "cpu"
-    monkeypatch.setitem(training.NATIVE, "cpu", captured)
+    monkeypatch.setitem(engines.NATIVE, "cpu", CudaGraphsEngine)
     if request.param != "calls":
-        monkeypatch.setitem(captured.CAPTURE, where, recorded if where == "cpu" else counted)
+        monkeypatch.setitem(cuda_graphs.CAPTURE, where, recorded if where == "cpu" else counted)
     graphs.clear()
-    monkeypatch.setattr(captured, "STEPS", 2)
-    monkeypatch.setattr(descent, "BLOCK", 20)
+    monkeypatch.setattr(cuda_graphs, "STEPS", 2)
+    monkeypatch.setattr(_samples, "BLOCK", 20)
     return where
 
 
@@ -214,10 +215,12 @@ def test_fit_moves_model_and_data(device):
 def test_data_are_held_once_for_several(kind):
     device = torch.device("cpu")
     x, d = np.ones((7, 3)), np.ones((7, 2)[: 1 if kind in ("int32", "bool") else 2]).astype(kind)
-    held = [as_held(data, device, torch.float32) for data in (x, d)]
-    samples = Samples(*held, dtype=torch.float32, device=device)
-    assert [part.data_ptr() for part in samples.resident(torch.float32)[:2]] == [h.data_ptr() for h in held]
-    assert as_held([1.0], device, torch.float32) == [1.0]  # for fit to refuse
+    stored = [to_storage(data, device, torch.float32) for data in (x, d)]
+    samples = Samples(*stored, dtype=torch.float32, device=device)
+    assert [part.data_ptr() for part in samples.dense_tensors(torch.float32)[:2]] == [
+        s.data_ptr() for s in stored
+    ]
+    assert to_storage([1.0], device, torch.float32) == [1.0]  # for fit to refuse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -279,7 +282,7 @@ def test_ctrl_c_completes_the_block(mode, steps, device, monkeypatch):
     """Pressed in the second block: the model has made its steps and no others; in batch mode in the first,
     and none."""
     model = nn.MLP([9, 7, 4], "tanh", dtype=torch.float64, device=device)
-    other, take, calls = copy.deepcopy(model), captured.Steps._take, []
+    other, take, calls = copy.deepcopy(model), cuda_graphs.Steps._take, []
     x = torch.randn(67, 9, dtype=torch.float64)
 
     def pressed(*arguments):
@@ -288,7 +291,7 @@ def test_ctrl_c_completes_the_block(mode, steps, device, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return take(*arguments)
 
-    monkeypatch.setattr(captured.Steps, "_take", pressed)
+    monkeypatch.setattr(cuda_graphs.Steps, "_take", pressed)
     options = {"batch_size": 16, "mode": mode, "lr": 0.1, "epochs": 1, "shuffle": False, "progress": False}
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     with pytest.raises(KeyboardInterrupt):
@@ -304,7 +307,7 @@ def test_ctrl_c_completes_the_block(mode, steps, device, monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_infinite_loss_stops_and_weights_come_back(mode, device, monkeypatch):
-    monkeypatch.setattr(captured, "LOOK", 0.0)
+    monkeypatch.setattr(cuda_graphs, "LOOK", 0.0)
     model = nn.MLP([9, 7, 4], "relu", device=device)
     before = copy.deepcopy(model)
     with pytest.raises(FloatingPointError, match="of epoch [12]; try a smaller lr"):
@@ -314,9 +317,9 @@ def test_an_infinite_loss_stops_and_weights_come_back(mode, device, monkeypatch)
 
 
 def test_progress_adds_up(device, monkeypatch):
-    monkeypatch.setattr(captured, "LOOK", 0.0)
+    monkeypatch.setattr(cuda_graphs, "LOOK", 0.0)
     told = []
-    monkeypatch.setattr(training._Progress, "advance", lambda self, *news: told.append(news))
+    monkeypatch.setattr(Progress, "on_progress", lambda self, *news: told.append(news))
     history = trained("native", nn.MLP([9, 7, 4], "tanh", device=device), "numbers", epochs=1)
     assert [rows for rows, _ in told] == [32, 32, 3]
     assert sum(rows * error for rows, error in told) / 67 == pytest.approx(history["loss"][0], rel=1e-6)
@@ -328,7 +331,7 @@ def test_progress_adds_up(device, monkeypatch):
 def test_no_synchronisation_within_an_epoch(mode, target, device, monkeypatch):
     """Once the graphs are made the host waits for the losses and for the metric, at the end."""
     reads, epochs = [], []
-    read, run_epoch = captured._read, captured.run_epoch
+    read, run_epoch = cuda_graphs._read, CudaGraphsEngine.run_epoch
 
     def reading(values):
         mode = torch.cuda.get_sync_debug_mode()
@@ -346,9 +349,9 @@ def test_no_synchronisation_within_an_epoch(mode, target, device, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    monkeypatch.setattr(captured, "_read", reading)
-    monkeypatch.setattr(captured, "run_epoch", running)
-    monkeypatch.setattr(captured, "LOOK", 1e9)
+    monkeypatch.setattr(cuda_graphs, "_read", reading)
+    monkeypatch.setattr(CudaGraphsEngine, "run_epoch", running)
+    monkeypatch.setattr(cuda_graphs, "LOOK", 1e9)
     model = nn.MLP([9, 7, 4], "tanh", device=device)
     trained("native", model, target, mode=mode, epochs=5, validation=0.2, momentum=0.9)
     assert reads == [epoch for epoch in range(1, 6) for _ in range(2)]
@@ -356,9 +359,9 @@ def test_no_synchronisation_within_an_epoch(mode, target, device, monkeypatch):
 
 def test_auto_takes_the_loop_until_graphs_are_measured(device, monkeypatch):
     if device == "cpu":
-        monkeypatch.setitem(training.NATIVE, "cpu", captured)
+        monkeypatch.setitem(engines.NATIVE, "cpu", CudaGraphsEngine)
     calls = []
-    monkeypatch.setattr(captured, "run_epoch", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(CudaGraphsEngine, "run_epoch", lambda *arguments: calls.append(arguments))
     model = nn.MLP([9, 7, 4], "tanh", device=device)
     other = copy.deepcopy(model)
     trained("auto", model, "numbers")
@@ -400,13 +403,13 @@ def assert_many_are_as_each_alone(device, bound, make=None, **options):
 @pytest.fixture
 def stacks(monkeypatch):
     """How many networks go together, of each stack that is made."""
-    made, init = [], captured.Stack.__init__
+    made, init = [], _graph_group.Stack.__init__
 
-    def counted(self, networks, *rest):
-        made.append(len(networks))
-        init(self, networks, *rest)
+    def counted(self, engines, *rest):
+        made.append(len(engines))
+        init(self, engines, *rest)
 
-    monkeypatch.setattr(captured.Stack, "__init__", counted)
+    monkeypatch.setattr(_graph_group.Stack, "__init__", counted)
     return made
 
 

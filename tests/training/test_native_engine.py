@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlpext
 from mlpext import nn
-from mlpext.training import evaluate, fit, fit_many
+from mlpext.training import _samples, evaluate, fit, fit_many
 
 MODES = ("stochastic", "mini-batch", "batch")
 DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5}
@@ -180,7 +180,7 @@ START = nn.MLP([9, 6, 4], "tanh", dtype=torch.float64).state_dict()
 @pytest.mark.parametrize("mode", MODES)
 def test_blocks_of_any_size(mode, block, monkeypatch, tmp_path):
     """Below, at and above the 96 rows of a chunk; steps are whole in a block, or longer than it."""
-    monkeypatch.setattr("mlpext.training.engines.native.BLOCK", block)
+    monkeypatch.setattr(_samples, "BLOCK", block)
     x = torch.randn(500, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     histories = []
     for rows in (x, memory_map(x, tmp_path)):
