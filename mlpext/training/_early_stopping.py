@@ -36,9 +36,8 @@ class EarlyStopping:
         return self.patience is not None and epoch - self.best_epoch >= self.patience
 
     def restore_best(self, weights: list[Tensor]) -> None:
-        """The best epoch's values in `weights`, where there has been one."""
-        if self.weights:
-            copy_all(self.weights, weights)
+        """The best epoch's values in `weights`."""
+        copy_all(self.weights, weights)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_epoch": self.best_epoch, "best_loss": self.best_loss, "weights": self.weights}

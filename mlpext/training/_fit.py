@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,17 +140,17 @@ class Context:
 
 
 ALONE = Context()
-_SIGNATURE = inspect.signature(fit)
 
 
-def fit_beside(context: Context, *args: Any, **options: Any) -> History:
-    """`fit(*args, **options)` as one of several."""
-    try:
-        bound = _SIGNATURE.bind(*args, **options)
-    except TypeError as error:
-        raise TypeError(f"fit() {error}") from None
-    bound.apply_defaults()
-    return _train(Arguments(**bound.arguments), context)
+def fit_beside(
+    context: Context, model: nn.Module, x: Array, target: Array, options: Mapping[str, Any]
+) -> History:
+    """`fit(model, x, target, **options)` as one of several."""
+    defaults: dict[str, Any] = fit.__kwdefaults__ or {}
+    for name in options:
+        if name not in defaults:
+            raise TypeError(f"fit() got an unexpected keyword argument {name!r}")
+    return _train(Arguments(model, x, target, **{**defaults, **options}), context)
 
 
 def _train(arguments: Arguments, context: Context) -> History:
@@ -159,7 +158,8 @@ def _train(arguments: Arguments, context: Context) -> History:
         arguments.check()
         run = _prepare(arguments, context)
         loop(run)
-        run.state.stopping.restore_best(run.state.weights())
+        if run.state.stopping.weights:
+            run.state.stopping.restore_best(run.state.weights())
         return run.state.history
 
 

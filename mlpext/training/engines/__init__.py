@@ -11,7 +11,6 @@ after, nor of `fit`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -76,21 +75,16 @@ def choose(
     long as it can, and "auto" never comes back from the PyTorch loop. `run_job` is how CUDA graphs run beside
     those of other models, under fit_many.
     """
-    native = native_on(device_of(model))
     parts: tuple[Any, ...] = (model, samples, plan, optimizer)
-    make: Callable[[], Engine]
-    if before is not None:
-        make = functools.partial(before.rebuilt, samples)
-    elif name == "native" or (name == "auto" and native is NativeEngine):
-        extra = (run_job,) if native is CudaGraphsEngine else ()
-        make = functools.partial(native, *parts, *extra)
-    else:
-        make = functools.partial(AutogradEngine, *parts)
     try:
-        return make()
+        if before is not None:
+            return before.rebuilt(samples)
+        native = native_on(device_of(model))
+        if name == "native" or (name == "auto" and native is NativeEngine):
+            return native(*parts, *((run_job,) if native is CudaGraphsEngine else ()))
     except Unsupported as reason:
         if name == "native":
             raise ValueError(
                 f"engine='native' cannot train this: {reason}; engine='auto' falls back"
             ) from None
-        return AutogradEngine(*parts)
+    return AutogradEngine(*parts)
