@@ -7,114 +7,19 @@ CUDA graphs on a GPU.
 import copy
 import os
 import signal
-import threading
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import mlpext
+from graph_recorder import CUDA, graphs
 from mlpext import nn
-from mlpext.training import _samples, engines, fit, fit_many
+from mlpext.training import engines, fit, fit_many
 from mlpext.training._progress import Progress
-from mlpext.training._samples import Samples, to_storage
-from mlpext.training.engines import _graph_group, cuda_graphs
+from mlpext.training.engines import cuda_graphs
 from mlpext.training.engines.cuda_graphs import CudaGraphsEngine
-from test_native_engine import DTYPES, MODES, TARGETS, assert_engines_agree, trained
-
-
-def tensors_in(nest):
-    return [leaf for leaf in tree_flatten(nest)[0] if isinstance(leaf, torch.Tensor)]
-
-
-def storages(nest):
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors_in(nest)}
-
-
-class Recorder(TorchDispatchMode):
-    """Notes each operator with its tensors, for good, as a graph does: numbers stay those of the recording,
-    memory is where it was."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.before, self.made, self.replays = [], {}, set(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        schema = function._schema.arguments
-        named = dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-        written = [named.get(a.name) for a in schema if a.alias_info and a.alias_info.is_write]
-        for tensor in tensors_in(written):
-            if tensor.untyped_storage().data_ptr() not in self.made:
-                self.before.setdefault(tensor.data_ptr(), (tensor, tensor.clone()))
-        result = function(*args, **kwargs)
-        self.made |= storages(result) - storages([args, kwargs])  # not of views
-        self.calls.append((function, args, kwargs, tensors_in(result)))
-        return result
-
-    def undo(self):
-        with torch._C._AutoDispatchBelowAutograd():
-            for tensor, value in self.before.values():
-                tensor.copy_(value)
-
-    def replay(self):
-        self.replays += 1
-        with torch._C._AutoDispatchBelowAutograd():
-            for function, args, kwargs, results in self.calls:
-                for old, new in zip(results, tensors_in(function(*args, **kwargs)), strict=True):
-                    if old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-
-
-class Counter:
-    """A CUDA graph and how often it was replayed."""
-
-    def __init__(self, replay):
-        self.graph, self.replays = replay, 0
-
-    def replay(self):
-        self.replays += 1
-        self.graph()
-
-
-graphs: list[Recorder | Counter] = []
-
-
-def recorded(function, inputs):
-    """cuda_graphs.capture without a GPU."""
-    with Recorder() as recorder:
-        outputs = function(*inputs)
-    recorder.undo()
-    graphs.append(recorder)
-    return recorder.replay, outputs
-
-
-def counted(function, inputs):
-    replay, outputs = cuda_graphs.capture(function, inputs)
-    graphs.append(Counter(replay))
-    return graphs[-1].replay, outputs
-
-
-on_gpu = torch.cuda.is_available() and mlpext._C.has_cuda()
-ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not on_gpu, reason="no GPU, or no CUDA in this build")]
-CUDA = pytest.param("cuda", marks=ON_GPU)
-
-
-@pytest.fixture(params=["calls", "recorded", CUDA])
-def device(request, monkeypatch):
-    """Where the models of a test are, with captured steps: several blocks an epoch, in batch mode of several
-    chunks, none of which divides 67 samples."""
-    where = "cuda" if request.param == "cuda" else "cpu"
-    monkeypatch.setitem(engines.NATIVE, "cpu", CudaGraphsEngine)
-    if request.param != "calls":
-        monkeypatch.setitem(cuda_graphs.CAPTURE, where, recorded if where == "cpu" else counted)
-    graphs.clear()
-    monkeypatch.setattr(cuda_graphs, "STEPS", 2)
-    monkeypatch.setattr(_samples, "BLOCK", 20)
-    return where
-
+from test_native import DTYPES, MODES, TARGETS, assert_engines_agree, trained
 
 # Where the operators of a graph are those of a call: a recording has torch's.
 SAME = pytest.mark.parametrize("device", ["calls", CUDA], indirect=True)
@@ -209,18 +114,6 @@ def test_fit_moves_model_and_data(device):
         assert model[0].weight.device.type == device
         for ours, theirs in zip(model.parameters(), models[0].parameters(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-7)
-
-
-@pytest.mark.parametrize("kind", ["float64", "int32", ">f4", "bool"])
-def test_data_are_held_once_for_several(kind):
-    device = torch.device("cpu")
-    x, d = np.ones((7, 3)), np.ones((7, 2)[: 1 if kind in ("int32", "bool") else 2]).astype(kind)
-    stored = [to_storage(data, device, torch.float32) for data in (x, d)]
-    samples = Samples(*stored, dtype=torch.float32, device=device)
-    assert [part.data_ptr() for part in samples.dense_tensors(torch.float32)[:2]] == [
-        s.data_ptr() for s in stored
-    ]
-    assert to_storage([1.0], device, torch.float32) == [1.0]  # for fit to refuse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -369,106 +262,3 @@ def test_auto_takes_the_loop_until_graphs_are_measured(device, monkeypatch):
     assert not calls
     for ours, loops in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(ours, loops)
-
-
-# ---------------------------------------------------------------- fit_many
-
-
-EACH = {
-    "rates": [{"lr": 0.02 * (k + 1), "seed": k} for k in range(5)],
-    "kinds": [{"momentum": 0.5 * (k % 2), "seed": k, "batch_size": 16 if k < 3 else 20} for k in range(5)],
-    "epochs": [{"epochs": 2 + k % 2, "seed": k} for k in range(5)],
-}
-
-
-def assert_many_are_as_each_alone(device, bound, make=None, **options):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(67, 9, generator=generator)
-    d = x[:, :4].sin()
-    ensemble = (make or (lambda: [nn.MLP([9, 7, 4], "tanh", device=device) for _ in range(5)]))()
-    alone = copy.deepcopy(ensemble)
-    options = {"batch_size": 16, "epochs": 3, "engine": "native", **options}
-    each = options.pop("each")
-    histories = fit_many(ensemble, x, d, each=each, **options)
-    for model, own, history in zip(alone, each, histories, strict=True):
-        expected = fit(model, x, d, progress=False, **{**options, **own})
-        for column in expected.columns:
-            if "seconds" not in column and "second" not in column:
-                assert history[column] == pytest.approx(expected[column], rel=bound)
-    for ours, theirs in zip(ensemble, alone, strict=True):
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=bound, atol=bound)
-
-
-@pytest.fixture
-def stacks(monkeypatch):
-    """How many networks go together, of each stack that is made."""
-    made, init = [], _graph_group.Stack.__init__
-
-    def counted(self, engines, *rest):
-        made.append(len(engines))
-        init(self, engines, *rest)
-
-    monkeypatch.setattr(_graph_group.Stack, "__init__", counted)
-    return made
-
-
-@pytest.mark.parametrize("each", EACH)
-@pytest.mark.parametrize("mode", MODES)
-def test_many_are_as_each_alone(mode, each, device, stacks):
-    assert_many_are_as_each_alone(device, 1e-5, mode=mode, each=EACH[each], validation=0.2)
-    # Those with momentum have buffers; batch_size is of mini-batches; two go on for an epoch more.
-    kinds = [2] if mode == "mini-batch" else [3, 2]
-    assert stacks == {"rates": [5], "kinds": kinds, "epochs": [5, 2]}[each]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"optimizer": lambda p: torch.optim.AdamW(p, 0.01), "lr": 0.0},
-        {"momentum": 0.9, "weight_decay": 1e-2},
-        {"early_stopping": 1, "validation": 0.3, "lr": 0.5, "epochs": 8},
-    ],
-    ids=["adamw", "momentum", "early stopping"],
-)
-def test_options_of_many(options, device, stacks, tmp_path):
-    def ensemble():
-        torch.manual_seed(3)
-        return [nn.MLP([9, 8, 6, 4], ["maxout", "elu"], pieces=3, device=device) for _ in range(5)]
-
-    assert_many_are_as_each_alone(device, 1e-4, ensemble, each=[{"seed": k} for k in range(5)], **options)
-    assert stacks[0] == 5
-
-
-def test_many_classes(device, stacks):
-    models = [nn.MLP([9, 7, 4], "tanh", dtype=torch.float64, device=device) for _ in range(3)]
-    alone = copy.deepcopy(models)
-    for model in models, alone:
-        model[1][0].weight.requires_grad_(False)
-    x, d = torch.randn(67, 9, dtype=torch.float64), torch.randint(4, (67,))
-    for loss in ("squared_error", "cross_entropy"):
-        options = {"loss": loss, "seed": 1, "engine": "native", "batch_size": 16, "progress": False}
-        histories = fit_many(models, x, d, **options)
-        for ours, model, history in zip(models, alone, histories, strict=True):
-            assert history["accuracy"] == fit(model, x, d, **options)["accuracy"]
-            for a, b in zip(ours.parameters(), model.parameters(), strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
-    assert stacks == [2, 2]  # one has a frozen weight
-
-
-def test_one_of_many_breaks_down(device):
-    models = [nn.MLP([9, 7, 4], "tanh", device=device) for _ in range(3)]
-    x = torch.randn(67, 9)
-    each = [{"lr": 1e38, "epochs": 50}, {"epochs": 10**7}, {"epochs": 10**7}]
-    with pytest.raises(FloatingPointError):
-        fit_many(models, x, x[:, :4], each=each, engine="native")
-    assert all(weight.isfinite().all() for model in models for weight in model.parameters())
-
-
-def test_ctrl_c_stops_many(device):
-    x = torch.randn(67, 9)
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        models = [nn.MLP([9, 7, 4], "tanh", device=device) for _ in range(3)]
-        fit_many(models, x, x[:, :4], epochs=10**7, lr=1e-3, engine="native")
