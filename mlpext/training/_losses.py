@@ -37,19 +37,25 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(widened(output), target, reduction="sum")
 
 
-BY_NAME: dict[str, LossSum] = {"squared_error": squared_error, "cross_entropy": cross_entropy}
-NAMES: dict[LossSum, str] = {loss_sum: name for name, loss_sum in BY_NAME.items()}
-LOSSES = tuple(BY_NAME)
+def _squared_error_gradient(output: Tensor, target: Tensor) -> Tensor:
+    return output - target
 
 
-def gradient(loss_sum: LossSum, output: Tensor, target: Tensor) -> Tensor:
-    """dE/do of each output under a loss of LOSSES, in two to five kernels on a GPU. output (..., C)."""
-    if loss_sum is squared_error:
-        return output - target
+def _cross_entropy_gradient(output: Tensor, target: Tensor) -> Tensor:
     softmax = output.softmax(-1)
     if target.is_floating_point():
         return softmax * target.sum(-1, keepdim=True) - target
     return softmax - F.one_hot(target, output.shape[-1])
+
+
+BY_NAME: dict[str, LossSum] = {"squared_error": squared_error, "cross_entropy": cross_entropy}
+LOSSES = tuple(BY_NAME)
+NAMES: dict[LossSum, str] = {loss_sum: name for name, loss_sum in BY_NAME.items()}
+# dE/do of each output, for CUDA graphs: two to five kernels. Outputs (..., C).
+GRADIENTS: dict[LossSum, Callable[[Tensor, Tensor], Tensor]] = {
+    squared_error: _squared_error_gradient,
+    cross_entropy: _cross_entropy_gradient,
+}
 
 
 class FunctionSum:
@@ -145,7 +151,7 @@ def shape_targets(model: nn.Module, samples: Samples, loss: Loss, name: str = ""
                 f"{name}target has class numbers up to {largest}, which needs {largest + 1} outputs or more, "
                 f"but the model's are {_shape(outputs)}; for one output give {name}target as floating point"
             )
-        if loss == "squared_error":
+        if loss != "cross_entropy":
             samples.one_hot = outputs[0]
     elif not samples.has_classes:
         if outputs == [1] and len(shape) == 1:

@@ -82,9 +82,5 @@ def counted(function, inputs):
 
 
 on_gpu = torch.cuda.is_available() and mlpext._C.has_cuda()
-
-
 ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not on_gpu, reason="no GPU, or no CUDA in this build")]
-
-
 CUDA = pytest.param("cuda", marks=ON_GPU)

@@ -11,8 +11,6 @@ from fit_helpers import classes, network, numbers
 from mlpext.training import evaluate, fit
 
 X, LABELS = classes()
-
-
 D = numbers()[1]
 
 

@@ -17,11 +17,7 @@ from mlpext import nn
 from mlpext.training import _samples, evaluate, fit
 
 MODES = ("stochastic", "mini-batch", "batch")
-
-
 DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5}
-
-
 TARGETS = ("numbers", "classes, squared_error", "classes, cross_entropy")
 
 

@@ -190,13 +190,13 @@ class Steps:
 
     def _take(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of E over each chunk, and the outputs."""
-        chunk = self._plan.chunk
+        chunk, gradient = self._plan.chunk, _losses.GRADIENTS[self._plan.loss_sum]
         outputs = []
         for inputs, targets in zip(torch.split(x, chunk), torch.split(d, chunk), strict=True):
             with torch.enable_grad():
                 output = self._forward(inputs)
             own = output.detach()
-            slope = _losses.gradient(self._plan.loss_sum, own, targets) * self._scale(len(inputs))
+            slope = gradient(own, targets) * self._scale(len(inputs))
             gradients = torch.autograd.grad(output, self._weights, slope)
             if self._sums:
                 torch._foreach_add_(self._sums, gradients)
