@@ -128,7 +128,7 @@ def fit(
         KeyboardInterrupt: Ctrl-C, once the step under way is complete, in CUDA graphs those of a graph (in
             batch mode that step is dropped instead); the checkpoint is that of the last complete epoch.
     """
-    return _train(Arguments(**locals()), ALONE)
+    return _train(Arguments(**locals()), ALONE)  # all that was given, by its name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _prepare(arguments: Arguments, context: Context) -> Run:
     history = History(arguments.make_config(samples, held_out, plan, optimizer_config))
     state = State(model, loss, optimizer, generator, history, EarlyStopping(arguments.early_stopping))
     run = Run(
-        arguments, state, samples, held_out, held_out_metric, plan, engine, store, log=None, stop=context.stop
+        arguments, state, samples, held_out, held_out_metric, plan, engine, store=store, stop=context.stop
     )
 
     ranks.broadcast_(run.weights)
@@ -202,12 +202,10 @@ def _prepare(arguments: Arguments, context: Context) -> Run:
 
 def _seed(seed: int | None, saved: dict[str, Any] | None, ranks: Ranks) -> int:
     """The seed that was given, else that of the checkpoint, else one that is drawn."""
-    if seed is None:
-        seed = (
-            ranks.broadcast_object(torch.Generator("cpu").seed())
-            if saved is None
-            else saved["config"]["seed"]
-        )
+    if seed is None and saved is not None:
+        seed = saved["config"]["seed"]
+    elif seed is None:
+        seed = ranks.broadcast_object(torch.Generator("cpu").seed())
     return count("seed", seed, 0, 2**64 - 1)
 
 

@@ -44,8 +44,8 @@ class Run:
     plan: StepPlan
     engine: Engine
     store: Checkpoint | None  # store and log: of rank 0 alone
-    log: Log | None
     stop: Sequence[object]  # not empty once fit_many wants the run to end
+    log: Log | None = None
 
     def __post_init__(self) -> None:
         self.weights = self.state.weights()
