@@ -24,8 +24,8 @@ def has_cuda() -> bool: ...
 def all_finite(tensors: Sequence[Tensor]) -> bool: ...
 def has_kernel(name: str, params: tuple[float, ...]) -> bool: ...
 def run_epoch(
-    layers: list[tuple[Any, ...]],
-    rule: dict[str, Any],
+    layers: Sequence[tuple[Any, ...]],
+    rule: object,  # a Rule of training.engines.optimizer
     loss: str,
     mean: bool,
     samples: int,

@@ -158,7 +158,8 @@ def functions(case: Case, tensors: Tensors) -> tuple[Callable, Callable]:
             if each.name != "maxout"
             for value in common.values_of(each.name, dict(each.params))
         ]
-        return lambda x, *rest: torch.ops.mlpext.mlp(x, rest[:count], rest[count:], activations, params), native
+        mlp = torch.ops.mlpext.mlp
+        return lambda x, *rest: mlp(x, rest[:count], rest[count:], activations, params), native
     net = mlpext.nn.MLP([1] * (count + 1), bias=case.bias)
     for i, module in enumerate(modules):
         net[i] = module

@@ -77,11 +77,12 @@ struct Run {
   Clock::time_point polled = Clock::now();
   std::exception_ptr error;
 
-  // (weight, bias or None, activation or "maxout", params, states of the weight, states of the bias)
+  // A LayerRecord of mlpext/training/engines/_support.py.
   void add(py::handle layer, std::size_t states) {
-    const auto [weight_, bias_, name, values, weight_states, bias_states] =
-        py::cast<std::tuple<py::object, py::object, std::string, std::vector<double>, py::tuple, py::tuple>>(
-            layer);
+    const py::object weight_ = layer.attr("weight"), bias_ = layer.attr("bias");
+    const auto name = py::cast<std::string>(layer.attr("activation"));
+    const auto values = py::cast<std::vector<double>>(layer.attr("params"));
+    const py::tuple weight_states = layer.attr("weight_states"), bias_states = layer.attr("bias_states");
     const Tensor& weight = tensor(weight_, "weight");
     if (layers.empty()) dtype = weight.scalar_type();
     TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
@@ -174,25 +175,23 @@ struct Run {
   }
 };
 
-UpdateRule rule_of(const py::dict& options) {
+// A Rule of mlpext/training/engines/optimizer.py.
+UpdateRule rule_of(py::handle record) {
   UpdateRule rule;
-  const auto kind = options["kind"].cast<std::string>();
+  const auto kind = py::cast<std::string>(record.attr("kind"));
   TORCH_CHECK_VALUE(kind == "descent" || kind == "adam" || kind == "adamw", "rule: unknown kind ", kind);
   rule.kind = kind == "descent" ? UpdateRule::descent : kind == "adam" ? UpdateRule::adam : UpdateRule::adamw;
-  rule.lr = options["lr"].cast<double>();
-  rule.weight_decay = options["weight_decay"].cast<double>();
-  if (rule.kind == UpdateRule::descent) {
-    rule.momentum = options["momentum"].cast<double>();
-    rule.nesterov = options["nesterov"].cast<bool>();
-  } else {
-    std::tie(rule.beta1, rule.beta2) = options["betas"].cast<std::pair<double, double>>();
-    rule.eps = options["eps"].cast<double>();
-    rule.steps = options["steps"].cast<int64_t>();
-  }
+  rule.lr = py::cast<double>(record.attr("lr"));
+  rule.weight_decay = py::cast<double>(record.attr("weight_decay"));
+  rule.momentum = py::cast<double>(record.attr("momentum"));
+  rule.nesterov = py::cast<bool>(record.attr("nesterov"));
+  std::tie(rule.beta1, rule.beta2) = py::cast<std::pair<double, double>>(record.attr("betas"));
+  rule.eps = py::cast<double>(record.attr("eps"));
+  rule.steps = py::cast<int64_t>(record.attr("steps"));
   return rule;
 }
 
-py::tuple run_epoch(const py::list& layers, const py::dict& rule, const std::string& loss, bool mean,
+py::tuple run_epoch(const py::list& layers, py::handle rule, const std::string& loss, bool mean,
                     int64_t samples, int64_t step_size, py::object x, py::object d, py::handle order,
                     py::object fetch, int64_t block_size, py::handle losses, py::handle outputs,
                     py::object poll) {

@@ -1,4 +1,9 @@
-"""The processes that train one model together: torchrun's, through torch.distributed."""
+"""The processes that train one model together: torchrun's, through torch.distributed.
+
+For `fit` and the PyTorch loop. Sums are taken, not means as DistributedDataParallel takes them, because the
+ranks' shares of a step need not be equal; and every rank gets the same bits. With one process nothing is
+sent.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +20,10 @@ class Ranks:
     """All processes of the default process group, or this one alone where there is none.
 
     Joins the group that torchrun's environment (RANK, WORLD_SIZE, ...) describes if the process has not done
-    so: nccl for a model on CUDA, gloo otherwise. Every method but `share` has to be called by all ranks.
+    so: nccl for a model on CUDA, gloo otherwise. Every method but `shard` has to be called by all ranks.
 
         ranks = Ranks("cpu")
-        mean = ranks.sum(local_sum) / count
+        mean = ranks.all_reduce(local_sum) / count
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -35,14 +40,14 @@ class Ranks:
             if dist.get_backend() == "nccl":
                 self._device = torch.device("cuda", torch.cuda.current_device())
 
-    def share(self, rows: Tensor, step: int) -> tuple[Tensor, int | list[int]]:
+    def shard(self, rows: Tensor, step: int) -> tuple[Tensor, int | list[int]]:
         """This rank's part of each `step` rows, and how many it has of each (in torch.split's terms)."""
         if self.size == 1:
             return rows, step
         parts = [part.tensor_split(self.size)[self.rank] for part in torch.split(rows, step)]
         return torch.cat(parts), [len(part) for part in parts]
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of the ranks' `values`, of the same bits on each. RuntimeError where a rank has ended."""
         if self.size == 1:
             return values
@@ -58,9 +63,11 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor([float(flag)], device="cpu")) > 0)
+        return (
+            flag if self.size == 1 else bool(self.all_reduce(torch.tensor([float(flag)], device="cpu")) > 0)
+        )
 
-    def first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """Rank 0's `value`."""
         if self.size == 1:
             return value
@@ -69,7 +76,7 @@ class Ranks:
         return values[0]
 
     @torch.no_grad()
-    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's values in `tensors`."""
         if self.size == 1:
             return
@@ -97,7 +104,9 @@ class Ranks:
         present = torch.tensor([p in tensors for p in parameters], device=parameters[0].device)
         parts = [tensors[p] if p in tensors else torch.zeros_like(p) for p in parameters]
         # One message, not one a parameter; flags in float32, so that 16 bits do not add up in 16 bits.
-        message = self.sum(torch.cat([present.float(), *(part.detach().reshape(-1) for part in parts)]))
+        message = self.all_reduce(
+            torch.cat([present.float(), *(part.detach().reshape(-1) for part in parts)])
+        )
         flags, *sums = torch.split(message, [len(parameters), *(p.numel() for p in parameters)])
         return {
             p: total.reshape(p.shape)

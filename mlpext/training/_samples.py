@@ -1,4 +1,8 @@
-"""Inputs and their targets, handed to the training loop a block of rows at a time."""
+"""The training data: inputs x and targets d, checked once, and handed out by row numbers.
+
+For `fit`, `evaluate` and the engines. A memory-mapped array is never copied whole, so everything that visits
+all rows does so in blocks of BLOCK rows.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,8 @@ from mlpext import _C
 
 Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 
-# Rows read at once where all of them are visited in order: to check the data, and to evaluate a model.
+# Rows read at once where all of them are visited: to check the data, to evaluate a model, and as the chunks
+# of a step in batch mode. Read it as `_samples.BLOCK`, so that it can be changed in one place.
 BLOCK = 1024
 
 
@@ -28,7 +33,7 @@ class Samples:
     Raises TypeError for anything but dense tensors and numpy arrays without masked values, for inputs that
     are not floating point and targets that are not numbers; ValueError for empty data, different lengths, NaN
     or infinity (naming the row) and class numbers below 0. `name` ("validation ") begins the messages.
-    `outputs` is the shape of one sample's outputs, once the model is known (see objective.prepare).
+    `output_shape` is the shape of one sample's outputs, once the model is known (see _losses.shape_targets).
 
         samples = Samples(x, target, dtype=torch.float32, device=torch.device("cpu"))
         inputs, targets = samples[torch.tensor([3, 1])]
@@ -69,7 +74,7 @@ class Samples:
                 f"got {tuple(target.shape)}; desired outputs must be floating point"
             )
         self.one_hot: int | None = None
-        self.outputs: list[int] = []
+        self.output_shape: list[int] = []
         self._name = name
         self._dtype = dtype
         self._target_dtype = torch.int64 if self.has_classes else dtype
@@ -96,7 +101,7 @@ class Samples:
             target = torch.nn.functional.one_hot(target, self.one_hot).to(self._dtype)
         return target
 
-    def resident(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    def dense_tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """All inputs and targets (class numbers as they are) and which of their rows count (None: all), or
         None where they are not dense tensors of `dtype` in memory."""
         for part, types in ((self._x, (dtype,)), (self._target, (dtype, torch.int64))):
@@ -192,8 +197,8 @@ def _unusual(data: Array) -> str | None:
     return f"a tensor on the device {data.device}, which has no values" if data.is_meta else None
 
 
-def as_held(data: Array, device: torch.device, dtype: torch.dtype) -> Array:
-    """`data` as Samples of this device and dtype hold it, for several of them to share."""
+def to_storage(data: Array, device: torch.device, dtype: torch.dtype) -> Array:
+    """`data` as Samples of this device and dtype store it, for several of them to share."""
     if not isinstance(data, (Tensor, np.ndarray)) or isinstance(data, np.memmap):
         return data  # of the wrong type, or read where it is
     if _unusual(data) is not None or not (_is_float(data) or _is_integer(data)):

@@ -153,7 +153,7 @@ def test_mlp_backward(names, mask, grad):
     weights, biases = network(names, True, grad=False)
     x, values = randn(3, 6, grad=False), NETWORKS[names]
     output, last, kept = ops.mlp_forward(x, weights, biases, indices(names), values)
-    from_output = last is None and not names[-1] == "identity"
+    from_output = last is None and names[-1] != "identity"
     for tensor in (x, *weights, *biases):
         tensor.requires_grad_(grad)
     last = output if from_output else last

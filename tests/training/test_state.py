@@ -107,9 +107,6 @@ def test_the_best_weights_of_a_model_that_changed_its_shape_are_sought_anew():
     assert loss == pytest.approx(min(history["val_loss"][2:]), rel=1e-6)
 
 
-# What the optimizer moves besides the model
-
-
 class ArcFace(nn.Module):
     """An additive angular margin (arXiv:1801.07698): the classes' directions belong to the loss."""
 
@@ -188,9 +185,6 @@ def test_a_loss_gets_its_best_parameters_and_those_of_before_a_break_down(make):
     assert all(parameter.grad is None for parameter in (*model.parameters(), *loss.parameters()))
 
 
-# Runs are known again
-
-
 class Scale:
     """Its repr has its address, as a function's has."""
 
@@ -229,9 +223,6 @@ def test_another_model_is_still_refused(tmp_path):
     train(Calls(Scale()), *data(), epochs=1, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="model is"):
         train(Calls(torch.sin), *data(), checkpoint=tmp_path, resume=True)
-
-
-# An epoch that fails
 
 
 class Fails(nn.Module):
@@ -292,77 +283,3 @@ def test_data_that_cannot_be_read_in_the_middle(mode, engine, tmp_path):
     with pytest.raises(OSError, match="the disk is gone"):
         train(model, mapped, x[:, :4].sin(), mode=mode, engine=engine, epochs=1, lr=0.01)
     assert same_weights(model, network())
-
-
-# Optimizers that ask for E again
-
-
-def lbfgs(parameters):
-    return torch.optim.LBFGS(parameters, lr=0.5, max_iter=5, line_search_fn="strong_wolfe")
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("count", [1, 50, 1024, 1025, 2500])
-def test_lbfgs_in_batch_mode_is_torchs(count, reduction):
-    """Its closure is E and its gradient over all samples, in chunks of 1024."""
-    x, d = (values.double() for values in data(count))
-    model, expected = network().double(), network().double()
-    history = train(model, x, d, mode="batch", optimizer=lbfgs, epochs=3, reduction=reduction)
-    own, first = lbfgs(expected.parameters()), []
-    for _ in range(3):
-
-        def closure():
-            own.zero_grad()
-            E = 0.5 * (d - expected(x)).square().sum() / (count if reduction == "mean" else 1)
-            E.backward()
-            return E
-
-        first.append(own.step(closure).item() / (1 if reduction == "mean" else count))
-    assert history["loss"] == pytest.approx(first, rel=1e-6)
-    assert history["updates"] == [1, 2, 3]
-    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-
-
-class Again(torch.optim.Optimizer):
-    """Another optimizer whose step needs a closure."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, {"lr": 0.1})
-
-    def step(self, closure):
-        E = closure()
-        with torch.no_grad():
-            for W in self.param_groups[0]["params"]:
-                W -= 0.1 * W.grad
-        closure()
-        return E
-
-
-@pytest.mark.parametrize("mode", ["stochastic", "mini-batch"])
-@pytest.mark.parametrize("make", [torch.optim.LBFGS, Again])
-def test_lbfgs_is_refused_elsewhere_by_name(make, mode):
-    with pytest.raises(ValueError, match=f"{make.__name__}.*mode='batch', got '{mode}'"):
-        train(network(), *data(), optimizer=make, mode=mode)
-
-
-def test_any_optimizer_with_a_closure_in_batch_mode():
-    model, expected = network(), network()
-    assert train(model, *data(), optimizer=Again, mode="batch")["r2"] == pytest.approx(
-        train(expected, *data(), lr=0.1, mode="batch", engine="autograd")["r2"]
-    )
-    for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_lbfgs_resumed_and_interrupted(tmp_path):
-    whole, half = network(), network()
-    train(whole, *data(), optimizer=lbfgs, mode="batch")
-    train(network(), *data(), optimizer=lbfgs, mode="batch", epochs=2, checkpoint=tmp_path)
-    train(half, *data(), optimizer=lbfgs, mode="batch", checkpoint=tmp_path, resume=True)
-    assert same_weights(whole, half)
-
-    model, started = Fails(3, KeyboardInterrupt), network()
-    with pytest.raises(KeyboardInterrupt):
-        train(model, *data(), optimizer=lbfgs, mode="batch")
-    assert same_weights(model.inner, started)

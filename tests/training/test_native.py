@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mlpext
 from mlpext import nn
-from mlpext.training import evaluate, fit, fit_many
+from mlpext.training import _samples, evaluate, fit
 
 MODES = ("stochastic", "mini-batch", "batch")
 DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5}
@@ -180,7 +180,7 @@ START = nn.MLP([9, 6, 4], "tanh", dtype=torch.float64).state_dict()
 @pytest.mark.parametrize("mode", MODES)
 def test_blocks_of_any_size(mode, block, monkeypatch, tmp_path):
     """Below, at and above the 96 rows of a chunk; steps are whole in a block, or longer than it."""
-    monkeypatch.setattr("mlpext.training.engines.native.BLOCK", block)
+    monkeypatch.setattr(_samples, "BLOCK", block)
     x = torch.randn(500, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     histories = []
     for rows in (x, memory_map(x, tmp_path)):
@@ -225,55 +225,6 @@ def test_ctrl_c_then_resume_ends_as_if_never_interrupted(tmp_path):
     assert interrupted > 0
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-# ---------------------------------------------------------------- fit_many
-
-
-def ensemble(count=5, **options):
-    torch.manual_seed(3)
-    return [nn.MLP([9, 7, 4], "tanh", **options) for _ in range(count)]
-
-
-@pytest.mark.parametrize("engine", ["native", "autograd"])
-@pytest.mark.parametrize("mode", MODES)
-def test_many_are_trained_as_each_alone(mode, engine, tmp_path):
-    x = torch.randn(67, 9, generator=torch.Generator().manual_seed(1))
-    d = x[:, :4].sin()
-    each = [{"lr": 0.02 * (k + 1), "seed": k} for k in range(5)]
-    together, alone = ensemble(), ensemble()
-    options = {"mode": mode, "batch_size": 16, "epochs": 3, "validation": 0.2, "engine": engine}
-    histories = fit_many(together, x, d, each=each, threads=3, log_dir=tmp_path, **options)
-    for model, own, history in zip(alone, each, histories, strict=True):
-        expected = fit(model, x, d, **options, **own, progress=False)
-        assert history["val_loss"] == expected["val_loss"] and history.config["lr"] == own["lr"]
-    for ours, theirs in zip(together, alone, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert sorted(os.listdir(tmp_path)) == ["0", "1", "2", "3", "4"]
-
-
-def test_what_many_are_refused():
-    x, models = torch.randn(67, 9), ensemble(2)
-    with pytest.raises(ValueError, match="given twice"):
-        fit_many([models[0], models[0]], x, x[:, :4])
-    with pytest.raises(ValueError, match="each has 1 entries"):
-        fit_many(models, x, x[:, :4], each=[{}])
-    with pytest.raises(FloatingPointError):  # one breaks down: the others stop
-        fit_many(models, x, x[:, :4], each=[{"lr": 1e9, "epochs": 50}, {"epochs": 10**7}])
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        fit_many(models, x, x[:, :4], rate=0.1)
-
-
-def test_ctrl_c_stops_many():
-    x = torch.randn(67, 9)
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        fit_many(ensemble(3), x, x[:, :4], epochs=10**7, lr=1e-3, threads=2)
-    for thread in threading.enumerate():
-        if thread.name == "mlpext-fit":  # at its last instruction
-            thread.join(10)
-            assert not thread.is_alive()
 
 
 def test_what_it_does_not_serve_is_said():

@@ -1,0 +1,49 @@
+"""Loss and metric of a model on data, without training it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mlpext.training._arguments import anywhere, samples_for
+from mlpext.training._losses import FunctionSum, Loss, LossSum, loss_sum_of, widened
+from mlpext.training._metrics import Metric, metric_for
+from mlpext.training._modules import in_mode
+from mlpext.training._samples import Array, Samples
+
+
+def evaluate(model: nn.Module, x: Array, target: Array, *, loss: Loss = "squared_error") -> dict[str, float]:
+    """The samples' mean E ("loss") and their "accuracy" (classes) or "r2" (numbers), in eval() mode.
+
+        evaluate(model, x_test, labels)["accuracy"]
+
+    Takes x, target and loss as `fit` does, a block at a time, and raises the same errors.
+    """
+    with anywhere(model):
+        loss_sum = loss_sum_of(loss)
+        samples = samples_for(model, x, target, loss)
+        return evaluate_samples(model, samples, loss_sum, metric_for(samples, loss))
+
+
+def evaluate_samples(
+    model: nn.Module, samples: Samples, loss_sum: LossSum, metric: Metric | None
+) -> dict[str, float]:
+    """Mean E ("loss") and metric of the samples under the model as it is, in eval() mode."""
+    error, metric_sum = 0.0, torch.zeros((), dtype=torch.float64, device="cpu")
+    averaged: list[tuple[Tensor, Tensor]] = []  # by a function, whose mean of all need not be that of blocks
+    with torch.no_grad(), in_mode(model, training=False):
+        for rows in samples.blocks():
+            x, target = samples[rows]
+            output = model(x)
+            if metric is not None:
+                metric_sum = metric_sum + metric.sum(output, target).cpu()
+            value = (loss_sum.value if isinstance(loss_sum, FunctionSum) else loss_sum)(output, target)
+            if isinstance(loss_sum, FunctionSum) and value.ndim == 0:
+                averaged.append((output, target))
+            else:
+                error += widened(value).sum().item()
+        if averaged:
+            output, target = (torch.cat(parts) for parts in zip(*averaged, strict=True))
+            error = loss_sum(output, target).item()
+    result = {"loss": error / len(samples)}
+    return result if metric is None else result | {metric.name: metric.value(metric_sum, len(samples))}

@@ -1,0 +1,242 @@
+"""`fit`: check the arguments, prepare the run, run the epochs, give the history back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mlpext.training._arguments import Arguments, MakeOptimizer, anywhere, check_same_run, count
+from mlpext.training._early_stopping import EarlyStopping
+from mlpext.training._loop import Run, loop
+from mlpext.training._losses import Loss, check_parts, loss_sum_of
+from mlpext.training._metrics import metric_for
+from mlpext.training._modules import device_of
+from mlpext.training._ranks import Ranks
+from mlpext.training._samples import Array, Samples
+from mlpext.training._state import State
+from mlpext.training.checkpoint import Checkpoint
+from mlpext.training.engines import choose
+from mlpext.training.engines.cuda_graphs import RunJob
+from mlpext.training.engines.optimizer import Optimizer, needs_closure
+from mlpext.training.engines.plan import StepPlan
+from mlpext.training.history import Epoch, History, Log
+
+
+def fit(
+    model: nn.Module,
+    x: Array,
+    target: Array,
+    *,
+    mode: str = "mini-batch",
+    batch_size: int = 32,
+    lr: float = 0.1,
+    epochs: int = 10,
+    loss: Loss = "squared_error",
+    reduction: str = "mean",
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
+    validation: tuple[Array, Array] | float | None = None,
+    shuffle: bool = True,
+    seed: int | None = None,
+    early_stopping: int | None = None,
+    callbacks: Sequence[Callable[[Epoch], object]] = (),
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    log_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+    engine: str = "auto",
+) -> History:
+    """Train `model` in place by gradient descent and return what happened.
+
+        model = mlpext.nn.MLP([64, 32, 10], activation="tanh")
+        history = fit(model, x, labels, mode="mini-batch", lr=0.1, epochs=20, validation=0.2, seed=0)
+
+    Under `torchrun --nproc-per-node K` (or in an initialised process group) the ranks train one model: each
+    calls fit with the same arguments, takes its share of every step's samples, and adds up the gradients
+    with the others (gloo; nccl on CUDA, where device="cuda" is the rank's own), so that all have the same
+    weights, those of one process to rounding. They start from rank 0's weights, and a batch norm sees the
+    rank's share. Rank 0 alone writes files and shows progress; callbacks run on every rank.
+
+    Args:
+        model: any module from (n, ...) to (n, ...). Trained in train() mode, measured in eval() mode, and
+            left in the mode that it had.
+        x: floating-point tensor or numpy array (N, ...), cast to the model's dtype and moved to its device. A
+            `numpy.memmap` is read a block of rows at a time, never copied whole.
+        target: what the model should give. Integer (N,): class numbers, which squared_error takes as one-hot
+            d. Floating point, of the outputs' shape ((N,) will do for one output): d itself, or for
+            cross_entropy the probabilities of the classes.
+        mode: "stochastic", "mini-batch" or "batch". Batch mode takes the data through the model in chunks and
+            adds up their gradients, so that memory does not grow with N (a batch norm sees the chunks).
+        batch_size: samples per update in mini-batch mode; the last step of an epoch takes those that are
+            left.
+        lr: eta, the step size.
+        epochs: passes over the data in all; a resumed run does those that are missing.
+        loss: "squared_error", 1/2 ||d - o||^2 summed over a sample's outputs; "cross_entropy" of logits; or a
+            function of (outputs, targets) that returns one value per sample, shape (n,), or their mean, a
+            scalar. Where a step is taken in parts (batch mode of more than 1024 samples, several ranks) a
+            scalar that is no plain mean over the samples, as with class weights or ignore_index, is refused:
+            give it `reduction="none"`. A loss that is a module is kept with the model.
+        reduction: what a step minimises, the "mean" over its samples or the "sum", which is the lecture's
+            literal batch update. The losses reported are means either way.
+        momentum, weight_decay, nesterov: as in torch.optim.SGD, see `GradientDescent`.
+        optimizer: a torch.optim.Optimizer over the model's parameters, or a function that makes one from
+            them (frozen ones too, which have no gradient), to use instead of lr, momentum and weight_decay.
+            One that asks for E again within a step, as LBFGS, needs batch mode.
+        validation: held-out data (x, d) to measure after each epoch, or a fraction of the data to hold out at
+            random.
+        shuffle: visit the samples in a new random order each epoch; batch mode needs none.
+        seed: of the order and the hold-out; None draws one, kept in `history.config["seed"]`. fit neither
+            reads nor disturbs torch's global generator; seed that too for dropout and initial weights.
+        early_stopping: stop after so many epochs without a lower validation loss; the model gets the weights
+            of its best epoch when the run ends.
+        callbacks: functions called with the `Epoch` after each epoch; one that returns True or "stop" ends
+            the run. They may change model and optimizer (freeze or free layers, prune, clamp weights), before
+            the checkpoint and the best weights are taken.
+        checkpoint: a folder that keeps the state after the latest epoch, so that a kill at any moment loses
+            no more than the epoch under way. A run that does not resume replaces what is there.
+        resume: continue from `checkpoint` if it holds a state, else start. The final weights have the same
+            bits as those of a run never interrupted; torch's global generators are set to the saved state,
+            for dropout.
+        log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
+        progress: show a bar on stderr where that is a terminal.
+        device: move the model there first; None trains it where it is.
+        engine: "native", whole epochs in C++ on the CPU, steps in CUDA graphs on a GPU: for rows of
+            LinearActivation and Maxout layers (an `mlpext.nn.MLP`) in float32 or float64, a loss by name, and
+            no optimizer or torch's SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the
+            PyTorch loop: any model. "auto": native where and as long as it serves, on the CPU; graphs have
+            not been measured yet. Both give the same numbers, to rounding. Several ranks take autograd: an
+            epoch of the native engine has no place to add up their gradients.
+
+    An exception in the middle of an epoch, as from the model or the loss, leaves the weights that the epoch
+    began with. no_grad, inference_mode, autocast and default device around the call make no difference.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, named; a checkpoint of another run;
+            fewer samples a step than ranks, as in stochastic mode.
+        RuntimeError: another rank has ended; the checkpoint is that of the last complete epoch.
+        FloatingPointError: a loss or a weight became NaN or infinite; the message names epoch and step. The
+            model gets back the weights that it had when that epoch began, and the checkpoint stays that of
+            the epoch before.
+        KeyboardInterrupt: Ctrl-C, once the step under way is complete, in CUDA graphs those of a graph (in
+            batch mode that step is dropped instead); the checkpoint is that of the last complete epoch.
+    """
+    return _train(Arguments(**locals()), ALONE)  # all that was given, by its name
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a fit shares with those beside it under fit_many."""
+
+    stop: Sequence[object] = ()  # not empty once all have to stop, after the step that they are in
+    run_job: RunJob | None = None  # how an epoch in CUDA graphs runs together with those of the others
+
+
+ALONE = Context()
+
+
+def fit_beside(
+    context: Context, model: nn.Module, x: Array, target: Array, options: Mapping[str, Any]
+) -> History:
+    """`fit(model, x, target, **options)` as one of several."""
+    defaults: dict[str, Any] = fit.__kwdefaults__ or {}
+    for name in options:
+        if name not in defaults:
+            raise TypeError(f"fit() got an unexpected keyword argument {name!r}")
+    return _train(Arguments(model, x, target, **{**defaults, **options}), context)
+
+
+def _train(arguments: Arguments, context: Context) -> History:
+    with anywhere(arguments.model, arguments.device):
+        arguments.check()
+        run = _prepare(arguments, context)
+        loop(run)
+        if run.state.stopping.weights:
+            run.state.stopping.restore_best(run.state.weights())
+        return run.state.history
+
+
+def _prepare(arguments: Arguments, context: Context) -> Run:
+    """All that comes before the first epoch; a resumed run then has the state of its checkpoint."""
+    model, loss = arguments.model, arguments.loss
+    ranks = Ranks(device_of(model) if arguments.device is None else arguments.device)
+    is_first = ranks.rank == 0  # the one that writes
+    store = Checkpoint(arguments.checkpoint) if arguments.checkpoint is not None and is_first else None
+    saved = store.load() if store is not None and arguments.resume and store.exists() else None
+    saved = ranks.broadcast_object(saved)
+    arguments.seed = _seed(arguments.seed, saved, ranks)
+    generator = torch.Generator("cpu").manual_seed(arguments.seed)
+
+    if arguments.device is not None:
+        model.to(arguments.device)
+    samples, held_out = arguments.make_samples(generator)
+    held_out_metric = None if held_out is None else metric_for(held_out, loss)
+    optimizer, optimizer_config = arguments.make_optimizer()
+    plan = _step_plan(arguments, samples, optimizer, ranks)
+    engine = choose(arguments.engine, model, samples, plan, optimizer, run_job=context.run_job)
+    history = History(arguments.make_config(samples, held_out, plan, optimizer_config))
+    state = State(model, loss, optimizer, generator, history, EarlyStopping(arguments.early_stopping))
+    run = Run(
+        arguments, state, samples, held_out, held_out_metric, plan, engine, store=store, stop=context.stop
+    )
+
+    ranks.broadcast_(run.weights)
+    if ranks.size > 1 or plan.chunk < plan.step_size:
+        parts = "the ranks" if ranks.size > 1 else f"the chunks of {plan.chunk} samples of batch mode"
+        check_parts(model, samples, plan.loss_sum, max(plan.chunk, 64), parts)
+    if saved is not None:
+        _resume(run, saved)
+    elif store is not None:
+        store.save(state.state_dict())
+    if arguments.log_dir is not None and is_first:
+        run.log = Log(arguments.log_dir, history)
+    return run
+
+
+def _seed(seed: int | None, saved: dict[str, Any] | None, ranks: Ranks) -> int:
+    """The seed that was given, else that of the checkpoint, else one that is drawn."""
+    if seed is None and saved is not None:
+        seed = saved["config"]["seed"]
+    elif seed is None:
+        seed = ranks.broadcast_object(torch.Generator("cpu").seed())
+    return count("seed", seed, 0, 2**64 - 1)
+
+
+def _step_plan(arguments: Arguments, samples: Samples, optimizer: Optimizer, ranks: Ranks) -> StepPlan:
+    mode = arguments.mode
+    if needs_closure(optimizer) and mode != "batch":
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} asks for E of the same samples again within a step, and "
+            f"so needs mode='batch', got {mode!r}"
+        )
+    step_size = {"stochastic": 1, "mini-batch": arguments.batch_size, "batch": len(samples)}[mode]
+    if min(step_size, len(samples)) < ranks.size:
+        raise ValueError(
+            f"mode={mode!r} takes {min(step_size, len(samples))} samples a step here, too few for "
+            f"{ranks.size} ranks: each needs a share of a step, so take mini-batches of {ranks.size} or more"
+        )
+    return StepPlan(
+        mode=mode,
+        step_size=step_size,
+        mean=arguments.reduction == "mean",
+        loss_sum=loss_sum_of(arguments.loss),
+        metric=metric_for(samples, arguments.loss),
+        ranks=ranks,
+    )
+
+
+def _resume(run: Run, saved: dict[str, Any]) -> None:
+    """Go on from a checkpoint's state, if it is one of this run."""
+    where = f"the checkpoint in {run.arguments.checkpoint}"
+    check_same_run(saved["config"], run.state.history.config, where)
+    if len(saved["epochs"]) > run.arguments.epochs:
+        raise ValueError(f"epochs is {run.arguments.epochs}, but {where} is of epoch {len(saved['epochs'])}")
+    run.state.load_state_dict(saved)
+    run.rebuild_engine()  # the optimizer has other buffers now
