@@ -36,7 +36,7 @@ pytestmark = [
 KERNELS = tuple(f"{dtype}.cu" for dtype in DTYPES)
 
 
-def build(name, *flags, activations=None, plant=None, sources=KERNELS, main="main.cpp"):
+def build(name, *flags, activations=None, plant=None, sources=KERNELS):
     """The program; with some activations only, or with a fault in the place of a text in a file."""
     folder = ROOT / "build" / "cuda_emulator" / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def build(name, *flags, activations=None, plant=None, sources=KERNELS, main="mai
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = folder / "stamp"
         if not stamp.exists() or stamp.read_text() != key.hexdigest():
-            compile_and_link(folder, flags, activations, plant, sources, main)
+            compile_and_link(folder, flags, activations, plant, sources)
             stamp.write_text(key.hexdigest())
     return Emulator(folder / "emulator")
 
@@ -59,7 +59,7 @@ COMPILER = [
 ]
 
 
-def compile_and_link(folder, flags, activations, plant, sources, main):
+def compile_and_link(folder, flags, activations, plant, sources):
     shutil.rmtree(folder / "csrc", ignore_errors=True)
     source = shutil.copytree(ROOT / "csrc", folder / "csrc")
     if activations:
@@ -71,7 +71,7 @@ def compile_and_link(folder, flags, activations, plant, sources, main):
     if plant:
         file, text, fault = plant
         edit(source / file, re.escape(text), fault)
-    files = [*(source / "cuda" / name for name in sources), EMULATOR / main]
+    files = [*(source / "cuda" / name for name in sources), EMULATOR / "main.cpp"]
     objects = [str(folder / f"{file.parent.name}-{file.stem}.o") for file in files]
     compile_ = [*COMPILER, *flags, f"-I{source}", "-x", "c++", "-c"]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

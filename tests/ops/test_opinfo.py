@@ -4,6 +4,8 @@ Compared: outputs, gradients, dtypes, strides, in-place behaviour and exception 
 in `LEFT_OUT`; what differs on purpose says why where it is compared.
 """
 
+import os
+
 import pytest
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
@@ -13,6 +15,7 @@ import mlpext
 import mlpext.functional as F
 from common import NAMES, assert_close, class_name, has_inplace, native
 
+DEVICE = os.environ.get("MLPEXT_TEST_DEVICE", "cpu")  # of test_samples: tools/gpu_check.sh says cuda
 COUNTERPARTS = {
     n.rsplit(".")[-1]: n
     for n in (*(f"nn.functional.{name}" for name in NAMES), *NAMES, "nn.functional.linear")
@@ -127,7 +130,7 @@ def compare(actual, expected, what, strides=True):
 def test_samples(info, name, dtype):
     count = 0
     for requires_grad in (False, True) if dtype.is_floating_point or dtype.is_complex else (False,):
-        for sample in info.sample_inputs("cpu", dtype, requires_grad=requires_grad):
+        for sample in info.sample_inputs(DEVICE, dtype, requires_grad=requires_grad):
             actual, expected = call(our_function(name), sample), call(their_function(info, name), sample)
             compare(actual, expected, f"sample {count}: {sample}")
             count += 1
