@@ -10,11 +10,10 @@ import os
 import pytest
 import torch
 
-import mlpext
+from common import ON_GPU
 
 DEVICE = os.environ.get("MLPEXT_TEST_DEVICE", "cuda")
-on_gpu = DEVICE != "cuda" or (torch.cuda.is_available() and mlpext._C.has_cuda())
-needs_gpu = [pytest.mark.cuda, pytest.mark.skipif(not on_gpu, reason="no GPU, or no CUDA in this build")]
+needs_gpu = ON_GPU if DEVICE == "cuda" else pytest.mark.cuda
 gpu_only = pytest.mark.skipif(DEVICE == "cpu", reason="streams, graphs and profiles of kernels are CUDA's")
 OPERATORS = torch.ops.mlpext
 

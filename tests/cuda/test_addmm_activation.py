@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 
-from common import every_float
+from common import every_device, every_float
 
 addmm_activation = torch.ops.aten._addmm_activation.default
 
@@ -16,16 +16,7 @@ def test_its_schema():
     )
 
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")],
-    ),
-]
-
-
-@pytest.mark.parametrize("device", DEVICES)
+@every_device
 @every_float
 @pytest.mark.parametrize("use_gelu", [False, True], ids=["relu", "gelu"])
 def test_its_numbers(use_gelu, dtype, device):

@@ -4,8 +4,6 @@ Compared: outputs, gradients, dtypes, strides, in-place behaviour and exception 
 in `LEFT_OUT`; what differs on purpose says why where it is compared.
 """
 
-import os
-
 import pytest
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
@@ -13,9 +11,8 @@ from torch.testing._internal.common_modules import module_db
 
 import mlpext
 import mlpext.functional as F
-from common import NAMES, assert_close, class_name, has_inplace, native
+from common import NAMES, assert_close, class_name, every_device, has_inplace, native
 
-DEVICE = os.environ.get("MLPEXT_TEST_DEVICE", "cpu")  # of test_samples: tools/gpu_check.sh says cuda
 COUNTERPARTS = {
     n.rsplit(".")[-1]: n
     for n in (*(f"nn.functional.{name}" for name in NAMES), *NAMES, "nn.functional.linear")
@@ -126,11 +123,12 @@ def compare(actual, expected, what, strides=True):
         assert_close(a[neither], e[neither], what, equal_nan=True)
 
 
+@every_device
 @every_info_and_dtype
-def test_samples(info, name, dtype):
+def test_samples(info, name, dtype, device):
     count = 0
     for requires_grad in (False, True) if dtype.is_floating_point or dtype.is_complex else (False,):
-        for sample in info.sample_inputs(DEVICE, dtype, requires_grad=requires_grad):
+        for sample in info.sample_inputs(device, dtype, requires_grad=requires_grad):
             actual, expected = call(our_function(name), sample), call(their_function(info, name), sample)
             compare(actual, expected, f"sample {count}: {sample}")
             count += 1
