@@ -42,6 +42,11 @@ from cuda_common import (
 pytestmark = needs_gpu
 
 
+def layer_inputs(rows, n_in, n_out, dtype):
+    shapes = ((rows, n_in), (n_out, n_in), (n_out,))
+    return here([torch.randn(shape).to(dtype).requires_grad_() for shape in shapes])
+
+
 @pytest.mark.skipif(mlpext._C.cpu_isa() == "baseline", reason="rounds a product and a sum apart")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @every_case
@@ -94,9 +99,7 @@ def test_as_torch(op, dtype):
 def test_large_layers(name, dtype):
     """Several tiles of columns and chunks of rows, and widths that are no multiple of 16 bytes."""
     for rows, n_in, n_out in ((3000, 64, 512), (513, 40, 96), (1000, 16, 37), (20000, 8, 8)):
-        tensors = [torch.randn(s) for s in ((rows, n_in), (n_out, n_in), (n_out,))]
-        tensors = here([t.requires_grad_() for t in tensors], dtype=dtype)
-        tensors = [t.detach().requires_grad_() for t in tensors]
+        tensors = layer_inputs(rows, n_in, n_out, dtype)
         ours = gradients(lambda *t: F.linear_activation(*t, activation=name), tensors)
         again = gradients(lambda *t: F.linear_activation(*t, activation=name), tensors)
         wide = [t.detach().double().requires_grad_() for t in tensors]
@@ -254,11 +257,6 @@ def torch_fuses(name, dtype):
     return name == "relu" if dtype.itemsize == 4 else name in ("relu", "gelu_tanh") and dtype.itemsize == 2
 
 
-def layer_inputs(rows, n_in, n_out, dtype):
-    shapes = ((rows, n_in), (n_out, n_in), (n_out,))
-    return here([torch.randn(shape).to(dtype).requires_grad_() for shape in shapes])
-
-
 def layouts_of(x, w, b):
     """The same numbers at an address that 16 bytes do not divide, and transposed."""
     yield [torch.cat([t.detach().flatten()[:1], t.detach().flatten()])[1:].view_as(t) for t in (x, w, b)]
@@ -300,7 +298,7 @@ def test_bias_and_activation(rows, n_in, n_out, name, dtype):
 )
 @pytest.mark.parametrize("name", ["relu", "gelu_tanh"])
 def test_without_inputs_a_layer_is_the_activation_of_its_bias(name):
-    x, w, b = layer_inputs(5, 0, 7, torch.bfloat16)
+    x, w, b = (t.detach() for t in layer_inputs(5, 0, 7, torch.bfloat16))
     expected = native(name, {})(b.double()).expand(5, 7)
     assert_close(F.linear_activation(x, w, b, name).double(), expected, rtol=0.01, atol=0.01)
 
