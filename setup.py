@@ -91,7 +91,8 @@ if instrument in ("address", "thread"):
 system = [f"-isystem{path}" for path in extension.include_dirs]
 extension.include_dirs = [os.path.abspath("csrc")]
 # -fmad=false: as -ffp-contract=off. The kernels ask for multiply-adds where they want them.
-extension.extra_compile_args = {"cxx": flags + system, "nvcc": ["-std=c++20", "-O3", "-fmad=false"]}
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false"]  # tools/cuda_check.py reads this line
+extension.extra_compile_args = {"cxx": flags + system, "nvcc": NVCC_FLAGS}
 
 
 class Build(cpp_extension.BuildExtension):

@@ -10,11 +10,9 @@ Without a GPU, or without CUDA in this build, it says so and ends.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -64,57 +62,72 @@ def training(f: Callable, leaves: list[torch.Tensor], g: torch.Tensor) -> Callab
 
 
 def compiled(f: Callable, autotune: bool) -> dict[str, Callable]:
-    """The peers that torch.compile makes of native operators."""
+    """The peers that torch.compile makes of torch's operators."""
     peers = {"compile": torch.compile(f, dynamic=False)}
     if autotune:
         peers["compile max-autotune"] = torch.compile(f, dynamic=False, mode="max-autotune-no-cudagraphs")
     return peers
 
 
-NATIVE = {
+EAGER = {
     "relu": TF.relu,
     "sigmoid": torch.sigmoid,
     "elu": TF.elu,
     "gelu": TF.gelu,
+    "gelu_tanh": partial(TF.gelu, approximate="tanh"),
     "silu": TF.silu,
     "mish": TF.mish,
 }
+ACTIVATIONS = [name for name in EAGER if name != "gelu_tanh"]  # mlpext's is gelu(approximate="tanh")
 
 
 def elementwise(n: int) -> Iterator[Case]:
     for dtype in (BF16, torch.float32):
         x, g = random(n, dtype=dtype), random(n, dtype=dtype)
         leaf = x.detach().requires_grad_()
-        for name, native in NATIVE.items():
-            ours = getattr(F, name)
+        for name in ACTIVATIONS:
+            ours, eager = getattr(F, name), EAGER[name]
             what = f"{name}, {str(dtype)[6:]}, 2^{n.bit_length() - 1}"
-            forward = {OURS: calling(ours, x), "eager": calling(native, x)}
+            forward = {OURS: calling(ours, x), "eager": calling(eager, x)}
             large = dtype == BF16
             yield Case(f"{what}, forward", forward, 2 * x.nbytes, target_tbps=2.85 if large else None)
-            backward = {
-                OURS: backward_of(ours(leaf), leaf, g),
-                "eager": backward_of(native(leaf), leaf, g),
-            }
+            backward = {k: backward_of(f(leaf), leaf, g) for k, f in ((OURS, ours), ("eager", eager))}
             yield Case(f"{what}, backward", backward, 3 * x.nbytes, target_tbps=2.85 if large else None)
 
 
 def maxout(n: int) -> Iterator[Case]:
     x, g = random(n // 4096, 8192, grad=True), random(n // 4096, 4096)
-    native = lambda t: t.unflatten(-1, (2, -1)).max(-2).values  # noqa: E731
-    contenders = {OURS: training(lambda t: F.maxout(t, 2), [x], g), "eager": training(native, [x], g)}
+    eager = lambda t: t.unflatten(-1, (2, -1)).max(-2).values  # noqa: E731
+    contenders = {OURS: training(lambda t: F.maxout(t, 2), [x], g), "eager": training(eager, [x], g)}
     yield Case("maxout of 2, bfloat16, 2^28 outputs, training", contenders, 14 * g.numel(), target=2.0)
 
 
 def small() -> Iterator[Case]:
     x, g = random(10_000, dtype=torch.float32, grad=True), random(10_000, dtype=torch.float32)
-    for name, native in NATIVE.items():
-        contenders = {OURS: calling(getattr(F, name), x.detach()), "eager": calling(native, x.detach())}
+    for name in ACTIVATIONS:
+        contenders = {OURS: calling(getattr(F, name), x.detach()), "eager": calling(EAGER[name], x.detach())}
         yield Case(f"{name}, float32, 10^4, forward", contenders, target=1.0)
-        contenders = {OURS: training(getattr(F, name), [x], g), "eager": training(native, [x], g)}
+        contenders = {OURS: training(getattr(F, name), [x], g), "eager": training(EAGER[name], [x], g)}
         yield Case(f"{name}, float32, 10^4, training", contenders, target=1.0)
 
 
-# rows, out_features, in_features; the ratio that the route by passes was computed to reach
+def layer_cases(
+    what: str,
+    functions: dict[str, Callable],
+    leaves: list[torch.Tensor],
+    g: torch.Tensor,
+    flops: float,
+    target: float | None = None,
+) -> Iterator[Case]:
+    """Inference, and a step of training, which has three products of the forward's size."""
+    plain = [t.detach() for t in leaves]
+    forward = {name: calling(f, *plain) for name, f in functions.items()}
+    yield Case(f"{what}, forward", forward, flops=flops, target=1.0)
+    steps = {name: training(f, leaves, g) for name, f in functions.items()}
+    yield Case(f"{what}, training", steps, flops=3 * flops, target=target)
+
+
+# rows, out_features, in_features; the ratio computed from the memory that an elementwise kernel saves
 SHAPES = {
     (8192, 4096, 4096): 1.02,
     (8192, 4096, 1024): 1.06,
@@ -125,172 +138,33 @@ SHAPES = {
 
 
 def linear(autotune: bool) -> Iterator[Case]:
+    """relu and gelu_tanh have torch's fused product in the forward, the others an elementwise kernel."""
     for (rows, n_out, n_in), target in SHAPES.items():
         leaves = [random(rows, n_in, grad=True), random(n_out, n_in, grad=True), random(n_out, grad=True)]
-        g = random(rows, n_out)
-        for name in ("elu", "relu", "gelu"):
-            native = lambda x, w, b, f=NATIVE[name]: f(TF.linear(x, w, b))  # noqa: E731
-            peers = compiled(native, autotune and name == "elu") if rows > 32 else {}
+        for name in ("relu", "gelu_tanh", "elu", "gelu"):
+            eager = lambda x, w, b, f=EAGER[name]: f(TF.linear(x, w, b))  # noqa: E731
             ours = lambda x, w, b, name=name: F.linear_activation(x, w, b, activation=name)  # noqa: E731
-            functions = {OURS: ours, "eager": native, **peers}
-            flops = 2.0 * rows * n_out * n_in
+            peers = compiled(eager, autotune and name in ("relu", "elu")) if rows > 32 else {}
             what = f"linear + {name}, bfloat16, {rows} x {n_out} x {n_in}"
-            plain = [t.detach() for t in leaves]
-            forward = {k: calling(f, *plain) for k, f in functions.items()}
-            yield Case(f"{what}, forward", forward, flops=flops, target=1.0)
-            steps = {k: training(f, leaves, g) for k, f in functions.items()}
-            yield Case(f"{what}, training", steps, flops=3 * flops, target=target)
-
-
-CUBLASLT = {"identity": lambda z: z, "relu": TF.relu, "gelu_tanh": partial(TF.gelu, approximate="tanh")}
-EPILOGUES = {**CUBLASLT, "elu": TF.elu, "silu": TF.silu}
-# What the fused layer is to reach against eager in training.
-EPILOGUE_TARGETS = {(8192, 4096, 4096): 1.05, (8192, 4096, 1024): 1.3, (65536, 256, 256): 1.5}
-WIDTHS = ((8192, 4096), (8192, 1024), (65536, 256))  # rows, width
-
-
-def switched_on(switch: Callable[[bool], None], call: Callable[[], object]) -> Callable[[], object]:
-    """The same with a switch on, backward included: it runs within the call."""
-
-    def switched() -> object:
-        switch(True)
-        try:
-            return call()
-        finally:
-            switch(False)
-
-    return switched
-
-
-def libraries(name: str) -> dict[str, Callable[[bool], None]]:
-    """The switches of those that have the activation in an epilogue and are there."""
-    found = {"cuBLASLt": mlpext._C.set_cublaslt} if name in CUBLASLT else {}
-    if mlpext._C.has_cutlass() and name != "identity":
-        found["CUTLASS"] = mlpext._C.set_cutlass
-    return found
-
-
-def switched_cases(
-    what: str,
-    functions: dict[str, tuple[Callable, list]],
-    g: torch.Tensor,
-    flops: float,
-    target: float,
-    switches: dict[str, Callable[[bool], None]],
-) -> Iterator[Case]:
-    """Forward and training of functions with their leaves; ours with each switch on, and by passes.
-
-    The first switch is the contender, and the case has its name and those of the others.
-    """
-    if not switches:
-        return
-    what = f"{', '.join(switches)}: {what}"
-    forward = {k: calling(f, *(t.detach() for t in leaves)) for k, (f, leaves) in functions.items()}
-    steps = {k: training(f, leaves, g) for k, (f, leaves) in functions.items()}
-    for kind, calls, factor, wanted in (("forward", forward, 1, 1.0), ("training", steps, 3, target)):
-        plain = calls.pop(OURS)
-        (_, first), *others = ((library, switched_on(turn, plain)) for library, turn in switches.items())
-        contenders = {OURS: first, **{f"mlpext with {library}": call for library, call in others}}
-        contenders |= {"mlpext by passes": plain, **calls}
-        yield Case(f"{what}, {kind}", contenders, flops=factor * flops, target=wanted)
-
-
-def epilogues(autotune: bool) -> Iterator[Case]:
-    for rows, n_out, n_in in (shape for shape in SHAPES if shape[0] > 32):
-        leaves = [random(rows, n_in, grad=True), random(n_out, n_in, grad=True), random(n_out, grad=True)]
-        for name, f in EPILOGUES.items():
-            ours = lambda x, w, b, name=name: F.linear_activation(x, w, b, activation=name)  # noqa: E731
-            native = lambda x, w, b, f=f: f(TF.linear(x, w, b))  # noqa: E731
-            peers = compiled(native, autotune and name == "relu") if name != "identity" else {}
-            functions = {OURS: ours, "eager": native, **peers}
-            yield from switched_cases(
-                f"linear + {name}, bfloat16, {rows} x {n_out} x {n_in}",
-                {k: (function, leaves) for k, function in functions.items()},
-                random(rows, n_out),
-                2.0 * rows * n_out * n_in,
-                EPILOGUE_TARGETS.get((rows, n_out, n_in), 1.0),
-                libraries(name),
+            functions = {OURS: ours, "eager": eager, **peers}
+            yield from layer_cases(
+                what, functions, leaves, random(rows, n_out), 2.0 * rows * n_out * n_in, target
             )
-
-
-def chains() -> Iterator[Case]:
-    """Four layers of one width: f' and the bias' gradient go with the product of the layer above."""
-    for rows, n in WIDTHS:
-        for name in ("relu", "gelu_tanh", "elu", "silu"):
-            net = mlpext.nn.MLP([n] * 5, name, device="cuda", dtype=BF16)
-            x = random(rows, n, grad=True)
-
-            def native(
-                x: torch.Tensor, *tensors: torch.Tensor, f: Callable = EPILOGUES[name]
-            ) -> torch.Tensor:
-                for w, b in zip(tensors[:-2:2], tensors[1:-2:2], strict=True):
-                    x = f(TF.linear(x, w, b))
-                return TF.linear(x, *tensors[-2:])
-
-            leaves = [x, *net.parameters()]
-            functions = {
-                OURS: (lambda x, *_, net=net: net(x), leaves),
-                "eager": (native, leaves),
-                "compile": (torch.compile(native, dynamic=False), leaves),
-                **other_networks(name, x, n),
-            }
-            yield from switched_cases(
-                f"MLP {n} x 4, {name}, bfloat16, {rows} rows",
-                functions,
-                random(rows, n),
-                8.0 * rows * n * n,
-                1.0,
-                libraries(name),
-            )
-
-
-def other_networks(name: str, x: torch.Tensor, n: int) -> dict[str, tuple[Callable, list]]:
-    """Fused networks of other packages, where they are installed and take this one."""
-
-    def apex() -> torch.nn.Module:
-        return importlib.import_module("apex.mlp").MLP([n] * 5, bias=True, activation=name).to("cuda", BF16)
-
-    def tiny_cuda_nn() -> torch.nn.Module:  # float16, no biases
-        wide = {"otype": "CutlassMLP", "n_neurons": n, "n_hidden_layers": 3}
-        wide |= {"activation": "ReLU", "output_activation": "None"}
-        return importlib.import_module("tinycudann").Network(n, n, wide)
-
-    found = {}
-    for package, make in {"apex": apex, "tiny-cuda-nn": tiny_cuda_nn}.items() if name == "relu" else ():
-        try:
-            module = make()
-            leaves = [x, *module.parameters()]
-            function = lambda x, *_, module=module: module(x).to(BF16)  # noqa: E731
-            training(function, leaves, torch.ones_like(x))()
-            found[package] = (function, leaves)
-        except ImportError:
-            print(f"  {package}: absent")
-        except Exception as error:
-            print(f"  {package}: left out, {type(error).__name__}: {error}")
-    return found
 
 
 def linear_maxout(autotune: bool) -> Iterator[Case]:
-    """Several linear layers and their maximum, by passes, and with Triton's kernel going forward."""
+    """Several linear layers and their maximum."""
 
-    def native(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def eager(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return TF.linear(x, w.flatten(0, 1), b.flatten()).unflatten(-1, w.shape[:2]).max(-2).values
 
-    for rows, n_out, n_in, pieces in (
-        *((8192, 1024, 1024, 2), (8192, 1024, 4096, 2), (8192, 1024, 4096, 4)),
-        *((8192, 4096, 1024, 2), (8192, 4096, 1024, 4), (65536, 256, 256, 2)),
-    ):
+    for rows, n_out, n_in, pieces in ((8192, 1024, 4096, 2), (8192, 4096, 1024, 2), (8192, 4096, 1024, 4)):
         leaves = [random(rows, n_in, grad=True), random(pieces, n_out, n_in, grad=True)]
         leaves.append(random(pieces, n_out, grad=True))
-        peers = compiled(native, autotune) if (pieces, n_in) == (2, 1024) else {}
-        functions = {OURS: F.linear_maxout, "eager": native, **peers}
-        yield from switched_cases(
-            f"linear + maxout of {pieces}, bfloat16, {rows} x {n_out} x {n_in}",
-            {who: (function, leaves) for who, function in functions.items()},
-            random(rows, n_out),
-            2.0 * rows * pieces * n_out * n_in,
-            1.0,
-            {"Triton": mlpext._C.set_triton},
+        functions = {OURS: F.linear_maxout, "eager": eager, **compiled(eager, autotune and pieces == 2)}
+        what = f"linear + maxout of {pieces}, bfloat16, {rows} x {n_out} x {n_in}"
+        yield from layer_cases(
+            what, functions, leaves, random(rows, n_out), 2.0 * rows * pieces * n_out * n_in
         )
 
 
@@ -365,17 +239,17 @@ def training_epochs(batch: int = 32, epochs: int = 50) -> Iterator[Case]:
         count = {"digits": 1792, "synthetic": 9984}[name]
         x, d = random(count, sizes[0], dtype=torch.float32), random(count, sizes[-1], dtype=torch.float32)
         start = network(sizes).cuda()
-        native = {"loop": deepcopy(start), "graphed loop": deepcopy(start)}
-        sgd = {peer: torch.optim.SGD(model.parameters(), lr=LR) for peer, model in native.items()}
+        loops = {"loop": deepcopy(start), "graphed loop": deepcopy(start)}
+        sgd = {peer: torch.optim.SGD(model.parameters(), lr=LR) for peer, model in loops.items()}
         nets = [ours(start, sizes).cuda() for _ in range(64)]
         calls: dict[str, Callable[[], object]] = {
             OURS: partial(train, nets[0], x, d, batch, 1),
-            "loop": partial(naive, native["loop"], sgd["loop"], x, d, batch),
-            "graphed loop": graphed(native["graphed loop"], sgd["graphed loop"], x, d, batch),
+            "loop": partial(naive, loops["loop"], sgd["loop"], x, d, batch),
+            "graphed loop": graphed(loops["graphed loop"], sgd["graphed loop"], x, d, batch),
         }
         for call in calls.values():
             call()
-        check_same_error({OURS: nets[0], **native}, x, d)
+        check_same_error({OURS: nets[0], **loops}, x, d)
         calls[OURS] = partial(train, nets[0], x, d, batch, epochs)
         title = f"an epoch of {'-'.join(map(str, sizes))}, tanh, float32, {batch} a step"
         targets = {"loop": 20.0, "graphed loop": 3.0}
@@ -392,7 +266,7 @@ def kept() -> dict[str, dict[str, float]]:
         leaves = [random(256, 128, grad=True), random(512, 128, grad=True), random(512, grad=True)]
         layers = {
             OURS: lambda x, w, b, name=name: F.linear_activation(x, w, b, activation=name),
-            "eager": lambda x, w, b, name=name: NATIVE[name](TF.linear(x, w, b)),
+            "eager": lambda x, w, b, name=name: EAGER[name](TF.linear(x, w, b)),
         }
         rows[name] = {who: bytes_kept(partial(f, *leaves), leaves) / (256 * 512) for who, f in layers.items()}
     return rows
@@ -445,17 +319,11 @@ def main() -> None:
         print("cuda benchmark: skipped, there is no GPU or no CUDA in this build")
         return
     torch.manual_seed(0)
-    for switch in (mlpext._C.set_cublaslt, mlpext._C.set_cutlass, mlpext._C.set_triton):
-        switch(False)  # whatever the environment says: their cases switch them on
     gpu = torch.cuda.get_device_name()
     record = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "gpu": gpu,
-        "versions": {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "mlpext": mlpext.__version__,
-        },
+        "versions": {"torch": torch.__version__, "mlpext": mlpext.__version__},
         "rounds": options.rounds,
         "ceilings": ceilings(options.rounds),
         "kept_bytes_per_output": kept(),
@@ -466,8 +334,8 @@ def main() -> None:
     print(f"{gpu}: copy {limits['tbps']:.2f} TB/s, product {limits['tflops']:.0f} TFLOP/s", flush=True)
     n = 2**28
     groups = (
-        *(small(), narrow(), training_epochs(), linear(options.autotune), epilogues(options.autotune)),
-        *(chains(), linear_maxout(options.autotune), maxout(n), elementwise(n)),
+        *(small(), narrow(), training_epochs(), linear(options.autotune), linear_maxout(options.autotune)),
+        *(maxout(n), elementwise(n)),
     )
     for case in itertools.chain(*groups):
         if options.only not in case.name:

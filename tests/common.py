@@ -282,6 +282,9 @@ default_ops = _parametrize(DEFAULT_OPS)
 every_case = pytest.mark.parametrize("name, parameters", CASES)
 every_functional_case = pytest.mark.parametrize("name, parameters", FUNCTIONAL_CASES)
 every_inplace_case = pytest.mark.parametrize("name, parameters", INPLACE_CASES)
+on_gpu = torch.cuda.is_available() and mlpext._C.has_cuda()
+ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not on_gpu, reason="no GPU, or no CUDA in this build")]
+every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 every_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
 
 # ---------------------------------------------------------------- comparing

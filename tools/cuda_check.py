@@ -1,15 +1,9 @@
 """Compiles everything in csrc/cuda without a GPU, and without a CUDA build of torch: `make check` runs this.
 
 Every .cu for sm_80 and sm_90 with the flags that torch and setup.py give nvcc, every .cpp with the headers of
-whatever torch is there, and of cuBLAS in the toolkit or a package nvidia-cublas. Prints registers and spills
-of the kernels, and fails beyond the budgets below, where a kernel has lost its 16-byte accesses, or one of a
-narrow network its tensor cores. Without nvcc it says so and passes; without the headers of cuBLAS it names
-the files that it leaves out.
-
-    python tools/cuda_check.py [--cutlass]
-
---cutlass: those in csrc/cuda/cutlass instead, for sm_90a, one at a time, since each takes a minute and 4 GB;
-with the headers in MLPEXT_CUTLASS_INCLUDE. `make cutlass-check` runs this.
+whatever torch is there. Prints registers and spills of the kernels, and fails beyond the budgets below, where
+a kernel has lost its 16-byte accesses, or one of a narrow network its tensor cores. Without nvcc it says so
+and passes.
 """
 
 from __future__ import annotations
@@ -23,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import torch
@@ -46,22 +39,12 @@ NARROW_PTX = {
         *(r"ldmatrix\S+x4\.shared", r"ldmatrix\S+x4\.trans\.shared"),
     ),
 }
-# What a block of 384 threads has; its warps shift registers to those that multiply.
-CUTLASS_REGISTERS = 168
 
 
 def main() -> None:
     nvcc = find_nvcc()
     if nvcc is None:
         print("cuda-check: skipped, there is no nvcc 12 or newer (CUDA_HOME, /usr/local/cuda, PATH)")
-        return
-    if "--cutlass" in sys.argv[1:]:
-        try:
-            faults = check_cutlass(nvcc)
-        except RuntimeError as error:
-            faults = [str(error)]
-        if faults:
-            sys.exit("cuda-check: " + "\n".join(faults))
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     stamp, key = FOLDER / "stamp", digest(nvcc)
@@ -95,22 +78,16 @@ def output(command: list) -> str:
 
 
 def digest(nvcc: Path) -> str:
-    key = hashlib.sha256(f"{torch.__version__} {output([nvcc, '--version'])} {cublas_headers(nvcc)}".encode())
+    key = hashlib.sha256(f"{torch.__version__} {output([nvcc, '--version'])}".encode())
     for path in [Path(__file__), ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))]:
         key.update(path.read_bytes())
     return key.hexdigest()
 
 
 def check(nvcc: Path) -> tuple[list[str], list[str]]:
-    """A line for each dtype, and what is wrong."""
-    kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
-    bindings = sorted(ROOT.glob("csrc/cuda/*.cpp"))
+    """A line for each file of kernels, and what is wrong."""
+    kernels, bindings = (sorted(ROOT.glob(f"csrc/cuda/**/*.{kind}")) for kind in ("cu", "cpp"))
     report, faults = [], []
-    if cublas_headers(nvcc) is None:
-        skipped = [path for path in bindings if '#include "cublaslt.h"' in path.read_text()]
-        bindings = [path for path in bindings if path not in skipped]
-        names = ", ".join(path.name for path in skipped)
-        report.append(f"NOT compiled, no cublasLt.h in the toolkit or a package nvidia-cublas: {names}")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = {path: pool.submit(compile_kernels, nvcc, path) for path in kernels}
         checked = {path: pool.submit(compile_binding, nvcc, path) for path in bindings}
@@ -128,54 +105,32 @@ def check(nvcc: Path) -> tuple[list[str], list[str]]:
     return report, faults
 
 
-def check_cutlass(nvcc: Path) -> list[str]:
-    """Prints a line for each of CUTLASS's kernels; what is wrong with them."""
-    headers, (flags,) = os.environ["MLPEXT_CUTLASS_INCLUDE"], flags_in_setup("CUTLASS_FLAGS")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    faults = []
-    for path in sorted(ROOT.glob("csrc/cuda/cutlass/*.cu")):
-        start = time.perf_counter()
-        result = compile_kernels(nvcc, path, [*flags, f"-isystem={headers}"], arch="sm_90a")
-        line, wrong = judge_cutlass(path.stem, *result)
-        print(f"cuda-check: {line}; {time.perf_counter() - start:.0f} s", flush=True)
-        faults += wrong
-    compile_binding(nvcc, ROOT / "csrc" / "cuda" / "cutlass" / "module.cpp")
-    return faults
-
-
-def flags_in_setup(*names: str) -> list[list[str]]:
-    text = (ROOT / "setup.py").read_text()
-    return [ast.literal_eval(re.search(rf"^{name} = (.+)$", text, re.MULTILINE)[1]) for name in names]
-
-
 def nvcc_flags() -> list[str]:
-    (own,) = flags_in_setup("NVCC_FLAGS")
-    return [*cpp_extension.COMMON_NVCC_FLAGS, *own, "--compiler-options", "-fPIC", "-Werror=all-warnings"]
+    """Those that setup.py's build gives nvcc; importing setup.py would build."""
+    assignments = (
+        node for node in ast.parse((ROOT / "setup.py").read_text()).body if isinstance(node, ast.Assign)
+    )
+    (own,) = (node.value for node in assignments if ast.unparse(node.targets[0]) == "NVCC_FLAGS")
+    return [
+        *cpp_extension.COMMON_NVCC_FLAGS,
+        *ast.literal_eval(own),
+        *("--compiler-options", "-fPIC", "-Werror=all-warnings", f"-I{ROOT / 'csrc'}"),
+        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS),
+    ]
 
 
-ARCH_FLAGS = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-
-
-def compile_kernels(
-    nvcc: Path, path: Path, flags: list[str] = ARCH_FLAGS, arch: str = "sm_90"
-) -> tuple[str, str, str]:
+def compile_kernels(nvcc: Path, path: Path) -> tuple[str, str, str]:
     """What ptxas says of the kernels, their PTX, and their SASS where there is a disassembler."""
     keep = FOLDER / path.stem
     shutil.rmtree(keep, ignore_errors=True)
     keep.mkdir()
-    words = [nvcc, *nvcc_flags(), *flags, "-Xptxas", "-v", "--keep", "--keep-dir", keep, "-c", path]
+    words = [nvcc, *nvcc_flags(), "-Xptxas", "-v", "--keep", "--keep-dir", keep, "-c", path]
     said = output([*words, "-o", keep / "kernels.o"])
     ptx = max(keep.glob("*.ptx")).read_text()  # of the newest architecture
     dump = shutil.which("cuobjdump", path=f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
-    sass = output([dump, "-sass", "-arch", arch, keep / "kernels.o"]) if dump else ""
+    sass = output([dump, "-sass", "-arch", f"sm_{ARCHS[-1]}", keep / "kernels.o"]) if dump else ""
     shutil.rmtree(keep)
     return said, ptx, sass
-
-
-def cublas_headers(nvcc: Path) -> Path | None:
-    wheels = [Path(path) / "nvidia" / name / "include" for path in sys.path for name in ("cu13", "cublas")]
-    places = [nvcc.parent.parent / "include", *wheels]
-    return next((place for place in places if (place / "cublasLt.h").exists()), None)
 
 
 def compile_binding(nvcc: Path, path: Path) -> None:
@@ -183,7 +138,6 @@ def compile_binding(nvcc: Path, path: Path) -> None:
         *cpp_extension.include_paths(),
         sysconfig.get_path("include"),
         nvcc.parent.parent / "include",
-        *filter(None, [cublas_headers(nvcc)]),
     ]
     output(
         [
@@ -258,26 +212,6 @@ def judge_narrow(name: str, ptxas: str, ptx: str, sass: str) -> tuple[str, list[
         faults.append(f"{name}: no HMMA in the SASS")
     seen = f"{tensor_cores} HMMA" if sass else "no disassembler, its PTX has what becomes them"
     return line if "float32" in name else f"{line}; tensor cores: {seen}", faults
-
-
-def judge_cutlass(name: str, ptxas: str, ptx: str, sass: str) -> tuple[str, list[str]]:
-    """The same of a product with CUTLASS's epilogue."""
-    line, faults = budget(name, ptxas, CUTLASS_REGISTERS, 0)
-    kernels = entries(ptx)
-    if len(kernels) != 1:
-        faults.append(f"{name}: {len(kernels)} kernels, 1 expected")
-    for body in kernels.values():
-        if "wgmma.mma_async" not in body:
-            faults.append(f"{name}: no wgmma")
-        if re.search(r"[ls][dt]\.local", body):
-            faults.append(f"{name}: local memory")
-    if "C7510" in ptxas:
-        faults.append(f"{name}: ptxas puts wgmma one after the other (C7510)")
-    tensor_cores = sass.count("HGMMA")
-    if sass and not tensor_cores:
-        faults.append(f"{name}: no HGMMA in the SASS")
-    seen = f"{tensor_cores} HGMMA" if sass else "no disassembler, its PTX has what becomes them"
-    return f"{line}; tensor cores: {seen}", faults
 
 
 if __name__ == "__main__":

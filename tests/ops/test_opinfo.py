@@ -11,7 +11,7 @@ from torch.testing._internal.common_modules import module_db
 
 import mlpext
 import mlpext.functional as F
-from common import NAMES, assert_close, class_name, has_inplace, native
+from common import NAMES, assert_close, class_name, every_device, has_inplace, native
 
 COUNTERPARTS = {
     n.rsplit(".")[-1]: n
@@ -123,11 +123,12 @@ def compare(actual, expected, what, strides=True):
         assert_close(a[neither], e[neither], what, equal_nan=True)
 
 
+@every_device
 @every_info_and_dtype
-def test_samples(info, name, dtype):
+def test_samples(info, name, dtype, device):
     count = 0
     for requires_grad in (False, True) if dtype.is_floating_point or dtype.is_complex else (False,):
-        for sample in info.sample_inputs("cpu", dtype, requires_grad=requires_grad):
+        for sample in info.sample_inputs(device, dtype, requires_grad=requires_grad):
             actual, expected = call(our_function(name), sample), call(their_function(info, name), sample)
             compare(actual, expected, f"sample {count}: {sample}")
             count += 1

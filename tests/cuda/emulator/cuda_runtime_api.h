@@ -46,27 +46,12 @@ struct alignas(8) float2 {
 
 enum cudaError_t { cudaSuccess };
 using cudaStream_t = void*;
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeRelaxed = 2 };
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  static thread_local cudaStreamCaptureMode current = cudaStreamCaptureModeGlobal;
-  std::swap(current, *mode);
-  return cudaSuccess;
-}
 using std::min;
 
-namespace emulator {
-inline int compute_capability[2] = {9, 0};
-}
 // Those of an H100.
-enum cudaDeviceAttr {
-  cudaDevAttrMultiProcessorCount,
-  cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrComputeCapabilityMajor,
-  cudaDevAttrComputeCapabilityMinor,
-};
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const int values[] = {132, 227 << 10, emulator::compute_capability[0], emulator::compute_capability[1]};
-  *value = values[attribute];
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 227 << 10;
   return cudaSuccess;
 }
 

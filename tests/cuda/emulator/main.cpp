@@ -1,10 +1,17 @@
-// Runs kernels of csrc/cuda on request (tests/cuda/test_cuda_emulated.py asks).
+// Runs kernels of csrc/cuda on request (tests/cuda/test_cuda_emulated.py asks): words on standard input, then
+// the bytes of each buffer; afterwards the bytes of every buffer on standard output.
 #include <sys/mman.h>
 
-#include "formulas/activation_info.h"
-#include "cuda/kernels.h"
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <vector>
+
 #include "cuda/experimental/narrow/narrow.h"
-#include "requests.h"
+#include "cuda/kernels.h"
+#include "formulas/activation_info.h"
 
 namespace mlpext::cuda {
 
@@ -20,7 +27,30 @@ namespace {
 
 using namespace mlpext;
 using namespace mlpext::cuda;
-using namespace emulator;
+
+template <class T = int64_t> T next() {
+  T value{};
+  if (!(std::cin >> value)) std::exit(2);
+  return value;
+}
+
+// An allocation of its own that ends where the data ends; it starts `offset` bytes behind an address that
+// malloc returns.
+struct Buffer {
+  std::size_t bytes = next<std::size_t>(), offset = next<std::size_t>();
+  std::unique_ptr<char, decltype(&std::free)> memory{static_cast<char*>(std::malloc(bytes + offset)),
+                                                     &std::free};
+  char* data() const { return bytes ? memory.get() + offset : nullptr; }
+};
+
+// The buffers that the request announces, filled.
+std::vector<Buffer> buffers() {
+  std::vector<Buffer> all;
+  for (auto count = next(); count > 0; --count) all.emplace_back();
+  std::cin.get();
+  for (const Buffer& buffer : all) std::cin.read(buffer.data(), buffer.bytes);
+  return all;
+}
 
 std::size_t index_of(const std::string& name) {
   for (std::size_t i = 0; i < activation_count; ++i)
