@@ -2,7 +2,7 @@
 
 A module's own `forward` is run on torch.fx proxies, with its children as leaves, once for each mode: train
 and eval, with and without the arguments whose default is None, with one and two for `*args`. What holds in
-every graph does not hang on the mode. A `Sequential` is no leaf: its children are called in its parent's graph.
+every graph does not hang on the mode. A `Sequential` is no leaf: its children's calls stand in the graph.
 """
 
 from __future__ import annotations
