@@ -11,7 +11,8 @@ from torch import Tensor, nn
 import mlpext.functional as MF
 from harness import Case
 
-# Where torch.nn.functional has no function of that name, or only a deprecated one.
+# Where torch.nn.functional has no function of that name, or only a deprecated one. sine and squareplus stand
+# as people write them with torch; mlpext._torch_fallback's squareplus is right at every input, and slower.
 NATIVE: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(TF.gelu, approximate="tanh"),
     "sigmoid": torch.sigmoid,

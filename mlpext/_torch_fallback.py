@@ -1,8 +1,9 @@
-"""The same functions by torch's own operators.
+"""The functions of `mlpext._C` by torch's own operators: same arguments, same results to rounding.
 
-What a caller of `mlpext._C` gets when an argument is not a plain tensor (a subclass, a proxy of torch.fx,
-something that is no tensor at all), and what torch.compile sees, so that Inductor fuses an activation with
-its neighbours.
+For two callers. `mlpext._C` calls them when an argument is not a plain tensor (a subclass, a proxy of
+torch.fx, something that is no tensor at all), for torch to take or refuse it. torch.compile traces them in
+place of the compiled functions, so that Inductor fuses an activation with its neighbours. Behind the
+dispatcher, csrc/ops/composites.cpp has the same in C++.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mlpext import _C
 
 
 def _wide(function: Callable[..., Tensor], input: Tensor, parameter: float) -> Tensor:
-    """`function` computed in float32 or wider and rounded once, as `wide` of csrc/composites.cpp has it."""
+    """`function` computed in float32 or wider and rounded once, as `wide` of csrc/ops/composites.cpp."""
     if input.dtype in (torch.float16, torch.bfloat16):
         return function(input.float(), parameter).to(input.dtype)
     return function(input, parameter)
@@ -32,7 +33,7 @@ def _sine(input: Tensor, omega: float) -> Tensor:
 
 
 def _squareplus(input: Tensor, b: float) -> Tensor:
-    """As csrc/composites.cpp has it, which says why."""
+    """As csrc/ops/composites.cpp has it, which says why."""
     if not 1e-30 < b < 1e20:
         return torch.ops.mlpext.activation(input, "squareplus", (b,))  # type: ignore[no-any-return]
     if not input.is_floating_point() or input.layout != torch.strided or input.is_nested:
@@ -48,18 +49,18 @@ def _squareplus(input: Tensor, b: float) -> Tensor:
     return _wide(parts, input, b)
 
 
-# Where torch.nn.functional has no function of that name.
+# Where torch.nn.functional has no function of that name, or a deprecated one.
 _FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-# Where torch has none at all: out of its operators, which torch.export must see.
+# Where torch has no such function: made of its operators, which torch.export must see.
 _COMPOSED = {"sine": _sine, "squareplus": _squareplus}
 
 
 def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace: bool = False) -> Tensor:
-    """The function `name` of torch.nn.functional, or what torch makes it of."""
+    """The function `name` of torch.nn.functional, or one made of torch's operators."""
     function: Callable[..., Tensor] | None = _FUNCTIONS.get(name) or getattr(F, name, None)
     if function is not None:
         return function(input, *params, inplace=True) if inplace else function(input, *params)
@@ -71,7 +72,7 @@ def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace
 
 
 def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
-    """Maximum over groups of `pieces` slices of `dim`; the first piece wins a tie."""
+    """Maximum over `pieces` groups of the slices of `dim`; the first piece wins a tie."""
     parts = torch.unflatten(input, dim, (pieces, -1))
     return parts.max(dim if dim >= 0 else dim - 1).values
 
@@ -79,7 +80,7 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
 def linear_activation(
     input: Tensor, weight: Tensor, bias: Tensor | None, name: str, params: tuple[float, ...] = ()
 ) -> Tensor:
-    """The activation of a linear layer."""
+    """The activation `name` of a linear layer."""
     z = F.linear(input, weight, bias)
     return z if name == "identity" else activation(z, name, params)
 
@@ -91,7 +92,7 @@ def linear_maxout(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def mlp(module: torch.nn.Module, input: Tensor) -> Any:
-    """Not as one operator: layer by layer."""
+    """NotImplemented, upon which MLP.forward calls layer by layer."""
     return NotImplemented
 
 

@@ -27,10 +27,14 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Samples and what they mean.
+    """N samples and what they mean.
 
-    x: float32 (N, features). target: class numbers, int64 (N,), with `classes` their names; or numbers,
-    float32 (N, outputs), with `classes` None.
+    Attributes:
+        name: of the data set, or of its file.
+        x: float32 (N, features).
+        target: class numbers, int64 (N,); or numbers, float32 (N, outputs).
+        features: the names of the columns of `x`.
+        classes: the names of the classes; None where the targets are numbers.
     """
 
     name: str
@@ -49,18 +53,24 @@ class Dataset:
 
 
 def load(source: str | os.PathLike[str], target: str | None = None, task: str = "auto") -> Dataset:
-    """A data set by name (one of NAMES) or from a file that ends in .csv or .npz.
+    """A data set by name, or from a file.
 
-        digits = load("digits")
-        flowers = load("flowers.csv", target="species")
+    Args:
+        source: one of NAMES, or a file that ends in .csv (a header line, then numbers in all columns but the
+            target's) or .npz (the inputs as `x`, (N, features)).
+        target: what to predict: the column of a CSV, or the array of an NPZ, "target" if None.
+        task: whether targets are "classes" or "numbers". "auto" takes text, and up to 20 different whole
+            numbers, as classes.
 
-    A CSV has a header line and a number in every other field but the target column's. An NPZ has the inputs
-    as `x` (N, features), and the targets under the name `target` says, "target" if None. Text, and with
-    task="auto" up to 20 different whole numbers, are classes; other numbers are numbers. task="classes" or
-    "numbers" decides instead.
+    Raises:
+        ValueError: contents that do not fit, with file, line (the header is line 1) and column.
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: a package is missing; the message names the extra to install.
 
-    Raises ValueError for contents that do not fit, naming file, line (the header is line 1) and column;
-    FileNotFoundError; ModuleNotFoundError naming the extra to install.
+    >>> from mlpext.data import load
+    >>> wine = load("wine")
+    >>> wine.x.shape, wine.classes
+    (torch.Size([178, 13]), ('class_0', 'class_1', 'class_2'))
     """
     name = os.fspath(source)
     if task not in TASKS:
@@ -83,9 +93,13 @@ def load(source: str | os.PathLike[str], target: str | None = None, task: str = 
 def split(dataset: Dataset, held_out: float = 0.2, seed: int = 0) -> tuple[Dataset, Dataset]:
     """The data set in two, at random: the rest, and the fraction `held_out` (of every class alike).
 
-        train, test = split(load("wine"), held_out=0.2, seed=0)
+    Raises:
+        ValueError: not 0 < held_out < 1, or a part would have no samples.
 
-    Raises ValueError unless 0 < held_out < 1 and both parts have samples.
+    >>> from mlpext.data import load, split
+    >>> train, test = split(load("wine"), held_out=0.2, seed=0)
+    >>> len(train), len(test)
+    (142, 36)
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be a fraction between 0 and 1, got {held_out}")
@@ -112,7 +126,10 @@ def standardise(train: Dataset, *others: Dataset) -> tuple[Dataset, ...]:
     training; what is constant there is only shifted. E is then in units of the targets' variance, R2 is the
     same.
 
-        train, test = standardise(*split(load("diabetes")))
+    >>> from mlpext.data import load, split, standardise
+    >>> train, test = standardise(*split(load("diabetes")))
+    >>> f"{train.x.std(correction=0):.3f} {test.x.std(correction=0):.3f}"
+    '1.000 1.029'
     """
     scaled = []
     for data in (train, *others):

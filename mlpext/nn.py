@@ -1,7 +1,8 @@
 """Modules: torch.nn's names, signatures, defaults and repr, on the functions of mlpext.functional.
 
-An activation inherits from its counterpart in torch.nn, so that `isinstance`, `extra_repr` and its
-attributes are the same; like it, it reads its parameters (`alpha`, `inplace`, ...) at each call.
+An activation maps (*) to (*), keeps the dtype, and has the formula, errors and source of its function. It
+inherits from its counterpart in torch.nn, so that `isinstance`, `extra_repr` and its attributes are the same;
+like it, it reads its parameters (`alpha`, `inplace`, ...) at each call. A layer is one call of an operator.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import Module, Parameter
 
 from mlpext import _C
 from mlpext import functional as F
+from mlpext._checks import PARAMETERS, activation_parameters, number, plain_sizes
 
 
 class Sigmoid(torch.nn.Sigmoid):
@@ -160,15 +162,11 @@ class Hardshrink(torch.nn.Hardshrink):
 
 
 class Sine(Module):
-    """sin(omega x); see `mlpext.functional.sine`.
-
-    >>> siren = mlpext.nn.Sine(omega=30.0)
-    >>> siren(torch.zeros(3))
-    """
+    """sin(omega x); see `mlpext.functional.sine`."""
 
     def __init__(self, omega: float = 1.0) -> None:
         super().__init__()
-        self.omega = F._number("omega", omega)
+        self.omega = number("omega", omega)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.sine(input, self.omega)
@@ -178,15 +176,11 @@ class Sine(Module):
 
 
 class Squareplus(Module):
-    """(x + sqrt(x^2 + b)) / 2; see `mlpext.functional.squareplus`.
-
-    >>> mlpext.nn.Squareplus(b=1.0)(torch.zeros(3))
-    tensor([0.5000, 0.5000, 0.5000])
-    """
+    """(x + sqrt(x^2 + b)) / 2; see `mlpext.functional.squareplus`."""
 
     def __init__(self, b: float = 4.0) -> None:
         super().__init__()
-        self.b = F._number("b", b)
+        self.b = number("b", b)
 
     def forward(self, input: Tensor) -> Tensor:
         return F.squareplus(input, self.b)
@@ -195,26 +189,27 @@ class Squareplus(Module):
         return f"b={self.b}"
 
 
-def _sizes(**sizes: Any) -> list[int]:
-    """As plain integers, after a check."""
-    plain = [F._integer(name, size) for name, size in sizes.items()]
-    for name, size in zip(sizes, plain, strict=True):
-        if size < 0:
-            raise RuntimeError(f"{name}: {size} is negative, expected 0 or more")
-    return plain
-
-
 class _Affine(Module):
-    """What LinearActivation and Maxout share: `weight`, `bias` or None, read without Module.__getattr__."""
+    """What LinearActivation and Maxout share: `weight`, and `bias` or None."""
 
-    in_features: int
-    out_features: int
     weight: Parameter
     bias: Parameter | None
 
+    def _create_parameters(self, shape: tuple[int, ...], bias: bool, **device_and_dtype: Any) -> None:
+        """`weight` of `shape`, (..., out_features, in_features), and `bias`."""
+        *_, self.out_features, self.in_features = shape
+        self.weight = Parameter(torch.empty(shape, **device_and_dtype))
+        values = torch.empty(shape[:-1], **device_and_dtype)
+        self.register_parameter("bias", Parameter(values) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """torch.nn.Linear's initialisation: uniform within 1 / sqrt(in_features)."""
+        torch.nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        # `self.weight` and `self.bias` cost 1 us of a call that takes 4. A parametrized, weight-normed or
-        # pruned module has its weight elsewhere.
+        # Module.__getattr__, behind `self.weight` and `self.bias`, costs 1 us of a call that takes 4. A
+        # parametrized, weight-normed or pruned module has its weight elsewhere.
         parameters = self._parameters
         weight = parameters.get("weight")
         if weight is None or "bias" not in parameters:
@@ -223,19 +218,22 @@ class _Affine(Module):
 
 
 class LinearActivation(_Affine):
-    """f(x W' + b): a linear layer whose activation is part of it (lecture rows 2 and 4).
+    """f(x W' + b): a linear layer whose activation is part of it. x (*, in_features) -> (*, out_features).
 
-    x (*, in_features) -> (*, out_features). `weight` (out_features, in_features) and `bias` (out_features,)
-    have torch.nn.Linear's names, shapes and initialisation: the same seed gives the same numbers.
-    `activation` is one of `mlpext.activations()`, `params` are its parameters, kept in the dict `params`
-    and read at each call. It is not a torch.nn.Linear: code that replaces linear layers would drop the
-    activation.
+    `weight` (out_features, in_features) and `bias` (out_features,) have torch.nn.Linear's names, shapes and
+    initialisation: the same seed gives the same numbers. It is not a torch.nn.Linear: code that replaces
+    linear layers would drop the activation. docs/lecture.md, rows 2 and 4.
 
-    ValueError for an unknown activation, TypeError for an unknown parameter, RuntimeError for a negative
-    size.
+    Args:
+        activation: one of `mlpext.activations()`.
+        params: its parameters, `alpha=0.5`; kept in the dict `params` and read at each call.
 
-    >>> layer = mlpext.nn.LinearActivation(5, 3, "elu", alpha=0.5)
-    >>> layer(torch.randn(2, 5)).shape
+    Raises:
+        ValueError: `activation` is no known name.
+        TypeError: it lacks one of `params`.
+        RuntimeError: a size is negative.
+
+    >>> mlpext.nn.LinearActivation(5, 3, "elu", alpha=0.5)(torch.randn(2, 5)).shape
     torch.Size([2, 3])
     """
 
@@ -250,25 +248,15 @@ class LinearActivation(_Affine):
         **params: float,
     ) -> None:
         super().__init__()
-        in_features, out_features = _sizes(in_features=in_features, out_features=out_features)
+        in_features, out_features = plain_sizes(in_features=in_features, out_features=out_features)
         if isinstance(activation, bool):
             raise TypeError(
                 f"activation: expected a name (str), got {activation!r}; write bias={activation!r}"
             )
-        values = F._parameters(activation, params)
-        self.in_features = in_features
-        self.out_features = out_features
+        values = activation_parameters(activation, params)
         self.activation = activation
-        self.params = dict(zip(_C.activations()[activation], values, strict=True))
-        self.weight = Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.register_parameter(
-            "bias", Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """torch.nn.Linear's initialisation: uniform within 1 / sqrt(in_features)."""
-        torch.nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+        self.params = dict(zip(PARAMETERS[activation], values, strict=True))
+        self._create_parameters((out_features, in_features), bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self._weight_and_bias()
@@ -283,13 +271,15 @@ class LinearActivation(_Affine):
 
 
 class Maxout(_Affine):
-    """max over k of x W[k]' + b[k] (lecture row 3: max(w1'x + b1, w2'x + b2); Goodfellow et al., 2013).
+    """max over k of x W[k]' + b[k], k = 1 ... pieces. x (*, in_features) -> (*, out_features).
 
-    x (*, in_features) -> (*, out_features). `weight` (pieces, out_features, in_features), `bias` (pieces,
-    out_features). Each piece is initialised as a torch.nn.Linear of its own. The first piece wins a tie, a
-    NaN wins over all.
+    `weight` (pieces, out_features, in_features), `bias` (pieces, out_features); each piece is initialised as
+    a torch.nn.Linear of its own. The first piece wins a tie, a NaN wins over all. docs/lecture.md, row 3, for
+    two pieces; Goodfellow et al., 2013, arXiv:1302.4389.
 
-    ValueError for pieces < 1, RuntimeError for a negative size.
+    Raises:
+        ValueError: `pieces` is below 1.
+        RuntimeError: a size is negative.
 
     >>> mlpext.nn.Maxout(5, 3, pieces=4)(torch.randn(2, 5)).shape
     torch.Size([2, 3])
@@ -305,23 +295,16 @@ class Maxout(_Affine):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        in_features, out_features, pieces = _sizes(
+        in_features, out_features, pieces = plain_sizes(
             in_features=in_features, out_features=out_features, pieces=pieces
         )
         if pieces < 1:
             raise ValueError(f"pieces: {pieces}, expected 1 or more")
-        self.in_features = in_features
-        self.out_features = out_features
         self.pieces = pieces
-        self.weight = Parameter(torch.empty(pieces, out_features, in_features, device=device, dtype=dtype))
-        self.register_parameter(
-            "bias", Parameter(torch.empty(pieces, out_features, device=device, dtype=dtype)) if bias else None
-        )
-        self.reset_parameters()
+        self._create_parameters((pieces, out_features, in_features), bias, device=device, dtype=dtype)
 
     def reset_parameters(self) -> None:
-        """torch.nn.Linear's initialisation, piece after piece: the numbers of `pieces` linear layers made
-        in a row."""
+        """The numbers of `pieces` torch.nn.Linear made in a row."""
         bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
         with torch.no_grad():
             for piece in range(self.pieces):
@@ -340,36 +323,29 @@ class Maxout(_Affine):
 
 
 def _parameter_names(activation: Any) -> list[str]:
+    """The parameters of a layer of an MLP; an error for what is no activation and not "maxout"."""
     if activation == "maxout":
         return ["pieces"]
-    F._parameters(activation, {})  # refuses what is no name
-    return list(_C.activations()[activation])
-
-
-def _layer(
-    in_features: int, out_features: int, activation: Any, params: dict[str, Any], common: dict[str, Any]
-) -> Module:
-    """One layer of an MLP, given those of `params` that it has."""
-    own = {name: params[name] for name in _parameter_names(activation) if name in params}
-    if activation == "maxout":
-        return Maxout(in_features, out_features, **common, **own)
-    return LinearActivation(in_features, out_features, activation, **common, **own)
+    activation_parameters(activation, {})
+    return list(PARAMETERS[activation])
 
 
 class MLP(torch.nn.Sequential):
-    """A multilayer perceptron (lecture row 4): LinearActivation and Maxout layers in a row.
+    """A multilayer perceptron: LinearActivation and Maxout layers in a row. x (*, n0) -> (*, n_last).
 
-    `sizes` are n0, n1, ..., the width of the input and of every layer; x (*, n0) -> (*, n_last).
-    `activation` is one name for all hidden layers or a sequence of one name each, of `mlpext.activations()`
-    or "maxout"; `output_activation` is the last layer's. `params` (`alpha=...`, `pieces=...`) go to the
-    hidden layers. Parameters come in the order W1, b1, W2, b2, ..., under the keys 0.weight, 0.bias,
-    1.weight, ...
+    Its parameters are W1, b1, W2, b2, ..., under the keys 0.weight, 0.bias, ... (docs/lecture.md, row 4).
 
-    ValueError for fewer than two sizes, an unknown activation, or a sequence of the wrong length; TypeError
-    for a parameter that no hidden layer has.
+    Args:
+        sizes: n0, n1, ..., the width of the input and of every layer.
+        activation: of the hidden layers, one of `mlpext.activations()` or "maxout", or one for each.
+        output_activation: the last layer's.
+        params: of the hidden layers (`alpha=...`, `pieces=...`); each takes those that it has.
 
-    >>> net = mlpext.nn.MLP([64, 32, 10], activation="maxout", pieces=3)
-    >>> net(torch.randn(8, 64)).shape
+    Raises:
+        ValueError: fewer than two sizes, an unknown activation, or a sequence of the wrong length.
+        TypeError: no hidden layer has one of `params`.
+
+    >>> mlpext.nn.MLP([64, 32, 10], activation="maxout", pieces=3)(torch.randn(8, 64)).shape
     torch.Size([8, 10])
     """
 
@@ -398,10 +374,17 @@ class MLP(torch.nn.Sequential):
             if name not in accepted:
                 known = ", ".join(sorted(accepted)) or "no parameters"
                 raise TypeError(f"{name}: no hidden layer ({activation!r}) has it; accepted: {known}")
-        common = {"bias": bias, "device": device, "dtype": dtype}
-        pairs = list(pairwise(sizes))
-        layers = [_layer(*pair, each, params, common) for pair, each in zip(pairs, hidden, strict=False)]
-        super().__init__(*layers, _layer(*pairs[-1], output_activation, {}, common))
+
+        def layer(n_in: int, n_out: int, name: str, given: dict[str, Any]) -> Module:
+            own = {param: given[param] for param in _parameter_names(name) if param in given}
+            own |= {"bias": bias, "device": device, "dtype": dtype}
+            if name == "maxout":
+                return Maxout(n_in, n_out, **own)
+            return LinearActivation(n_in, n_out, name, **own)
+
+        *pairs, last = pairwise(sizes)
+        layers = [layer(*pair, name, params) for pair, name in zip(pairs, hidden, strict=True)]
+        super().__init__(*layers, layer(*last, output_activation, {}))
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = _C.mlp(self, input)

@@ -8,11 +8,13 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from mlpext import _C
+from mlpext import functional as F
 from mlpext._files import write_atomically
 
 try:
@@ -54,7 +56,9 @@ class Run(Protocol):
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a figure in the format that the name ends in (.png, .svg, .pdf), never half written.
 
-    Raises ValueError for a format that matplotlib does not write, OSError where it cannot be written.
+    Raises:
+        ValueError: matplotlib does not write the format.
+        OSError: the file cannot be written.
     """
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix[1:] or "png", dpi=150)
@@ -67,10 +71,9 @@ def plot_activations(path: str | os.PathLike[str] | None = None) -> Figure:
     Parameters have their defaults, or those of READABLE; the titles say which. Writes the picture to `path`
     if given.
 
-        plot_activations("activations.png")
+    >>> from mlpext.plots import plot_activations
+    >>> figure = plot_activations("activations.png")
     """
-    from mlpext import _C, functional
-
     names = _C.activations()
     columns = 5
     rows = math.ceil((len(names) + 1) / columns)
@@ -78,14 +81,14 @@ def plot_activations(path: str | os.PathLike[str] | None = None) -> Figure:
     axes = list(figure.subplots(rows, columns, sharex=True, squeeze=False).flat)
     for axis, (name, defaults) in zip(axes, names.items(), strict=False):
         parameters = {**defaults, **READABLE.get(name, {})}
-        _draw_curve(axis, _elementwise(functional, name, parameters))
+        _draw_curve(axis, _elementwise(name, parameters))
         axis.set_title(name, loc="left", fontsize=9)
         shown = ", ".join(f"{parameter}={value:g}" for parameter, value in parameters.items())
         axis.set_title(shown, loc="right", fontsize=7, color="0.4")
 
     axis, *unused = axes[len(names) :]
     slopes, offsets = torch.tensor([-0.8, 0.2, 1.0]).double(), torch.tensor([-1.5, 0.5, -0.5]).double()
-    _draw_curve(axis, lambda x: functional.linear_maxout(x, slopes.reshape(3, 1, 1), offsets.reshape(3, 1)))
+    _draw_curve(axis, lambda x: F.linear_maxout(x, slopes.reshape(3, 1, 1), offsets.reshape(3, 1)))
     axis.set_title("maxout", loc="left", fontsize=9)
     axis.set_title("pieces=3", loc="right", fontsize=7, color="0.4")
     for slope, offset in zip(slopes.tolist(), offsets.tolist(), strict=True):
@@ -103,10 +106,16 @@ def plot_histories(
     """Draw loss and metric of runs, one colour a run: training data solid, validation data dashed.
 
     One run is drawn over its epochs, with the losses of its steps behind; several are compared over epochs
-    and over seconds of training, on logarithmic axes. Writes the picture to `path` if given. Raises
-    ValueError when no history has an epoch.
+    and over seconds of training, on logarithmic axes. Writes the picture to `path` if given.
 
-        plot_histories({"eta 0.1": first, "eta 0.2": second}, "compare.png")
+    Raises:
+        ValueError: no history has an epoch.
+
+    >>> from mlpext.plots import plot_histories
+    >>> net, labels = mlpext.nn.MLP([5, 4, 3]), torch.tensor([0, 2])
+    >>> slow = mlpext.training.fit(net, x, labels, lr=0.1, progress=False)
+    >>> fast = mlpext.training.fit(net, x, labels, lr=0.2, progress=False)
+    >>> figure = plot_histories({"eta 0.1": slow, "eta 0.2": fast}, "compare.png")
     """
     histories = {label: history for label, history in histories.items() if len(history)}
     if not histories:
@@ -161,9 +170,9 @@ def _draw_run(axis: Axes, history: Run, quantity: str, against: str, colour: str
             axis.plot(x, history[name], style, color=colour, marker=marker, linewidth=1.5)
 
 
-def _elementwise(functional: Any, name: str, parameters: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
+def _elementwise(name: str, parameters: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
     """The activation alone: a layer whose weight is 1, because layers know every activation by its name."""
-    return lambda x: functional.linear_activation(x, torch.ones(1, 1).to(x), None, name, **parameters)
+    return lambda x: F.linear_activation(x, torch.ones(1, 1).to(x), None, name, **parameters)
 
 
 def _draw_curve(axis: Axes, function: Callable[[Tensor], Tensor]) -> None:

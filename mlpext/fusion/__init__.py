@@ -1,8 +1,10 @@
-"""`fuse` and `unfuse`: an existing model, its Linear and activation pairs as one layer each.
+"""`fuse` and `unfuse`: for a model that exists, each Linear and the activation after it as one layer.
 
 A module is fused where it stands: it gets another class and keeps its identity, its parameters, its name and
 its attributes, so that whatever refers to it (an optimizer, a list, another name in the same model) still
-does. What it was stays noted on it, for `unfuse`.
+does. Its class before is noted on it, for `unfuse`. The way: `_trace` makes graphs of forwards, `_source`
+reads what they cannot show, `_calls` puts both together for the whole model, `_pairs` finds what to fuse by
+the `_patterns`, and `_graph` does graph=True.
 """
 
 from __future__ import annotations
@@ -12,29 +14,34 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, overload
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import Identity, Linear, Module
 
 from mlpext import nn
+from mlpext.fusion._calls import Calls
 from mlpext.fusion._graph import FusedGraph, fuse_graph
-from mlpext.fusion._patterns import OURS, Row, activation_called, activation_of, why_not_linear
-from mlpext.fusion._trace import Calls, describe, follower, has_hooks, is_torchs, reads, source
+from mlpext.fusion._pairs import Row, find_pairs
+from mlpext.fusion._patterns import OURS, activation_of
+from mlpext.fusion._source import reads
+from mlpext.fusion._trace import HOOKS
 
 M = TypeVar("M", bound=Module)
 
-_WAS = "_class_before_fuse"
-_FREE = {"inplace", "training"}
+_WAS = "_class_before_fuse"  # the attribute of a fused module that keeps the class it had
 
 
 class FusedActivation(Identity):
-    """What `fuse` puts in an activation's place: it returns its input, since the layer before has computed
-    the activation. Changes to the activation's parameters, which that layer would not see, are refused.
-    `inplace` is none of them: no output hangs on it, and utilities set it on all modules of a model.
+    """What `fuse` puts in an activation's place: it returns its input, (*) -> (*), since the layer before has
+    computed the activation.
+
+    Raises:
+        AttributeError: when a parameter of the activation is set, which the layer before would not see.
+            `inplace` can be set: no output hangs on it, and utilities set it on all modules of a model.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
         was = vars(self).get(_WAS)
-        if was and name not in _FREE and name in {*dir(was), *reads(was)} - {*dir(Identity)}:
+        if was and name in {*dir(was), *reads(was)} - {*dir(Identity), "inplace", "training"}:
             raise AttributeError(
                 f"{name}: this {was.__name__} has become part of the linear layer before it, and a change "
                 "here would be lost; mlpext.unfuse(model) first, or change `params` of that layer"
@@ -66,28 +73,32 @@ def fuse(
     model: Module, *, inplace: bool = ..., graph: bool = ..., report: Literal[True]
 ) -> tuple[Module, Report]: ...
 def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: bool = False) -> Any:
-    """`model` with every Linear and activation that it recognises as one LinearActivation, bare activations
-    as this package's, and everything else as it was.
+    """`model` with each Linear and the activation after it as one LinearActivation, other activations as
+    this package's, and everything else as it was.
 
     Same outputs, same parameters (the same objects: an optimizer made before goes on), same state_dict keys.
-    The Linear becomes a LinearActivation, its activation a FusedActivation, which is an Identity. `model`
-    itself stays as it is, unless `inplace`; the result shares its parameters and buffers. A pair is fused
-    only where every use of both is seen to be the one after the other; hooks, parametrizations, subclasses of
-    Linear and the like are left alone. Methods of the model are read; code outside it that calls a Linear
-    directly is not known.
+    The Linear becomes a LinearActivation, its activation a FusedActivation, which is an Identity. A pair is
+    fused only where every use of both is seen to be the one after the other; hooks, parametrizations,
+    subclasses of Linear and the like are left alone. Methods of the model are read; code outside it that
+    calls a Linear directly is not known. docs/fuse.md has the details.
 
-    `graph=True` fuses functional calls, `F.elu(self.a(x))`, too; where the whole model can be traced by
-    torch.fx, the result is then a GraphModule. `report=True` returns (model, Report): what was fused, what
-    was left, and why.
+    Args:
+        model: any module; it stays as it is, and the result shares its parameters and buffers.
+        inplace: change `model` itself instead, and return it.
+        graph: fuse functional calls too, `F.elu(self.a(x))`. Where torch.fx can trace the whole model, the
+            result is a torch.fx.GraphModule.
+        report: return (model, Report): what was fused, what was left, and why.
 
-    TypeError for anything but a module.
+    Raises:
+        TypeError: `model` is not a module.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-    >>> print(mlpext.fuse(model, report=True)[1])
+    >>> fused, report = mlpext.fuse(model, report=True)
+    >>> print(report)
     module  action  reason
     0       fused   with 1 (Tanh)
     1       fused   into 0
-    2       left    its output is the result of Sequential
+    2       left    no activation follows it: its output is a result
     """
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -99,12 +110,18 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
 
 
 def unfuse(model: Module) -> Module:
-    """Undo `fuse`, in place: every module is again of the class that it was. Returns what was given to
-    `fuse(..., graph=True)`, for a GraphModule that came from there.
+    """Undo `fuse`, in place: every module is again of the class that it was.
 
-    TypeError for anything but a module.
+    Returns `model`; for the GraphModule of `fuse(..., graph=True)`, the model it was made of.
+
+    Raises:
+        TypeError: `model` is not a module.
 
     >>> mlpext.unfuse(mlpext.fuse(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh())))
+    Sequential(
+      (0): Linear(in_features=4, out_features=8, bias=True)
+      (1): Tanh()
+    )
     """
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -133,130 +150,28 @@ def _copy(model: Module) -> Module:
         keep(module._parameters.values())
         keep(module._buffers.values())
         keep(value for value in vars(module).values() if isinstance(value, Tensor))
-        hooks = [value for name, value in vars(module).items() if name.endswith("_hooks") and value]
+        hooks = (hook for name in HOOKS for hook in (vars(module).get(name) or {}).values())
         # A hook that is a method of the model goes with the copy.
-        keep(h for each in hooks for h in each.values() if not isinstance(getattr(h, "__self__", 0), Module))
+        keep(hook for hook in hooks if not isinstance(getattr(hook, "__self__", None), Module))
     memo.pop(id(None), None)
     return copy.deepcopy(model, memo)
 
 
-def _become(module: Module, cls: type[Module]) -> None:
-    vars(module)[_WAS] = type(module)
-    module.__class__ = cls
-
-
 def _fuse(model: Module) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
-    calls = Calls(model)
-    followers: dict[Module, dict[Module, None]] = {}
-    left: dict[Module, str] = {}
-    for module in calls.paths:
-        if isinstance(module, Linear):
-            reason = why_not_linear(module) or _find_followers(calls, module, followers)
-            if reason:
-                left[module] = reason
-    _settle(calls, followers, left)
-
-    rows: dict[Module, Row] = {}
-    fused_into: dict[Module, list[str]] = {}
-    for linear, activations in followers.items():
-        for activation in activations:
-            fused_into.setdefault(activation, []).append(calls.paths[linear])
-    for module, path in calls.paths.items():
-        if module in followers:
-            names = ", ".join(f"{calls.paths[a]} ({type(a).__name__})" for a in followers[module])
-            rows[module] = Row(path, "fused", f"with {names}")
-        elif module in fused_into:
-            rows[module] = Row(path, "fused", f"into {', '.join(fused_into[module])}")
-        elif isinstance(module, Linear):
-            rows[module] = Row(path, "left", left[module])
-        elif type(module) in OURS or isinstance(module, tuple(OURS)):
-            rows[module] = _bare(calls, module)
-        elif module in calls.untraced:
-            rows[module] = Row(path, "left", calls.untraced[module])
-
-    for linear, activations in followers.items():
+    pairs, rows = find_pairs(Calls(model))
+    for linear, activations in pairs.items():
         linear.activation, linear.params = activation_of(next(iter(activations)))  # type: ignore[misc,assignment]
-    for linear in followers:
-        _become(linear, nn.LinearActivation)
-    for activation in fused_into:
-        _become(activation, FusedActivation)
+    for linear in pairs:
+        _change_class(linear, nn.LinearActivation)
+    for activation in {a: None for activations in pairs.values() for a in activations}:
+        _change_class(activation, FusedActivation)
     for module, row in rows.items():
         if row.action == "replaced":
-            _become(module, OURS[type(module)])
+            _change_class(module, OURS[type(module)])
     return rows
 
 
-def _find_followers(calls: Calls, linear: Module, followers: dict[Module, dict[Module, None]]) -> str | None:
-    """Note the activations that follow `linear`, or say why it has none that it could be fused with."""
-    if reason := calls.unseen(linear):
-        return reason
-    if not calls.nodes[linear]:
-        return "no forward calls it"
-    found: dict[Module, None] = {}
-    for node in calls.nodes[linear]:
-        activation = _activation_after(calls, node)
-        if not isinstance(activation, str):
-            found[activation] = None
-            if len({repr(activation_of(each)) for each in found}) == 1:
-                continue
-            activation = "different activations follow it"
-        return calls.decided_by(node) or activation
-    followers[linear] = found
-    return None
-
-
-def _activation_after(calls: Calls, node: fx.Node) -> Module | str:
-    """The activation that takes what the call `node` returns, or why there is none to fuse with."""
-    user = follower(node)
-    if isinstance(user, str):
-        return user
-    if user.op != "call_module":
-        hint = ", a function: see graph=True" if activation_called(user) else ""
-        return f"its output goes to {describe(user)}{hint}"
-    activation: Module = user.meta["module"]
-    if activation_of(activation) is None:
-        return f"its output goes to {describe(user)}"
-    if has_hooks(activation):
-        return f"its activation {describe(user)} has hooks"
-    if reason := calls.unseen(activation):
-        return f"its activation {describe(user)}: {reason}"
-    return calls.used_by_a_method(node, user) or activation
-
-
-def _settle(calls: Calls, followers: dict[Module, dict[Module, None]], left: dict[Module, str]) -> None:
-    """Keep only linear layers whose activations serve no one but such layers."""
-    settled = False
-    while not settled:
-        settled = True
-        for linear, activations in list(followers.items()):
-            for activation in activations:
-                if reason := _stranger(calls, activation, followers):
-                    left[linear] = reason
-                    del followers[linear]
-                    settled = False
-                    break
-
-
-def _stranger(calls: Calls, activation: Module, followers: dict[Module, dict[Module, None]]) -> str | None:
-    """Why not every call of `activation` is of the output of one of `followers`; None if each is."""
-    for node in calls.nodes[activation]:
-        came = source(node)
-        if isinstance(came, fx.Node) and came.op == "call_module" and came.meta["module"] in followers:
-            continue
-        what = f"the output of {describe(came)}" if isinstance(came, fx.Node) else "something else"
-        return calls.decided_by(node) or f"its activation {calls.paths[activation]} is also used on {what}"
-    return None
-
-
-def _bare(calls: Calls, activation: Module) -> Row:
-    """An activation by itself: ours in its place, where that is the same function."""
-    path = calls.paths[activation]
-    if activation_of(activation) is None or type(activation) not in OURS:
-        return Row(path, "left", f"not torch.nn.{type(activation).__name__} itself, or unusual parameters")
-    for parent, _ in calls.parents[activation]:
-        if parent in calls.untraced and is_torchs(type(parent)):
-            return Row(path, "left", calls.untraced[parent])
-    linear = next((s for node in calls.nodes[activation] if isinstance(s := source(node), fx.Node)), None)
-    after = f", after {describe(linear)}" if linear is not None else ""
-    return Row(path, "replaced", f"by mlpext.nn.{type(activation).__name__}, alone{after}")
+def _change_class(module: Module, cls: type[Module]) -> None:
+    vars(module)[_WAS] = type(module)
+    module.__class__ = cls

@@ -1,4 +1,9 @@
-"""`fuse(..., graph=True)`: functional calls fused in the graph of the whole model."""
+"""`fuse(..., graph=True)`: functional calls fused in the graph of the whole model.
+
+Fused are a linear layer, as a module or as a function, and what follows it: an activation in any spelling,
+or a maxout written as groups of outputs and their maximum. A graph has no `if`, so only a forward that does
+the same in every mode has one.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +21,17 @@ from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import Linear, Module
 
 from mlpext import functional as F
-from mlpext.fusion._patterns import Row, activation_after, activation_called, why_not_linear
+from mlpext.fusion._pairs import Row
+from mlpext.fusion._patterns import activation_after, activation_called, why_not_linear
+from mlpext.fusion._source import reads
 from mlpext.fusion._trace import (
     Untraceable,
     describe,
-    follower,
     has_hooks,
     is_chain,
-    is_torchs,
+    is_from_torch,
     modes,
-    reads,
+    sole_user,
     trace,
 )
 
@@ -66,8 +72,8 @@ class FusedGraph(fx.GraphModule):
 
 
 def fuse_graph(model: Module, rows: dict[Module, Row]) -> Module:
-    """The graph of `model` with functional calls fused, and what came of it in `rows`; `model` itself where
-    no one graph holds in every mode."""
+    """The graph of `model` with functional calls fused, or `model` itself where no one graph holds in every
+    mode. What came of it is added to `rows`."""
     steady = {module for module in model.modules() if _steady_graph(module)}
     graph = None if has_hooks(model) else _steady_graph(model, steady.__contains__)
     if graph is None:
@@ -81,17 +87,18 @@ def fuse_graph(model: Module, rows: dict[Module, Row]) -> Module:
                 module = node.meta["module"]
                 rows[module] = Row(paths[module], "fused", f"with {what}")
     for node in list(graph.nodes):
-        _take_ours(node)
+        _replace_lone_activation(node)
     graph.lint()
     return FusedGraph(model, graph)
 
 
 def _steady_graph(module: Module, inline: Callable[[Module], bool] = lambda module: False) -> fx.Graph | None:
     """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
-    arguments whose default is None, all of it in one mode of autograd and autocast."""
+    arguments whose default is None, all of it in one mode of autograd and autocast. `inline` says of a module
+    in it whether its calls stand in the graph too, or it is called."""
     cls = type(module)
-    ours_or_torchs = is_torchs(cls) or cls.__module__.startswith("mlpext.")
-    if isinstance(module, torch.jit.ScriptModule) or (ours_or_torchs and not is_chain(module)):
+    is_leaf = (is_from_torch(cls) or cls.__module__.startswith("mlpext.")) and not is_chain(module)
+    if isinstance(module, torch.jit.ScriptModule) or is_leaf:
         return None
     try:
         graphs, _ = trace(module, inline)
@@ -120,9 +127,6 @@ def _operations(graph: fx.Graph) -> Iterator[str]:
             yield f"{node.op} {node.target} {args}"
 
 
-# ---------------------------------------------------------------- rewriting
-
-
 def _is_linear(node: fx.Node) -> bool:
     """A linear layer, as a module or as a function, whose weight may be read beside it."""
     if node.op == "call_module":
@@ -143,16 +147,20 @@ def _fuse_activation(linear: fx.Node) -> str | None:
     return what
 
 
+# max(dim) returns (values, indices); the two ways to take the values.
+_VALUES = ((operator.getitem, (0,)), (getattr, ("values",)))
+
+
 def _fuse_maxout(linear: fx.Node) -> str | None:
     """linear, then groups of its outputs, then the maximum over each: one call."""
-    groups = follower(linear)
+    groups = sole_user(linear)
     if isinstance(groups, str) or (split := _split(groups, linear)) is None:
         return None
-    last = follower(groups)
+    last = sole_user(groups)
     if isinstance(last, str) or last.args[0] is not groups or (axis := _reduced(last, groups)) is None:
         return None
-    if last.target in ("max", torch.max):  # (values, indices)
-        picked = follower(last)
+    if last.target in ("max", torch.max):
+        picked = sole_user(last)
         if isinstance(picked, str) or (picked.target, picked.args[1:]) not in _VALUES:
             return None
         last = picked
@@ -172,11 +180,9 @@ def _fuse_maxout(linear: fx.Node) -> str | None:
     return f"the maximum over {split[0] if axis == -2 else split[1]} pieces"
 
 
-_VALUES = ((operator.getitem, (0,)), (getattr, ("values",)))
-
-
 def _split(node: fx.Node, linear: fx.Node) -> tuple[int, int] | None:
-    """The two sizes into which `node` splits the last dimension of `linear`."""
+    """The two sizes into which `node` splits the last dimension of `linear`, (pieces, outputs) or (outputs,
+    pieces); None if it does something else."""
     arguments: tuple[Any, ...] = node.args
     given, *sizes = arguments
     if given is not linear or node.kwargs:
@@ -200,7 +206,7 @@ def _outputs(linear: fx.Node) -> int:
 
 
 def _reduced(node: fx.Node, groups: fx.Node) -> int | None:
-    """The dimension, -1 or -2, whose maximum `node` takes."""
+    """The dimension, -1 or -2, whose maximum `node` takes; None if it does something else."""
     if node.target not in ("max", "amax", torch.max, torch.amax):
         return None
     given = {**dict(zip(("input", "dim"), node.args, strict=False)), **node.kwargs}
@@ -214,13 +220,14 @@ def _reduced(node: fx.Node, groups: fx.Node) -> int | None:
     return dim if dim in (-1, -2) else None
 
 
-def _take_ours(node: fx.Node) -> None:
+def _replace_lone_activation(node: fx.Node) -> None:
     """An activation function by itself: ours, of the same signature."""
     if node.op == "call_function" and node.target is not torch.sin and (found := activation_called(node)):
         node.target = getattr(F, "gelu" if found[0] == "gelu_tanh" else found[0])
 
 
 def _call(before: fx.Node, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call of `function`, in the graph in front of `before`."""
     with before.graph.inserting_before(before):
         node = before.graph.call_function(function, args, kwargs)
     node.meta["modes"] = before.meta["modes"]
@@ -228,7 +235,7 @@ def _call(before: fx.Node, function: Callable[..., Any], *args: Any, **kwargs: A
 
 
 def _replace(linear: fx.Node, last: fx.Node, make: Callable[[Any, Any, Any], fx.Node]) -> None:
-    """`make(x, weight, bias)` in the place of everything from `linear` to `last`, a chain."""
+    """Put `make(x, weight, bias)` in the place of everything from `linear` to `last`, a chain."""
     graph = linear.graph
     if linear.op == "call_module":
         x, bias = linear.args[0], None

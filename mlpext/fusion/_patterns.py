@@ -1,11 +1,15 @@
-"""What `fuse` recognises: activations, as modules and as calls, and linear layers that are just that."""
+"""What `fuse` recognises: activations, as modules and as calls, and linear layers that are just that.
+
+An activation is a name of the compiled list with the values of its parameters, ("elu", {"alpha": 1.0}). In a
+model it may be torch's module or ours, a class whose forward calls one and nothing else, or a function.
+"""
 
 from __future__ import annotations
 
 import inspect
 import operator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as TF
@@ -14,16 +18,9 @@ from torch.nn import Linear, Module, Parameter
 
 from mlpext import _C, nn
 from mlpext import functional as F
-from mlpext.fusion._trace import Untraceable, follower, has_hooks, is_torchs, modes, trace
+from mlpext.fusion._trace import Untraceable, has_hooks, is_from_torch, modes, sole_user, trace
 
-
-class Row(NamedTuple):
-    """What became of one module: `action` is "fused", "replaced" or "left"."""
-
-    path: str
-    action: str
-    reason: str
-
+Activation = tuple[str, dict[str, float]]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,12 +32,12 @@ def _module_class(name: str) -> type[Module]:
     return cls
 
 
-# Class -> name of its activation; torch.nn's own classes and ours, and none derived from them.
+# identity is no activation to fuse, and gelu_tanh is a GELU of another `approximate`.
 _NAMES = [name for name in F.activations() if name not in ("identity", "gelu_tanh")]
+# Class -> name of its activation, for torch.nn's classes and ours, none derived from them; torch's -> ours.
 _ACTIVATIONS = {_module_class(name): name for name in _NAMES}
 OURS = {getattr(torch.nn, cls.__name__): cls for cls in _ACTIVATIONS if hasattr(torch.nn, cls.__name__)}
 _ACTIVATIONS |= {theirs: _ACTIVATIONS[ours] for theirs, ours in OURS.items()}
-
 
 # torch's function, or the name of Tensor's method -> name of ours.
 _FUNCTIONS: dict[Any, str] = {torch.sin: "sine", "sin": "sine"}
@@ -50,8 +47,8 @@ for _name in _NAMES:
 del _FUNCTIONS[None]
 
 
-def activation_of(module: Module) -> tuple[str, dict[str, float]] | None:
-    """Name and parameters of an activation module, None for any other."""
+def activation_of(module: Module) -> Activation | None:
+    """The activation that a module is, None for any other."""
     if "forward" in vars(module):
         return None
     name = _ACTIVATIONS.get(type(module))
@@ -65,10 +62,10 @@ def activation_of(module: Module) -> tuple[str, dict[str, float]] | None:
     return name, params
 
 
-def _activation_by_trace(module: Module) -> tuple[str, dict[str, float]] | None:
+def _activation_by_trace(module: Module) -> Activation | None:
     """The activation that a module of someone else's class is, if its forward calls that and nothing else."""
     parts = chain(module.children(), module.parameters(), module.buffers())
-    if is_torchs(type(module)) or any(True for _ in parts):
+    if is_from_torch(type(module)) or any(True for _ in parts):
         return None
     try:
         graphs, _ = trace(module)
@@ -78,7 +75,8 @@ def _activation_by_trace(module: Module) -> tuple[str, dict[str, float]] | None:
     return found[0] if all(each == found[0] for each in found) else None
 
 
-def _only_activation(graph: fx.Graph) -> tuple[str, dict[str, float]] | None:
+def _only_activation(graph: fx.Graph) -> Activation | None:
+    """The activation that is all that `graph` computes."""
     x, *calls, output = graph.nodes
     if x.op != "placeholder" or not calls or output.args != (calls[-1],):
         return None
@@ -86,14 +84,14 @@ def _only_activation(graph: fx.Graph) -> tuple[str, dict[str, float]] | None:
     return activation if last is calls[-1] and last.meta["modes"] == modes() else None
 
 
-def activation_after(node: fx.Node) -> tuple[fx.Node | None, tuple[str, dict[str, float]] | None]:
+def activation_after(node: fx.Node) -> tuple[fx.Node | None, Activation | None]:
     """The activation that takes the output of `node`, and the last of its calls: sin(omega x) is two."""
-    last = follower(node)
+    last = sole_user(node)
     if isinstance(last, str):
         return None, None
     activation = activation_called(last)
     if activation is None and (omega := _factor(last)) is not None:
-        last = follower(last)
+        last = sole_user(last)
         if not isinstance(last, str) and activation_called(last) == ("sine", {"omega": 1.0}):
             return last, ("sine", {"omega": omega})
         return None, None
@@ -127,8 +125,8 @@ def why_not_linear(linear: Module) -> str | None:
     return None
 
 
-def activation_called(node: fx.Node) -> tuple[str, dict[str, float]] | None:
-    """Name and parameters of the activation that `node` is, as a module, a function or a method."""
+def activation_called(node: fx.Node) -> Activation | None:
+    """The activation that `node` calls, as a module, a function or a method; None for any other call."""
     if node.op == "call_module":
         module = node.meta["module"]
         return None if has_hooks(module) else activation_of(module)

@@ -22,7 +22,6 @@ if torch.version.cuda is None:
 def _same_start():
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    yield
 
 
 @pytest.fixture

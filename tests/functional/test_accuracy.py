@@ -1,10 +1,14 @@
 """Each activation over the whole of float32, every 4093rd number: the errors that docs/accuracy.md shows stay
 within the bounds of `accuracy.py`, on each instruction set (test_isa.py)."""
 
+import json
+import re
+
 import pytest
 import torch
 
 import accuracy
+import mlpext.functional as F
 from common import NAMES, ours
 
 STRIDE = 4093
@@ -18,6 +22,16 @@ def test_errors_are_within_the_bounds(name):
     for what, bound in accuracy.bounds(name, {}).items():
         worst = getattr(errors, what)
         assert worst.error <= bound, (what, worst)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_docstrings_state_the_measured_error(name):
+    """Of the worst instruction set, rounded up; "exact" where every result is the nearest number."""
+    errors = json.loads(accuracy.RESULTS.read_text())[name]["errors"]
+    worst = max(errors[isa]["value"]["error"] for isa in ("baseline", "avx2", "avx512"))
+    doc = getattr(F, "gelu" if name == "gelu_tanh" else name).__doc__
+    stated = re.findall(r"to ([\d.]+) ULP|, exact\.", doc)[name == "gelu_tanh"]
+    assert worst <= float(stated or 0.5) < worst + 0.1
 
 
 def test_an_error_is_seen():

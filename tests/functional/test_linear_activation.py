@@ -56,8 +56,6 @@ def native_layer(name, parameters):
     return lambda x, w, b=None: native(name, parameters)(TF.linear(x, w, b))
 
 
-# ---------------------------------------------------------------- the numbers
-
 # Of sums of 13 products: rounding of the sum, of the activation and, for 16 bits, of the saved output.
 TOLERANCE = {torch.float64: 2e-14, torch.float32: 2e-5, torch.bfloat16: 0.06, torch.float16: 0.008}
 
@@ -141,9 +139,6 @@ def test_specials_reach_their_outputs_and_no_others(name, special, dtype):
         expected = torch.ops.mlpext.activation(x, name, values_of(name, {}))
         torch.testing.assert_close(actual, expected, equal_nan=True)
         assert actual.isnan().sum() == expected.isnan().sum() <= 1
-
-
-# ---------------------------------------------------------------- which gradients
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
@@ -311,8 +306,6 @@ def test_nothing_is_stale_after_the_weights_change():
     check("optimizer step")
 
 
-# ---------------------------------------------------------------- layouts and shapes
-
 X_LAYOUTS = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.t().contiguous().t(),
@@ -393,9 +386,6 @@ def test_the_same_from_run_to_run_and_with_more_threads_nearly():
     torch.set_num_threads(2)
     for a, b in zip(once, run(layer("tanh", {}), tensors), strict=True):
         torch.testing.assert_close(a, b)
-
-
-# ---------------------------------------------------------------- types and errors
 
 
 @pytest.mark.parametrize(

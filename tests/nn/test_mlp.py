@@ -191,9 +191,6 @@ def test_backward_twice():
         y.sum().backward()
 
 
-# ---------------------------------------------------------------- when layers are called one by one
-
-
 def hooked(model, seen):
     model[1].register_forward_hook(lambda *_: seen.append("hook"))
 
