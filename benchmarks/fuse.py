@@ -166,22 +166,21 @@ def sweep() -> Iterator[Model]:
 def case(each: Model, compiled: bool) -> Iterator[Case]:
     model, x = each.module, torch.randn(*each.shape)
     fused = mlpext.fuse(model, graph=each.graph)
-    steps = {"native": training_step(model, x), OURS: training_step(fused, x)}
+    steps = {"eager": training_step(model, x), OURS: training_step(fused, x)}
     if not compiled:
         known = [*model.parameters(), x]
         memory = {
-            name: bytes_kept(lambda net=net: net(x), known)
-            for name, net in (("native", model), (OURS, fused))
+            name: bytes_kept(lambda net=net: net(x), known) for name, net in (("eager", model), (OURS, fused))
         }
         yield Case(each.name, steps, each.target, kept=memory)
         return
     torch.compiler.reset()  # else the ninth model would run uncompiled
     by_inductor = {
         name: training_step(torch.compile(net, dynamic=False), x)
-        for name, net in (("native", model), (OURS, fused))
+        for name, net in (("eager", model), (OURS, fused))
     }
     yield Case(each.name, by_inductor, target=1)
-    yield Case(f"{each.name}, not compiled", {"compiled": by_inductor["native"], OURS: steps[OURS]})
+    yield Case(f"{each.name}, not compiled", {"compiled": by_inductor["eager"], OURS: steps[OURS]})
 
 
 def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:

@@ -1,6 +1,6 @@
 """What a call costs where the arithmetic is nearly nothing: small layers and 64 values, on one thread.
 
-The target is 1 everywhere: what replaces a native function or module must not be slower even here.
+The target is 1 everywhere: what replaces a function or module of torch must not be slower even here.
 """
 
 from collections.abc import Iterator
@@ -43,12 +43,12 @@ def linear_activation(batch: int) -> Iterator[Case]:
 def activation(name: str) -> Iterator[Case]:
     x = torch.randn(64)
     functions = {
-        "native": native(name),
+        "eager": native(name),
         "mlpext": ours(name),
     }
     yield from modes(name, functions, x, backward=False)
     if hasattr(TF, name.removesuffix("_tanh")):
-        modules = {"native": module(nn, name), "mlpext": module(mlpext.nn, name)}
+        modules = {"eager": module(nn, name), "mlpext": module(mlpext.nn, name)}
         yield from modes(f"{name} module", modules, x, backward=False)
 
 
