@@ -10,7 +10,7 @@ CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients fuzz gradcheck accuracy bench check emulated sanitize tsan \
+.PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme check emulated sanitize tsan \
 	coverage cuda-link clean
 .DEFAULT_GOAL := help
 
@@ -32,6 +32,8 @@ gradcheck: .venv/.built    ## derivatives against finite differences, alone
 	$(TEST) -m gradcheck
 accuracy: .venv/.built     ## errors over float32 on each instruction set, to docs/accuracy.md
 	$(V)/python tests/accuracy.py $(if $(STRIDE),--stride $(STRIDE))
+readme: .venv/.built       ## the tables of README.md and docs/benchmarks.md, from benchmarks/results
+	$(V)/python tools/readme.py
 bench: .venv/.built        ## every benchmark; results in benchmarks/results
 	set -e; for file in $(filter-out %/harness.py %/calls.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
 check: .venv/.built        ## ruff, mypy, clang-format, the C++ with warnings as errors, CUDA by nvcc if it is there
