@@ -37,7 +37,10 @@ def cases(compiled: bool) -> Iterator[Case]:
     for dtype, targets in ((torch.float32, FORWARD), (torch.bfloat16, HALF)):
         x = 2 * torch.randn(MILLION).to(dtype)
         for name in NAMES:
-            calls = {"eager": partial(native(name), x), OURS: partial(ours(name), x)}
+            calls: dict[str, Callable[[], object]] = {
+                "eager": partial(native(name), x),
+                OURS: partial(ours(name), x),
+            }
             wanted = {"eager": targets.get(name, 1)}
             if dtype == torch.float32 and name in JAX and find_spec("jax"):
                 calls["JAX"], wanted["JAX"] = jax_call(name, x), JAX[name]
@@ -60,13 +63,13 @@ def cases(compiled: bool) -> Iterator[Case]:
             yield Case(f"{short(dtype)} 16 K, {name}, forward + backward", steps, target)
     x = torch.randn(16 * MILLION)
     with WithHugePages(len(x)) as elsewhere:
-        for name, targets in LARGE.items():
+        for name, large in LARGE.items():
             calls = {
                 "eager": partial(native(name), x),
                 HUGE_PAGES: elsewhere(name),
                 OURS: partial(ours(name), x),
             }
-            wanted = dict(zip(("eager", HUGE_PAGES), targets, strict=True))
+            wanted = dict(zip(("eager", HUGE_PAGES), large, strict=True))
             yield Case(f"float32 16 M, {name}, fresh output", calls, wanted, bytes=2 * x.nbytes)
 
 
