@@ -200,6 +200,13 @@ def test_info(capsys):
         assert text in out
 
 
+def test_info_lists_the_variables_that_are_read_at_run_time(capsys, monkeypatch):
+    switches = [("MLPEXT_A", None, "what a does"), ("MLPEXT_B", "7", "what b does")]
+    monkeypatch.setattr(mlpext._C, "switches", lambda: switches, raising=False)
+    lines = [line.split(maxsplit=1) for line in run(capsys, "info")[1].splitlines()[-2:]]
+    assert lines == [["MLPEXT_A", "not set: what a does"], ["MLPEXT_B", "7: what b does"]]
+
+
 def test_help_names_the_defaults(capsys):
     code, out, _ = run(capsys, "train --help")
     assert code == 0 and "stochastic 0.005, mini-batch 0.1, batch 0.1" in " ".join(out.split())
