@@ -23,6 +23,8 @@ train: .venv/.built        ## train the reference network on digits, in all thre
 	$(V)/python -m mlpext train
 test: .venv/.built         ## the tests (slow ones and those that need a GPU left out)
 	$(TEST)
+quick: .venv/.built        ## under a minute: one instruction set, no compiler, no emulator, no other process
+	$(TEST) --every 5 -m "not (slow or cuda or compile or emulator or launch or thorough or gradcheck)"
 test-all: .venv/.built     ## every test, and the sanitizers
 	$(TEST) -m ""
 	$(MAKE) sanitize tsan

@@ -29,6 +29,7 @@ INTEGERS = {1: torch.uint8, 4: torch.int32}
 OF_OUTPUT = ("identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "selu", "celu")
 
 pytestmark = [
+    pytest.mark.emulator,
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux"),
 ]
 

@@ -18,6 +18,7 @@ from torch.utils import cpp_extension
 from test_cuda_emulated import COMPILER, EMULATOR, ROOT, command
 
 pytestmark = [
+    pytest.mark.emulator,
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux"),
 ]

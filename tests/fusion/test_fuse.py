@@ -1381,6 +1381,7 @@ def test_unfuse_leaves_layers_of_its_own():
 # ---------------------------------------------------------------- compiled and exported
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "autoencoder"])
 @pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
 def test_compile_without_graph_breaks(name, graph, fresh_dynamo):
@@ -1391,6 +1392,7 @@ def test_compile_without_graph_breaks(name, graph, fresh_dynamo):
     assert_same(model, compiled, tuple(randn(9, *x.shape[1:]) for x in inputs))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "ViT block", "autoencoder"])
 @pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
 def test_what_is_compiled_is_the_same(name, graph, fresh_dynamo):
@@ -1413,6 +1415,7 @@ def test_what_is_compiled_is_the_same(name, graph, fresh_dynamo):
     assert len(expected) == 2 and actual == expected
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "ViT block"])
 @pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
 def test_export(name, graph):
