@@ -13,8 +13,8 @@ INCLUDES = $(shell $(V)/python -c "import sysconfig; from torch.utils.cpp_extens
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme check tidy emulated sanitize tsan \
-	coverage cuda-link clean
+.PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme check tidy emulated \
+	sanitize tsan coverage cuda-link clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -33,7 +33,15 @@ test-clients: .venv/.built .venv-clients/.installed  ## with the packages that p
 fuzz: .venv/.built         ## random cases of ops (or WHAT=fits) for MINUTES (1), on ISA (the best), from SEED (any)
 	OMP_NUM_THREADS=1 $(if $(ISA),MLPEXT_CPU_ISA=$(ISA)) $(V)/python tests/fuzz.py $(or $(WHAT),ops) \
 		$(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
-gradcheck: .venv/.built        ## ruff, mypy, clang-format, clang-tidy, the C++ with warnings as errors, CUDA by nvcc if it is there
+gradcheck: .venv/.built    ## derivatives against finite differences, alone
+	$(TEST) -m gradcheck
+accuracy: .venv/.built     ## errors over float32 on each instruction set, to docs/accuracy.md
+	$(V)/python tests/accuracy.py $(if $(STRIDE),--stride $(STRIDE))
+bench: .venv/.built        ## every benchmark; results in benchmarks/results
+	set -e; for file in $(filter-out %/harness.py %/calls.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
+readme: .venv/.built       ## the tables of README.md and docs/benchmarks.md, from benchmarks/results
+	$(V)/python tools/readme.py
+check: .venv/.built        ## ruff, mypy, clang-format, clang-tidy, C++ with warnings as errors, CUDA by nvcc if it is there
 	$(V)/ruff check .
 	$(V)/ruff format --check .
 	$(V)/mypy
@@ -42,7 +50,8 @@ gradcheck: .venv/.built        ## ruff, mypy, clang-format, clang-tidy, the C++ 
 	MLPEXT_WERROR=1 $(V)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
 	$(V)/python tools/cuda_check.py
 tidy: .venv/.built         ## clang-tidy over the C++ of the CPU, a minute and a half
-	echo $(TIDY_FILES) | xargs -n 1 -P "$$(nproc)" sh -c '$(V)/clang-tidy --quiet "$$0" -- -std=c++20 -Icsrc -DTORCH_EXTENSION_NAME=_C $(INCLUDES)'
+	echo $(TIDY_FILES) | xargs -n 1 -P "$$(nproc)" sh -c \
+		'$(V)/clang-tidy --quiet "$$0" -- -std=c++20 -Icsrc -DTORCH_EXTENSION_NAME=_C $(INCLUDES)'
 emulated: .venv/.built     ## build/emulated: with AVX-512's loops on AVX2, to test on machines that lack it
 	MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/emulated
 	$(call LINK_PYTHON,build/emulated)

@@ -195,7 +195,18 @@ def test_make_without_python(bare):
 
 def test_make_lists_its_verbs(bare):
     listed = run(["make"], bare).stdout
-    for verb in ("train", "test", "quick", "test-all", "gradcheck", "bench", "readme", "check", "clean", "help"):
+    for verb in (
+        "train",
+        "test",
+        "quick",
+        "test-all",
+        "gradcheck",
+        "bench",
+        "readme",
+        "check",
+        "clean",
+        "help",
+    ):
         assert re.search(rf"^{verb} ", listed, re.MULTILINE)
 
 
