@@ -7,11 +7,14 @@ TORCH ?= $(or $(STAMPED),torch==2.13.0)
 CUDA_TORCH ?= torch==2.14.1
 V := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+TIDY_FILES = $(filter-out csrc/cuda/%,$(shell find csrc -name '*.cpp'))
+INCLUDES = $(shell $(V)/python -c "import sysconfig; from torch.utils.cpp_extension import include_paths; \
+	print(*('-isystem' + path for path in [*include_paths(), sysconfig.get_path('include')]))")
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test test-all test-clients fuzz gradcheck accuracy bench check emulated sanitize tsan \
-	coverage cuda-link clean
+.PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme check tidy emulated \
+	sanitize tsan coverage cuda-link clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -20,6 +23,8 @@ train: .venv/.built        ## train the reference network on digits, in all thre
 	$(V)/python -m mlpext train
 test: .venv/.built         ## the tests (slow ones and those that need a GPU left out)
 	$(TEST)
+quick: .venv/.built        ## under a minute: one instruction set, no compiler, no emulator, no other process
+	$(TEST) --every 5 -m "not (slow or cuda or compile or emulator or launch or thorough or gradcheck)"
 test-all: .venv/.built     ## every test, and the sanitizers
 	$(TEST) -m ""
 	$(MAKE) sanitize tsan
@@ -34,13 +39,19 @@ accuracy: .venv/.built     ## errors over float32 on each instruction set, to do
 	$(V)/python tests/accuracy.py $(if $(STRIDE),--stride $(STRIDE))
 bench: .venv/.built        ## every benchmark; results in benchmarks/results
 	set -e; for file in $(filter-out %/harness.py %/calls.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
-check: .venv/.built        ## ruff, mypy, clang-format, the C++ with warnings as errors, CUDA by nvcc if it is there
+readme: .venv/.built       ## the tables of README.md and docs/benchmarks.md, from benchmarks/results
+	$(V)/python tools/readme.py
+check: .venv/.built        ## ruff, mypy, clang-format, clang-tidy, C++ with warnings as errors, CUDA by nvcc if it is there
 	$(V)/ruff check .
 	$(V)/ruff format --check .
 	$(V)/mypy
 	$(V)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(MAKE) -s tidy
 	MLPEXT_WERROR=1 $(V)/python setup.py -q build_ext --build-lib build/check --build-temp build/check
 	$(V)/python tools/cuda_check.py
+tidy: .venv/.built         ## clang-tidy over the C++ of the CPU, a minute and a half
+	echo $(TIDY_FILES) | xargs -n 1 -P "$$(nproc)" sh -c \
+		'$(V)/clang-tidy --quiet "$$0" -- -std=c++20 -Icsrc -DTORCH_EXTENSION_NAME=_C $(INCLUDES)'
 emulated: .venv/.built     ## build/emulated: with AVX-512's loops on AVX2, to test on machines that lack it
 	MLPEXT_EMULATE_AVX512=1 $(V)/python setup.py -q build_ext --build-lib build/emulated
 	$(call LINK_PYTHON,build/emulated)

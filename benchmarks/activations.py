@@ -1,9 +1,9 @@
 """Activations on CPU: arithmetic (1 M values), in cache (16 K), forward + backward, and large fresh outputs.
 
 Targets were set on another machine (Zen 5, whose 512-bit units are twice as wide as those of Zen 4).
-Everything that has no target of its own has 1: never slower than native.
+Everything that has no target of its own has 1: never slower than torch.
 
-    python benchmarks/activations.py               peers: native, and JAX where it is installed
+    python benchmarks/activations.py               peers: torch ("eager"), and JAX where it is installed
     python benchmarks/activations.py --compile     torch.compile too (minutes)
 """
 
@@ -29,7 +29,7 @@ COMPILED = {"elu": 2}
 HALF = {"tanh": 12, "sigmoid": 3, "elu": 8, "relu": 3}
 BOTH = {"tanh": 3, "elu": 2, "mish": 6}
 LARGE = {"relu": (12, 2), "elu": (16, 6), "tanh": (24, 14)}
-HUGE_PAGES = "native, THP_MEM_ALLOC_ENABLE=1"
+HUGE_PAGES = "eager, THP_MEM_ALLOC_ENABLE=1"
 
 
 def cases(compiled: bool) -> Iterator[Case]:
@@ -37,8 +37,11 @@ def cases(compiled: bool) -> Iterator[Case]:
     for dtype, targets in ((torch.float32, FORWARD), (torch.bfloat16, HALF)):
         x = 2 * torch.randn(MILLION).to(dtype)
         for name in NAMES:
-            calls = {"native": partial(native(name), x), OURS: partial(ours(name), x)}
-            wanted = {"native": targets.get(name, 1)}
+            calls: dict[str, Callable[[], object]] = {
+                "eager": partial(native(name), x),
+                OURS: partial(ours(name), x),
+            }
+            wanted = {"eager": targets.get(name, 1)}
             if dtype == torch.float32 and name in JAX and find_spec("jax"):
                 calls["JAX"], wanted["JAX"] = jax_call(name, x), JAX[name]
             if dtype == torch.float32 and name in COMPILED and compiled:
@@ -48,25 +51,25 @@ def cases(compiled: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         x = 2 * torch.randn(1 << 14).to(dtype)
         for name in NAMES:
-            calls = {"native": partial(native(name), x), OURS: partial(ours(name), x)}
+            calls = {"eager": partial(native(name), x), OURS: partial(ours(name), x)}
             yield Case(f"{short(dtype)} 16 K, {name}", calls, 1)
         leaf = x.clone().requires_grad_()
         for name in NAMES:
             steps = {
-                "native": with_backward(native(name), [leaf]),
+                "eager": with_backward(native(name), [leaf]),
                 OURS: with_backward(ours(name), [leaf]),
             }
             target = BOTH.get(name, 1) if dtype == torch.float32 else 1
             yield Case(f"{short(dtype)} 16 K, {name}, forward + backward", steps, target)
     x = torch.randn(16 * MILLION)
     with WithHugePages(len(x)) as elsewhere:
-        for name, targets in LARGE.items():
+        for name, large in LARGE.items():
             calls = {
-                "native": partial(native(name), x),
+                "eager": partial(native(name), x),
                 HUGE_PAGES: elsewhere(name),
                 OURS: partial(ours(name), x),
             }
-            wanted = dict(zip(("native", HUGE_PAGES), targets, strict=True))
+            wanted = dict(zip(("eager", HUGE_PAGES), large, strict=True))
             yield Case(f"float32 16 M, {name}, fresh output", calls, wanted, bytes=2 * x.nbytes)
 
 

@@ -12,8 +12,9 @@ and backward: every storage once, parameters and the input aside.
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import pairwise, product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as TF
@@ -59,6 +60,8 @@ class Mixer(nn.Module):
 
 class DLRM(nn.Module):
     """The dense part of MLPerf's recommender (Naumov et al., 2019): 26 embeddings of 128 come as an input."""
+
+    pairs: torch.Tensor
 
     def __init__(self):
         super().__init__()
@@ -131,13 +134,14 @@ class Model(NamedTuple):
 
 
 def models() -> Iterator[Model]:
+    smooth: tuple[type[nn.Module], ...] = (nn.ELU, nn.GELU, nn.SiLU)
     for act in (nn.Tanh, nn.ReLU):
         for width in (256, 512, 1024):
             model = mlp(width, width, width, width, act=act)
             model.append(act())
             yield Model(f"3 x Linear {width}, {act.__name__}", model, (BATCH, width), target=1.5)
-    for act in (nn.ELU, nn.GELU, nn.SiLU):
-        yield Model(f"3 x Linear 512, {act.__name__}", mlp(512, 512, 512, 512, act=act), (BATCH, 512))
+    for each in smooth:
+        yield Model(f"3 x Linear 512, {each.__name__}", mlp(512, 512, 512, 512, act=each), (BATCH, 512))
     normed = nn.Sequential(
         nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
     )
@@ -166,25 +170,22 @@ def sweep() -> Iterator[Model]:
 def case(each: Model, compiled: bool) -> Iterator[Case]:
     model, x = each.module, torch.randn(*each.shape)
     fused = mlpext.fuse(model, graph=each.graph)
-    steps = {"native": training_step(model, x), OURS: training_step(fused, x)}
+    steps = {"eager": training_step(model, x), OURS: training_step(fused, x)}
     if not compiled:
         known = [*model.parameters(), x]
-        memory = {
-            name: bytes_kept(lambda net=net: net(x), known)
-            for name, net in (("native", model), (OURS, fused))
-        }
+        memory = {name: bytes_kept(partial(net, x), known) for name, net in (("eager", model), (OURS, fused))}
         yield Case(each.name, steps, each.target, kept=memory)
         return
     torch.compiler.reset()  # else the ninth model would run uncompiled
     by_inductor = {
         name: training_step(torch.compile(net, dynamic=False), x)
-        for name, net in (("native", model), (OURS, fused))
+        for name, net in (("eager", model), (OURS, fused))
     }
     yield Case(each.name, by_inductor, target=1)
-    yield Case(f"{each.name}, not compiled", {"compiled": by_inductor["native"], OURS: steps[OURS]})
+    yield Case(f"{each.name}, not compiled", {"compiled": by_inductor["eager"], OURS: steps[OURS]})
 
 
-def training_step(model: nn.Module, x: torch.Tensor) -> Callable[[], object]:
+def training_step(model: Any, x: torch.Tensor) -> Callable[[], object]:
     parameters = list(model.parameters())
     cotangent = torch.randn_like(model(x))
     return lambda: torch.autograd.grad(model(x), parameters, cotangent)

@@ -4,7 +4,7 @@ A benchmark file says what to compare; this module does the rest:
 
     from harness import Case, run
 
-    run([Case("elu, 64 values", {"native": lambda: F.elu(x), "mlpext": lambda: ours.elu(x)})], "Overhead")
+    run([Case("elu, 64 values", {"eager": lambda: F.elu(x), "mlpext": lambda: ours.elu(x)})], "Overhead")
 
 How it measures. One pinned thread unless told otherwise. Every contender takes one sample a round, in an
 order that rotates from round to round, with the garbage collector off. A sample repeats the call until it
@@ -222,7 +222,7 @@ def _setting(cpus: list[int]) -> dict[str, Any]:
         "pinned_to": cpus,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
-        "native_isa": torch.backends.cpu.get_cpu_capability(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
         "limits": {"gflops": _fma_peak(), "copy_gbps": _copy_speed()},
         "load_before": load,
@@ -295,7 +295,7 @@ def _setting_in_words(setting: Mapping[str, Any]) -> str:
     if "load_after" in setting:
         load += f" before, {setting['load_after']:.1f} after"
     return (
-        f"{setting['date']}, {setting['cpu']} ({setting['native_isa']}), "
+        f"{setting['date']}, {setting['cpu']} ({setting['torch_isa']}), "
         f"{setting['threads']} pinned thread(s) of {setting['cpus_in_machine']} CPUs, load {load}; "
         f"float32 multiply-add peak of one core {peak}, copy {limits['copy_gbps']:.0f} GB/s; {versions}"
     )

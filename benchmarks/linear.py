@@ -1,12 +1,12 @@
 """Linear + activation and linear + maxout on CPU beside their peers, forward and training.
 
 One case for each peer, because each has a target of its own. The targets were set on a machine (Zen 5) whose
-native float32 product runs at 37 % of the multiply-add peak. Where it runs at 85 %, as on Zen 4, nothing can
+torch's float32 product runs at 37 % of the multiply-add peak. Where it runs at 85 %, as on Zen 4, nothing can
 be 2.5 times as fast: there, read the share of the peak.
 
     python benchmarks/linear.py                 the table
     python benchmarks/linear.py --compile       torch.compile as a peer too (minutes)
-    python benchmarks/linear.py --sweep 200     random shapes, 1 to 8192, against native: the slowest ratio
+    python benchmarks/linear.py --sweep 200     random shapes, 1 to 8192, against torch: the slowest ratio
 
 JAX (with XLA_FLAGS=--xla_cpu_multi_thread_eigen=false) and zentorch (forward only) are peers where they are
 installed.
@@ -184,7 +184,7 @@ def main() -> None:
         return
     record = run(sweep(options.sweep, getattr(torch, options.dtype)), "Linear sweep", rest)
     slowest = sorted(record["cases"], key=lambda case: case["ratios"]["eager"]["median"])
-    print("slowest against native:")
+    print("slowest against eager:")
     for case in slowest[:8]:
         print(f"  {case['ratios']['eager']['median']:.2f} {case['name']}")
     if slowest and slowest[0]["ratios"]["eager"]["median"] < 0.95:

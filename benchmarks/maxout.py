@@ -34,7 +34,10 @@ def cases() -> Iterator[Case]:
     for (rows, features), target in TARGETS.items():
         for pieces in PIECES:
             x = torch.randn(rows, pieces * features)
-            calls = {**peers(pieces), OURS: partial(MF.maxout, pieces=pieces)}
+            calls: dict[str, Callable[..., Tensor]] = {
+                **peers(pieces),
+                OURS: partial(MF.maxout, pieces=pieces),
+            }
             name = f"({rows}, {features}) of {pieces}"
             yield Case(
                 f"{name}, forward",

@@ -1,13 +1,13 @@
 """What a call costs where the arithmetic is nearly nothing: small layers and 64 values, on one thread.
 
-The target is 1 everywhere: what replaces a native function or module must not be slower even here.
+The target is 1 everywhere: what replaces a function or module of torch must not be slower even here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as TF
-from torch import nn
+from torch import Tensor, nn
 
 import mlpext
 import mlpext.functional as MF
@@ -32,7 +32,7 @@ def linear_activation(batch: int) -> Iterator[Case]:
         "F.elu(F.linear)": lambda x, w, b: TF.elu(TF.linear(x, w, b)),
         "mlpext": lambda x, w, b: MF.linear_activation(x, w, b, "elu"),
     }
-    modules = {
+    modules: dict[str, Callable[..., Tensor]] = {
         "nn.Sequential(Linear, ELU)": nn.Sequential(nn.Linear(64, 64), nn.ELU()),
         "mlpext": mlpext.nn.LinearActivation(64, 64, activation="elu"),
     }
@@ -43,12 +43,15 @@ def linear_activation(batch: int) -> Iterator[Case]:
 def activation(name: str) -> Iterator[Case]:
     x = torch.randn(64)
     functions = {
-        "native": native(name),
+        "eager": native(name),
         "mlpext": ours(name),
     }
     yield from modes(name, functions, x, backward=False)
     if hasattr(TF, name.removesuffix("_tanh")):
-        modules = {"native": module(nn, name), "mlpext": module(mlpext.nn, name)}
+        modules: dict[str, Callable[..., Tensor]] = {
+            "eager": module(nn, name),
+            "mlpext": module(mlpext.nn, name),
+        }
         yield from modes(f"{name} module", modules, x, backward=False)
 
 
@@ -56,7 +59,7 @@ def maxout(batch: int) -> Iterator[Case]:
     pieces, x = 2, torch.randn(batch, 64)
     values = torch.randn(batch, pieces * 64)
     layer = mlpext.nn.Maxout(64, 64, pieces=pieces)
-    weight, bias = layer.weight.detach(), layer.bias.detach()
+    weight, bias = (parameter.detach() for parameter in layer.parameters())
     functions = {
         "unflatten.amax": lambda x: x.unflatten(-1, (pieces, -1)).amax(-2),
         "unflatten.max": lambda x: x.unflatten(-1, (pieces, -1)).max(-2).values,

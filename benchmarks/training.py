@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,13 @@ def ours(model: nn.Sequential, sizes: tuple[int, ...]) -> mlpext.nn.MLP:
 
 def train(net: mlpext.nn.MLP, x: Tensor, d: Tensor, batch: int, epochs: int = 1) -> None:
     mode = "stochastic" if batch == 1 else "batch" if batch == len(x) else "mini-batch"
-    options = {"epochs": epochs, "shuffle": False, "seed": 0, "progress": False, "engine": "native"}
+    options: dict = {
+        "epochs": epochs,
+        "shuffle": False,
+        "seed": 0,
+        "progress": False,
+        "engine": "native",
+    }
     fit(net, x, d, mode=mode, batch_size=batch, lr=LR, **options)
 
 
@@ -124,7 +131,7 @@ class Jax:
         """Build an epoch, run it once, and give `model` the weights that came of it."""
         arrays, weights = (str(Path(self.folder.name) / f"{name}.npz") for name in ("arrays", "weights"))
         layers = [layer for layer in model if isinstance(layer, nn.Linear)]
-        own = {f"w{i}": layer.weight.detach().numpy() for i, layer in enumerate(layers)}
+        own: dict[str, Any] = {f"w{i}": layer.weight.detach().numpy() for i, layer in enumerate(layers)}
         own |= {f"b{i}": layer.bias.detach().numpy() for i, layer in enumerate(layers)}
         np.savez(arrays, x=x.numpy(), d=d.numpy(), **own)
         self.ask(arrays=arrays, batch=batch, unroll=unroll, lr=LR, weights=weights)
@@ -153,7 +160,7 @@ def training(name: str, batch: int, jax: Jax) -> Iterator[Case]:
     x, d, step = x[:count], d[:count], batch or count
     start = network(SIZES[name])
     initial = copy.deepcopy(start)
-    models: dict[str, nn.Module] = {peer: copy.deepcopy(start) for peer in ("naive loop", "by hand")}
+    models: dict[str, Any] = {peer: copy.deepcopy(start) for peer in ("naive loop", "by hand")}
     optimizer = torch.optim.SGD(models["naive loop"].parameters(), lr=LR)
     loops: dict[str, Callable[[Tensor, Tensor], None]] = {
         "naive loop": lambda x, d: naive(models["naive loop"], optimizer, x, d, step),
@@ -197,9 +204,8 @@ def training(name: str, batch: int, jax: Jax) -> Iterator[Case]:
 
 
 def modules() -> Iterator[Case]:
-    native = network(SIZES["digits"])
-    net = ours(native, SIZES["digits"])
-    calls = {"nn.Sequential": native, "mlpext": net}
+    plain = network(SIZES["digits"])
+    calls = {"nn.Sequential": plain, "mlpext": ours(plain, SIZES["digits"])}
     frozen = {peer: copy.deepcopy(call).requires_grad_(False) for peer, call in calls.items()}
     for batch in (1, 32):
         x = torch.randn(batch, 64)
@@ -230,7 +236,14 @@ def many(count: int = 64) -> Iterator[Case]:
     nets = [ours(network(SIZES["digits"]), SIZES["digits"]) for _ in range(count)]
     model = network(SIZES["digits"])
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    options = {"batch_size": 32, "lr": LR, "epochs": 2, "shuffle": False, "seed": 0, "engine": "native"}
+    options: dict = {
+        "batch_size": 32,
+        "lr": LR,
+        "epochs": 2,
+        "shuffle": False,
+        "seed": 0,
+        "engine": "native",
+    }
     title = f"fit_many of {count} networks 64-64-64-10, 32 a step, a sample of each"
     contenders = {
         "naive loop": lambda: naive(model, optimizer, x[:640], d[:640], 32),

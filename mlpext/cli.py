@@ -219,12 +219,24 @@ def info(_: argparse.Namespace) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<18}{value}")
+    for name, value, meaning in getattr(_C, "switches", list)():
+        print(f"{name:<20}{'not set' if value is None else value}: {meaning}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mlpext", description=mlpext.__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train_parser = _add_train(commands)
+    _add_plot(commands)
+    about = "print versions, instruction sets, run-time variables, and the activations"
+    commands.add_parser("info", help=about, description=about).set_defaults(run=info)
+    options = parser.parse_args(arguments)
+    if options.run is train:
+        _check(options, train_parser)
+    return options
 
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     about = "train the reference network, and compare the modes of gradient descent"
     command = commands.add_parser("train", help=about, description=about)
     command.set_defaults(run=train)
@@ -288,7 +300,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     option("--out", metavar="DIR", help="where the results go (runs/DATA)")
     option("--resume", action="store_true", help="continue from the checkpoints in DIR")
     option("--quiet", action="store_true", help="no progress bar")
+    return command
 
+
+def _add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plot = commands.add_parser("plot", help="draw the activations, or the histories of runs")
     pictures = plot.add_subparsers(required=True, metavar="PICTURE")
     about = "draw every activation with its derivative"
@@ -300,14 +315,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     picture.add_argument("runs", nargs="+", metavar="RUN", help="a folder of train, or a history.json")
     picture.add_argument("--out", default="history.png", metavar="FILE", help="(history.png)")
     picture.set_defaults(run=plot_history)
-
-    about = "print versions, instruction sets, and the activations"
-    commands.add_parser("info", help=about, description=about).set_defaults(run=info)
-
-    options = parser.parse_args(arguments)
-    if options.run is train:
-        _check(options, command)
-    return options
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

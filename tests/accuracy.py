@@ -273,7 +273,7 @@ def main() -> None:
     for name in options.only or mlpext.activations():
         start = time.perf_counter()
         implementations = {isa: functools.partial(f, name) for isa, f in elsewhere.items()}
-        implementations["native"] = functools.partial(value_and_derivative, native(name, {}))
+        implementations["torch"] = functools.partial(value_and_derivative, native(name, {}))
         errors = measure(name, implementations, options.stride)
         results[name] = {
             "stride": options.stride,
@@ -296,10 +296,10 @@ NaN are tested apart; of float16 and bfloat16 tests/functional/test_activations.
 and at least 99.9 % of the results are the nearest number. Made by `make accuracy`; tests/accuracy.py has the
 bounds that tests hold.
 
-What a user need not mind: large figures in the derivative's ULP column. The derivative is the one that
+What a user need not mind: large figures among the derivatives' ULP. The derivative is the one that
 autograd takes. Where it passes through 0, or is made from a rounded y as torch's is (1 - y^2 of tanh
 where y is nearly 1), the exact value is so small that a rounding of 1 is many of its units. Its absolute
-error, in the last columns in units of 2^-23, stays at a few roundings of 1.
+error, in the last table in units of 2^-23, stays at a few roundings of 1.
 
 These are activations alone, which keep x where torch's do. A fused layer of elu, selu or celu keeps y,
 and takes f'(z) = y + alpha from it. Far below 0 the rounded y has few digits of that sum left: in float32
@@ -310,22 +310,29 @@ Where torch's own operators stand in for the kernels (README, "Nothing breaks"),
 bounds, or to torch's error where that is larger."""
 
 
+PARTS = {
+    "value": "The value, in ULP",
+    "derivative": "The derivative, in ULP",
+    "absolute": "The derivative, in units of 2^-23",
+}
+
+
 def table(results: dict) -> str:
     """docs/accuracy.md."""
-    isas = [label for label in next(iter(results.values()))["errors"] if label != "native"]
+    labels = list(next(iter(results.values()))["errors"])
     text = TEXT.format(tried=_tried(results))
-    lines = [
-        *(textwrap.fill(paragraph.replace("\n", " "), 110) + "\n" for paragraph in text.split("\n\n")),
-        f"| activation | stride | value, ULP: {' / '.join(isas)} | native "
-        "| derivative, ULP | native | absolute | native |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in (name for name in mlpext.activations() if name in results):
-        errors, cells = results[name]["errors"], [name, str(results[name]["stride"])]
-        for what in ("value", "derivative", "absolute"):
-            cells += [" / ".join(_figure(errors[isa][what]) for isa in isas), _figure(errors["native"][what])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    lines = [textwrap.fill(paragraph.replace("\n", " "), 110) + "\n" for paragraph in text.split("\n\n")]
+    for what, title in PARTS.items():
+        lines += [
+            f"## {title}\n",
+            f"| activation | stride | {' | '.join(labels)} |",
+            "|---" * (2 + len(labels)) + "|",
+        ]
+        for name in (name for name in mlpext.activations() if name in results):
+            cells = [_figure(results[name]["errors"][label][what]) for label in labels]
+            lines.append(f"| {' | '.join([name, str(results[name]['stride']), *cells])} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _tried(results: dict) -> str:

@@ -45,7 +45,7 @@ def native(name: str, parameters: dict, inplace: bool = False) -> Callable:
     """The same activation out of PyTorch's own operators."""
     if inplace:
         parameters = {**parameters, "inplace": True}
-    own = {
+    own: dict[str, Callable] = {
         "identity": lambda x: x,
         "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,

@@ -1,5 +1,6 @@
 import os
 import signal
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -12,6 +13,24 @@ hypothesis.settings.register_profile(
     "mlpext", deadline=None, derandomize=True, database=None, max_examples=60
 )
 hypothesis.settings.load_profile("mlpext")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of more than ten cases, every Nth")
+
+
+def pytest_collection_modifyitems(config, items):
+    """`make quick` takes every fifth case of the long tables."""
+    every = config.getoption("every")
+    functions = [item.nodeid.partition("[")[0] for item in items]
+    cases, seen = Counter(functions), Counter()
+    left = []
+    for item, function in zip(items, functions, strict=True):
+        if cases[function] <= 10 or seen[function] % every == 0:
+            left.append(item)
+        seen[function] += 1
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(left)])
+    items[:] = left
 
 
 @pytest.fixture(autouse=True)

@@ -45,6 +45,7 @@ def columns(table):
     return {row[0]: dict(zip(names, row, strict=True)) for row in rows if row[0] in cli.MODES}
 
 
+@pytest.mark.thorough
 def test_train_compares_the_modes_and_writes_everything(capsys, tmp_path):
     code, out, err = run(capsys, "train")
     assert (code, err) == (0, "")
@@ -92,6 +93,7 @@ def test_leaky_relu_has_the_lectures_slope(capsys):
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.thorough
 def test_a_csv_of_ones_own(capsys, tmp_path):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((60, 2))
@@ -178,6 +180,7 @@ def test_what_cannot_be_done_exits_with_1_and_one_line(capsys, tmp_path, argumen
     assert not [name for _, _, names in os.walk(tmp_path) for name in names if name.endswith(".tmp")]
 
 
+@pytest.mark.thorough
 def test_plot_commands(capsys, tmp_path):
     assert run(capsys, "train --data iris --epochs 3 --quiet")[0] == 0
     assert run(capsys, "plot history runs/iris runs/iris/batch/history.json --out pictures/two.png")[0] == 0
@@ -200,11 +203,19 @@ def test_info(capsys):
         assert text in out
 
 
+def test_info_lists_the_variables_that_are_read_at_run_time(capsys, monkeypatch):
+    switches = [("MLPEXT_A", None, "what a does"), ("MLPEXT_B", "7", "what b does")]
+    monkeypatch.setattr(mlpext._C, "switches", lambda: switches, raising=False)
+    lines = [line.split(maxsplit=1) for line in run(capsys, "info")[1].splitlines()[-2:]]
+    assert lines == [["MLPEXT_A", "not set: what a does"], ["MLPEXT_B", "7: what b does"]]
+
+
 def test_help_names_the_defaults(capsys):
     code, out, _ = run(capsys, "train --help")
     assert code == 0 and "stochastic 0.005, mini-batch 0.1, batch 0.1" in " ".join(out.split())
 
 
+@pytest.mark.launch
 def test_ctrl_c_exits_with_130_and_keeps_the_checkpoint(tmp_path):
     line = "-m mlpext train --data iris --mode mini-batch --epochs 1000000"
     package = Path(mlpext.__file__).parents[1]

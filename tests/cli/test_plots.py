@@ -22,6 +22,7 @@ def lines(axis):
     return [line for line in axis.get_lines() if len(line.get_xdata()) > 2]
 
 
+@pytest.mark.thorough
 def test_every_activation_is_drawn_with_its_derivative(tmp_path):
     figure = plots.plot_activations(tmp_path / "activations.png")
     panels = [axis for axis in figure.axes if axis.get_visible()]

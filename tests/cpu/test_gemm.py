@@ -178,6 +178,7 @@ def test_expanded_gradients_are_not_read_as_dense(dtype):
             torch.testing.assert_close(a, e)
 
 
+@pytest.mark.thorough
 def test_many_rows_are_taken_in_chunks():
     """More rows than the memory for dz holds: 8 MiB."""
     for dtype, name in itertools.product(
@@ -283,6 +284,7 @@ def test_backward_twice_sees_the_same():
     assert_same_bits(torch.autograd.grad(y, x, g)[0], first[0])
 
 
+@pytest.mark.launch
 def test_without_mkldnn_the_results_are_the_same():
     program = (
         "import torch, mlpext.functional as F\n"

@@ -122,6 +122,7 @@ def test_more_than_there_is():
             f(x, weight)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("mib, limit", [("0", 0), ("3", 3 << 20), ("", None), ("many", None)])
 def test_the_environment_sets_the_limit(mib, limit):
     program = "import mlpext; print(mlpext._C.pool_limit())"

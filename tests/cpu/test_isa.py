@@ -10,6 +10,8 @@ import pytest
 
 import mlpext
 
+pytestmark = pytest.mark.launch
+
 ROOT = Path(__file__).parents[2]
 ISAS = mlpext._C.cpu_isas()
 OTHERS = [isa for isa in ISAS if isa != mlpext._C.cpu_isa()]

@@ -22,6 +22,7 @@ BUILDS = {
 SKIPPED = 77  # the program's answer on a machine that lacks the instructions
 
 pytestmark = [
+    pytest.mark.emulator,
     pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are x86-64's"),
     pytest.mark.skipif(not shutil.which(CXX[0]), reason="needs a C++ compiler"),
 ]

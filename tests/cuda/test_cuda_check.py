@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.emulator
+
 TOOL = Path(__file__).parents[2] / "tools" / "cuda_check.py"
 spec = importlib.util.spec_from_file_location("cuda_check", TOOL)
 cuda_check = importlib.util.module_from_spec(spec)

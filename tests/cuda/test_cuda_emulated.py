@@ -15,7 +15,10 @@ import reference
 from common import assert_same_bits, distance, every_case, every_float, points, ulp, values_of
 from cuda_emulator import OF_OUTPUT, RACES, SANITIZED, Fault, build, poison
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux")
+pytestmark = [
+    pytest.mark.emulator,
+    pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux"),
+]
 INTEGERS = {1: torch.uint8, 4: torch.int32}
 
 

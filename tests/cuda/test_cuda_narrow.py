@@ -16,7 +16,10 @@ import reference
 from common import assert_same_bits, values_of
 from cuda_emulator import OF_OUTPUT, RACES, SANITIZED, Fault, build, poison, two
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux")
+pytestmark = [
+    pytest.mark.emulator,
+    pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux"),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 every_narrow_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
 FILES = tuple(f"experimental/narrow/narrow_{str(dtype)[6:]}.cu" for dtype in DTYPES)

@@ -19,6 +19,7 @@ from torch.utils import cpp_extension
 from cuda_emulator import COMPILER, EMULATOR, ROOT, command
 
 pytestmark = [
+    pytest.mark.emulator,
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator is made for Linux"),
 ]

@@ -43,6 +43,7 @@ def _together(f, tensors):
     return torch.cat([f(x) for x in tensors]), f(torch.cat(tensors))
 
 
+@pytest.mark.thorough
 @pytest.mark.isa
 @every_float
 @every_case

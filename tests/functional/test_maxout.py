@@ -82,6 +82,7 @@ def test_a_tie_goes_to_the_first_piece(dtype):
     assert_same_bits(gradient(lambda x: F.maxout(x, 4), x, g), expected)
 
 
+@pytest.mark.thorough
 @pytest.mark.isa
 @every_float
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf, -0.0])

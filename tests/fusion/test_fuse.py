@@ -294,6 +294,7 @@ def test_unfuse_leaves_layers_of_its_own():
     assert types(mlpext.unfuse(mlpext.fuse(model))) == types(mlpext.unfuse(model)) == before
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "autoencoder"])
 @pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
 def test_compile_without_graph_breaks(name, graph, fresh_dynamo):
@@ -304,6 +305,7 @@ def test_compile_without_graph_breaks(name, graph, fresh_dynamo):
     assert_same(model, compiled, tuple(randn(9, *x.shape[1:]) for x in inputs))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "ViT block", "autoencoder"])
 @pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
 def test_what_is_compiled_is_the_same(name, graph, fresh_dynamo):
@@ -326,6 +328,7 @@ def test_what_is_compiled_is_the_same(name, graph, fresh_dynamo):
     assert len(expected) == 2 and actual == expected
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("name", ["MLP", "residual", "functional activations", "ViT block"])
 @pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
 def test_export(name, graph):

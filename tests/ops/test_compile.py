@@ -21,7 +21,7 @@ from common import (
     mlp_op,
 )
 
-pytestmark = pytest.mark.usefixtures("fresh_dynamo")
+pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("fresh_dynamo")]
 CORE_OPS = [
     activation_op("elu", {}),
     activation_op("mish", {}),

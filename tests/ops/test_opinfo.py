@@ -13,6 +13,8 @@ import mlpext
 import mlpext.functional as F
 from common import NAMES, assert_close, class_name, every_device, has_inplace, native
 
+pytestmark = pytest.mark.thorough
+
 COUNTERPARTS = {
     n.rsplit(".")[-1]: n
     for n in (*(f"nn.functional.{name}" for name in NAMES), *NAMES, "nn.functional.linear")

@@ -15,6 +15,7 @@ from common import NAMES, drawn, examples
 from random_ops import DIFFERENCES, IN_PLACE, WAYS, Case, Layer, check, draw
 
 
+@pytest.mark.thorough
 @pytest.mark.isa
 @drawn(8000)
 def test_a_random_call_is_torchs(r):
@@ -24,6 +25,7 @@ def test_a_random_call_is_torchs(r):
     check(case)
 
 
+@pytest.mark.compile
 @drawn(60)
 def test_a_random_call_compiled_is_torchs(r):
     case = draw(r, compiled=True)

@@ -243,6 +243,7 @@ def test_changes_after_forward_are_noticed_where_native_notices(op):
 # ---------------------------------------------------------------- how long
 
 
+@pytest.mark.thorough
 @all_ops
 def test_nothing_leaks(op):
     """Graph, inputs and gradients are gone when the last reference is: no cycle, no cache."""

@@ -222,6 +222,7 @@ def resume_in_child(folder, options):
     os._exit(0)
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     "options",
     [

@@ -140,6 +140,7 @@ def test_a_class_that_was_patched(name, monkeypatch):
     assert len(train(network())) == 3
 
 
+@pytest.mark.compile
 def test_a_compiled_module():
     model = network()
     model.compile(backend="eager")

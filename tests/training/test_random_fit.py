@@ -19,6 +19,7 @@ from random_fits import Case, Place, check, draw
 from test_ranks import torchrun
 
 
+@pytest.mark.thorough
 @pytest.mark.isa
 @drawn(300)
 def test_a_random_fit_is_the_references(r):
@@ -164,6 +165,7 @@ def as_rank(folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.launch
 def test_random_fits_on_two_ranks(tmp_path):
     """Both have the weights of the reference, which knows of no ranks."""
     assert torchrun(as_rank, tmp_path) == [60, 60]

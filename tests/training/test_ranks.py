@@ -14,6 +14,8 @@ import torch
 from mlpext.nn import MLP
 from mlpext.training import fit, fit_many
 
+pytestmark = pytest.mark.launch
+
 CASES = {
     f"{mode}, {loss}, {name}": {"mode": mode, "loss": loss, **options}
     for mode in ("mini-batch", "batch")
