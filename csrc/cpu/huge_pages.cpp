@@ -52,8 +52,8 @@ std::size_t limit_from_environment() {
   return mib << 20;
 }
 
-// torch's allocator interface: a tensor made with it frees its memory through release(), from whatever thread it
-// dies in. One mutex guards all of it.
+// torch's allocator interface: a tensor made with it frees its memory through release(), from whatever thread
+// it dies in. One mutex guards all of it.
 class LargeMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(std::size_t bytes) override {
@@ -132,8 +132,8 @@ class LargeMemory final : public c10::Allocator {
       munmap(data, size);
       return;
     }
-    // The system may take the pages from now on; if it does not, the next output finds them mapped. The memory
-    // must not be read between, and is not: a fresh output is written first.
+    // The system may take the pages from now on; if it does not, the next output finds them mapped. The
+    // memory must not be read between, and is not: a fresh output is written first.
     madvise(data, size, MADV_FREE);
     {
       const std::lock_guard lock(mutex_);

@@ -10,8 +10,8 @@ namespace mlpext::cpu {
 // Outputs of this many bytes come from large_memory(). From 16 MiB on malloc may give memory back to the
 // system at every release.
 inline constexpr std::size_t large_bytes = std::size_t(16) << 20;
-// Outputs of this many bytes (32 MiB, a usual L3) are written with non-temporal stores: they will not be found
-// in a cache again, and so their lines need not be read before they are written.
+// Outputs of this many bytes (32 MiB, a usual L3) are written with non-temporal stores: they will not be
+// found in a cache again, and so their lines need not be read before they are written.
 inline constexpr std::size_t streamed_bytes = std::size_t(32) << 20;
 
 c10::Allocator& large_memory();

@@ -61,8 +61,8 @@ struct GemmKernels {
                              int64_t columns, int64_t terms);
   PerDtype<GemmBlock> block;
   // For dx of a maxout, whose gradient g[i, t] belongs to the winning piece index[i, t] alone, in float and
-  // double: c[i, :] = (or, with `add`, +=) sum over t of factors[i, t] b[t, index[i, t], :], where the rows of
-  // b lie `b_term` apart by t and `b_piece` by index.
+  // double: c[i, :] = (or, with `add`, +=) sum over t of factors[i, t] b[t, index[i, t], :], where the rows
+  // of b lie `b_term` apart by t and `b_piece` by index.
   using GemmByIndex = void (*)(const void* factors, int64_t factor_stride, const uint8_t* index,
                                int64_t index_stride, const void* b, int64_t b_term, int64_t b_piece, void* c,
                                int64_t c_stride, int64_t rows, int64_t columns, int64_t terms, bool add);

@@ -13,9 +13,9 @@
 namespace mlpext::cpu {
 namespace {
 
-// Whether the package's gemm is the faster one (docs/benchmarks.md). Not on the baseline, whose loops are made to
-// run on every machine while torch's product picks its instructions at run time; nor for bfloat16 without
-// AVX512_BF16, where the values would be widened to float first.
+// Whether the package's gemm is the faster one (docs/benchmarks.md). Not on the baseline, whose loops are
+// made to run on every machine while torch's product picks its instructions at run time; nor for bfloat16
+// without AVX512_BF16, where the values would be widened to float first.
 bool uses_gemm(Dtype dtype) { return kernels().isa != "baseline" && (dtype != bfloat16 || has_pairs()); }
 
 Matrix matrix(const Tensor& tensor) {
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
                                    : kernels().activations[index].forward_rows[dtype];
   gemm_forward(dtype, matrix(x), matrix(weight), data(dense_bias), from, [&](const OutputTile& tile) {
     const int64_t at = (tile.row * columns + tile.column) * size;
-    // RoundedInteger rows are one run of memory.
+    // Whole rows are one run of memory.
     const int64_t n = tile.columns == columns ? tile.rows * columns : tile.columns;
     if (activate)
       activate(params.data(), from + at, columns, to + at, columns, n == tile.columns ? tile.rows : 1, n);

@@ -1,4 +1,4 @@
-// RoundedInteger networks on CPU: layer by layer, with nothing in between.
+// Whole networks on CPU: layer by layer, with nothing in between.
 #include <torch/library.h>
 
 #include "cpu/tensors.h"

@@ -59,8 +59,8 @@ template <class A, bool from_output> struct Backward {
   }
 };
 
-// Loads come first, then the formula, then stores: the compiler keeps `unroll` accesses of each input in flight,
-// which a formula between them would break up.
+// Loads come first, then the formula, then stores: the compiler keeps `unroll` accesses of each input in
+// flight, which a formula between them would break up.
 template <int n, class F> __device__ __forceinline__ void apply(const F& f, const M (&in)[F::inputs][n],
                                                                 bool add_bias, const M (&bias)[n],
                                                                 M (&packed)[n]) {
@@ -167,9 +167,9 @@ template <class Index> struct Winner {
   }
 };
 
-// One block of threads a tile of columns and chunk of rows (RowTiles): dz is written as it is made, its column
-// sums stay in registers down the chunk, then meet in shared memory. One chunk: they are db; more: a row of
-// `partial`, which add_sums adds up.
+// One block of threads a tile of columns and chunk of rows (RowTiles): dz is written as it is made, its
+// column sums stay in registers down the chunk, then meet in shared memory. One chunk: they are db; more: a
+// row of `partial`, which add_sums adds up.
 template <class F> __global__ void __launch_bounds__(threads)
     rows_kernel(const F f, const __grid_constant__ RowsJob job, const int64_t chunk_rows, const bool wide) {
   using Saved = typename F::Saved;

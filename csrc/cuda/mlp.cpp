@@ -1,5 +1,5 @@
-// RoundedInteger networks on CUDA: layer by layer, or as one kernel where experimental/narrow is switched on and
-// serves.
+// Whole networks on CUDA: layer by layer, or as one kernel where experimental/narrow is switched on
+// and serves.
 #include <torch/library.h>
 
 #include "cuda/experimental/narrow/network.h"

@@ -1,11 +1,12 @@
-// The formulas: one struct for each activation, and the list of them. Everything else in the package, on every
-// device, is made from this page. docs/adding-an-activation.md says how to add one.
+// The formulas: one struct for each activation, and the list of them. Everything else in the package, on
+// every device, is made from this page. docs/adding-an-activation.md says how to add one.
 //
-// V is a plain float or double on a GPU (scalar_lanes.h), a register of them on a CPU (simd_lanes.h). A formula
-// uses only the lane operations that every V has: + - * /, comparisons, select, abs, sqrt, madd(a, b, c) = a b +
-// c, at_least and at_most (a NaN passes), exp(x), exp(x, c) = c e^x, expm1(x), expm1(x, c), log1p, tanh,
-// tanhshrink, sin, cos, normal_cdf, times_normal_cdf, normal_pdf, odd_cubic (elementary.h). There is no `if`:
-// with select(condition, a, b) a NaN takes the same side in every lane, at every length, on every machine.
+// V is a plain float or double on a GPU (scalar_lanes.h), a register of them on a CPU (simd_lanes.h). A
+// formula uses only the lane operations that every V has: + - * /, comparisons, select, abs, sqrt, madd(a, b,
+// c) = a b + c, at_least and at_most (a NaN passes), exp(x), exp(x, c) = c e^x, expm1(x), expm1(x, c), log1p,
+// tanh, tanhshrink, sin, cos, normal_cdf, times_normal_cdf, normal_pdf, odd_cubic (elementary.h). There is no
+// `if`: with select(condition, a, b) a NaN takes the same side in every lane, at every length, on every
+// machine.
 //
 // A struct has
 //
@@ -332,7 +333,8 @@ struct Hardshrink : Formula {  // x, and 0 where |x| <= lambd
   template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(abs(x) <= V(lambd), V(0), V(1)); }
 };
 
-struct Sine : Formula {  // sin(omega x), for implicit neural representations (Sitzmann et al., 2020, arXiv 2006.09661)
+// sin(omega x), for implicit neural representations (Sitzmann et al., 2020, arXiv 2006.09661)
+struct Sine : Formula {
   static constexpr std::string_view name = "sine";
   static constexpr std::array<Param, 1> params{{{"omega", 1}}};
   double omega;

@@ -1,6 +1,6 @@
-// Faster float versions of some elementary functions, for numbers stored in 16 bits on a GPU: overloads that win
-// over elementary.h's templates. They are a few units in the last of float's 24 bits off; at 2^28 bfloat16
-// values memory leaves time for 40 instructions a value, and the accurate gelu alone has 90.
+// Faster float versions of some elementary functions, for numbers stored in 16 bits on a GPU: overloads that
+// win over elementary.h's templates. They are a few units in the last of float's 24 bits off; at 2^28
+// bfloat16 values memory leaves time for 40 instructions a value, and the accurate gelu alone has 90.
 #pragma once
 #include "formulas/elementary.h"
 

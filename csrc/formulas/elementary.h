@@ -283,7 +283,7 @@ template <int shift, class V> MLPEXT_INLINE V sine(V x) {
   if constexpr (shift == 0) sign ^= bits_of(x) & sign_bit<T>;
   V y = from_bits<V>(bits_of(select(odd == V(0), s, c)) ^ sign);
   return patch_lanes(T(is_float<V> ? 1e5 : 1e9), x, y,
-                [](T far) { return T(shift == 0 ? library_sin(far) : library_cos(far)); });
+                     [](T far) { return T(shift == 0 ? library_sin(far) : library_cos(far)); });
 }
 // Max ULP, both: float 1.21 (2.48), double 1.13 (1.50).
 template <class V> MLPEXT_INLINE V sin(V x) { return sine<0>(x); }

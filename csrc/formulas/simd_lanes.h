@@ -1,5 +1,5 @@
-// SIMD lanes: the operations that a formula may use, on whole registers of float or double. Lanes<float> has 4,
-// 8 or 16 lanes, Lanes<double> half as many.
+// SIMD lanes: the operations that a formula may use, on whole registers of float or double. Lanes<float> has
+// 4, 8 or 16 lanes, Lanes<double> half as many.
 //
 // The including file sets MLPEXT_ISA (a namespace: baseline, avx2, avx512) and MLPEXT_VECTOR_BYTES (16, 32,
 // 64) and switches its target on: 64 means AVX-512 F/BW/VL/DQ + BMI2, 32 means AVX2 + FMA + F16C, 16 is
@@ -75,8 +75,8 @@ template <class T> struct Mask {
   friend MLPEXT_INLINE Mask operator!(Mask a) { return {decltype(bits)(~a.bits)}; }
 };
 
-// `low_precision`: the results go to 16 bits, where the last two of a float's digits do not show; functions may then
-// leave out what makes those right.
+// `low_precision`: the results go to 16 bits, where the last two of a float's digits do not show; functions
+// may then leave out what makes those right.
 template <class T, bool low_precision_ = false> struct Lanes {
   static constexpr bool low_precision = low_precision_;
   static constexpr int size = MLPEXT_VECTOR_BYTES / sizeof(T);
@@ -122,7 +122,8 @@ template <class T> constexpr typename Format<T>::Bits sign_bit = typename Format
                                                                  << (8 * sizeof(T) - 1);
 
 template <class T, bool low_precision>
-MLPEXT_INLINE Lanes<T, low_precision> select(Mask<T> mask, Lanes<T, low_precision> a, Lanes<T, low_precision> b) {
+MLPEXT_INLINE Lanes<T, low_precision> select(Mask<T> mask, Lanes<T, low_precision> a,
+                                             Lanes<T, low_precision> b) {
 #if MLPEXT_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_mask_blend_ps(mask.bits, b.v, a.v));
   else return Lanes<T, low_precision>(_mm512_mask_blend_pd(mask.bits, b.v, a.v));
@@ -147,7 +148,8 @@ MLPEXT_INLINE double library_cos(double x) { return __builtin_cos(x); }
 
 // y, but f(x) in the lanes where x > limit or -x > limit: for what is rare, a lane at a time.
 template <class T, bool low_precision, class F>
-MLPEXT_INLINE Lanes<T, low_precision> patch_lanes(T limit, Lanes<T, low_precision> x, Lanes<T, low_precision> y, F f) {
+MLPEXT_INLINE Lanes<T, low_precision> patch_lanes(T limit, Lanes<T, low_precision> x,
+                                                  Lanes<T, low_precision> y, F f) {
   if (any((x > Lanes<T, low_precision>(limit)) | (-x > Lanes<T, low_precision>(limit)))) {
     for (int i = 0; i < Lanes<T>::size; ++i)
       if (x.v[i] > limit || -x.v[i] > limit) y.v[i] = f(x.v[i]);
@@ -160,13 +162,15 @@ template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> abs
 }
 
 // Magnitude of x, sign of y.
-template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> copysign(Lanes<T, low_precision> x, Lanes<T, low_precision> y) {
+template <class T, bool low_precision>
+MLPEXT_INLINE Lanes<T, low_precision> copysign(Lanes<T, low_precision> x, Lanes<T, low_precision> y) {
   return from_bits<Lanes<T, low_precision>>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));
 }
 
 // a * b + c, rounded once where the instruction set can.
-template <class T, bool low_precision>
-MLPEXT_INLINE Lanes<T, low_precision> madd(Lanes<T, low_precision> a, Lanes<T, low_precision> b, Lanes<T, low_precision> c) {
+template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> madd(Lanes<T, low_precision> a,
+                                                                                  Lanes<T, low_precision> b,
+                                                                                  Lanes<T, low_precision> c) {
 #if MLPEXT_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_fmadd_ps(a.v, b.v, c.v));
   else return Lanes<T, low_precision>(_mm512_fmadd_pd(a.v, b.v, c.v));
@@ -197,7 +201,8 @@ template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> sqr
 }
 
 // max(x, lo) and min(x, hi); a NaN x passes. The instruction returns its second operand when either is NaN.
-template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> at_least(Lanes<T, low_precision> x, Lanes<T, low_precision> lo) {
+template <class T, bool low_precision>
+MLPEXT_INLINE Lanes<T, low_precision> at_least(Lanes<T, low_precision> x, Lanes<T, low_precision> lo) {
 #if MLPEXT_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_maskz_max_ps(0xffff, lo.v, x.v));
   else return Lanes<T, low_precision>(_mm512_maskz_max_pd(0xff, lo.v, x.v));
@@ -205,7 +210,8 @@ template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> at_
   return select(lo > x, lo, x);
 #endif
 }
-template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> at_most(Lanes<T, low_precision> x, Lanes<T, low_precision> hi) {
+template <class T, bool low_precision>
+MLPEXT_INLINE Lanes<T, low_precision> at_most(Lanes<T, low_precision> x, Lanes<T, low_precision> hi) {
 #if MLPEXT_VECTOR_BYTES == 64
   if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm512_maskz_min_ps(0xffff, hi.v, x.v));
   else return Lanes<T, low_precision>(_mm512_maskz_min_pd(0xff, hi.v, x.v));

@@ -1,6 +1,7 @@
-// What both kinds of epoch share: scratch memory, the way through the samples (rows brought in block by block,
-// gathered in the epoch's order), progress, and the losses with their gradients dE/dy. To add a loss: its name in
-// job.h, its value and gradient here, beside squared_error and cross_entropy (docs/adding-a-loss.md).
+// What both kinds of epoch share: scratch memory, the way through the samples (rows brought in block by
+// block, gathered in the epoch's order), progress, and the losses with their gradients dE/dy. To add a loss:
+// its name in job.h, its value and gradient here, beside squared_error and cross_entropy
+// (docs/adding-a-loss.md).
 #pragma once
 #include "cpu/epoch/job.h"
 #include "cpu/epoch/panels.h"

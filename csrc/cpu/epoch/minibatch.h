@@ -1,9 +1,9 @@
 // Gradient descent in steps of several samples, compiled once an instruction set.
 //
-// A step takes its samples, x (rows, in), through the layers in chunks that stay in the cache: forward z = x W'
-// + b, y = f(z) layer by layer, the loss, then backward dz = dy f', dW = dz' x, dx = dz W. Where a step is one
-// chunk under plain descent, W -= eta dW is part of the product that makes dW (`fused`), which then is never
-// stored. At batch size 1 no weight is transposed: dx comes of dot products with the rows as they lie.
+// A step takes its samples, x (rows, in), through the layers in chunks that stay in the cache: forward z = x
+// W' + b, y = f(z) layer by layer, the loss, then backward dz = dy f', dW = dz' x, dx = dz W. Where a step is
+// one chunk under plain descent, W -= eta dW is part of the product that makes dW (`fused`), which then is
+// never stored. At batch size 1 no weight is transposed: dx comes of dot products with the rows as they lie.
 #pragma once
 #include "cpu/epoch/epoch_base.h"
 #include "formulas/activation_info.h"
@@ -124,7 +124,8 @@ template <class T> struct PanelLayer : Values<T> {
         const int64_t left = in - q * panel_width<T>, width = weight.width(p);
         const T* from = weight.panel(p) + q * panel_width<T> * width;
         T* to = transposed.panel(q) + p * panel_width<T> * transposed.width(q);
-        transpose<T>(from, width, to, transposed.width(q), left < panel_width<T> ? left : panel_width<T>, width);
+        transpose<T>(from, width, to, transposed.width(q), left < panel_width<T> ? left : panel_width<T>,
+                     width);
       }
   }
 
@@ -134,7 +135,7 @@ template <class T> struct PanelLayer : Values<T> {
       const int64_t width = weight.width(p);
       const T* panel = weight.panel(p);
       panel_gemm<T>(rows, width, in, x, panel, z + p * panel_width<T>, panel + in * width, 1, 1,
-                 {x_row, 1, width, columns, 0});
+                    {x_row, 1, width, columns, 0});
     }
   }
 
@@ -161,7 +162,7 @@ template <class T> struct PanelLayer : Values<T> {
     for (int64_t q = 0; q < transposed.count(); ++q) {
       const int64_t width = transposed.width(q);
       panel_gemm<T>(rows, width, depth, dz, transposed.panel(q), dx + q * panel_width<T>, nullptr, 1, 0,
-                 {columns, 1, width, dx_row, 0});
+                    {columns, 1, width, dx_row, 0});
     }
   }
 
@@ -174,10 +175,10 @@ template <class T> struct PanelLayer : Values<T> {
       const T* dz_panel = dz + p * panel_width<T>;
       if (job->weight.trained)
         panel_gemm<T>(in, width, rows, x, dz_panel, panel, beta == 0 ? nullptr : panel, alpha, beta,
-                   {1, x_row, columns, width, width});
+                      {1, x_row, columns, width, width});
       if (job->bias.trained)
         panel_gemm<T>(1, width, rows, &one, dz_panel, last, beta == 0 ? nullptr : last, alpha, beta,
-                   {0, 0, columns, width, width});
+                      {0, 0, columns, width, width});
     }
   }
 

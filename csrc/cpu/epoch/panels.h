@@ -49,8 +49,8 @@ struct Strides {
 };
 
 // C = beta init + alpha A B on a tile in registers; init may be C, or null for 0.
-template <int rows, int vectors, class T>
-void panel_tile(int64_t depth, const T* a, const T* b, T* c, const T* init, T alpha, T beta, const Strides& s) {
+template <int rows, int vectors, class T> void panel_tile(int64_t depth, const T* a, const T* b, T* c,
+                                                          const T* init, T alpha, T beta, const Strides& s) {
   using V = Lanes<T>;
   V sum[rows][vectors];
 #pragma GCC unroll 12
@@ -99,13 +99,14 @@ template <class T> constexpr auto tiles = all_tiles<T>(std::make_integer_sequenc
 
 // The same on any number of rows of one panel, in tiles of nearly equal heights.
 template <class T> void panel_gemm(int64_t rows, int64_t width, int64_t depth, const T* a, const T* b, T* c,
-                                const T* init, T alpha, T beta, const Strides& s) {
+                                   const T* init, T alpha, T beta, const Strides& s) {
   const int vectors = static_cast<int>(width / Lanes<T>::size);
   const int64_t most = tile_rows(vectors), count = (rows + most - 1) / most;
   for (int64_t t = 0, row = 0; t < count; ++t) {
     const int64_t height = (rows - row) / (count - t);
-    tiles<T>[vectors - 1][height - 1](depth, a + row * s.a_row, b, c + row * s.c_row,
-                                      init ? init + row * s.init_row : nullptr, alpha, beta, s);
+    const TileKernel<T> kernel = tiles<T>[vectors - 1][height - 1];
+    kernel(depth, a + row * s.a_row, b, c + row * s.c_row, init ? init + row * s.init_row : nullptr, alpha,
+           beta, s);
     row += height;
   }
 }

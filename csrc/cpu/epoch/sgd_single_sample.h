@@ -196,7 +196,7 @@ template <class T> class SingleSampleSgd : EpochBase<T> {
     for (int64_t p = 0; p < first.weight.count(); ++p) {
       T* z = first.z + i * first.columns + p * panel_width<T>;
       panel_gemm<T>(1, first.weight.width(p), i, factors, first.dz + p * panel_width<T>, z, z, rate, power,
-                 {0, 1, first.columns, 0, 0});
+                    {0, 1, first.columns, 0, 0});
     }
   }
 

@@ -58,8 +58,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     int64_t stride;
   };
 
-  // Scratch memory of a thread, in T: a panel of B, a block of A where it has to be widened, and the sums of a
-  // group of rows where they cannot lie in the result.
+  // Scratch memory of a thread, in T: a panel of B, a block of A where it has to be widened, and the sums of
+  // a group of rows where they cannot lie in the result.
   static constexpr std::size_t panel_size = block_terms * panel_columns;
   static constexpr std::size_t block_size = block_rows * block_terms;
   static constexpr std::size_t group_size = group_rows * panel_columns;
@@ -213,8 +213,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     M* const z = static_cast<M*>(z_);
     const M* const b = static_cast<const M*>(bias);
     if (by_few_rows(x, w)) {
-      const auto gemm_few_rows =
-          pairs ? kernels().gemm.few_rows_pairs : kernels().gemm.few_rows[dtype];
+      const auto gemm_few_rows = pairs ? kernels().gemm.few_rows_pairs : kernels().gemm.few_rows[dtype];
       in_rectangles(rows, columns, rows * columns * terms,
                     [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
                       for (int64_t j = first_column; j < last_column; j += panel_columns) {

@@ -98,7 +98,7 @@ template <Dtype dtype> struct MaxoutGradient : Winners {
           b = slab, term = slab_columns, piece = terms * slab_columns;
         }
         kernel.by_index[dtype](factors + j * rows, terms, winners + j * rows, terms, b, term, piece,
-                                    dx + i * w.columns + c, w.columns, rows, width, terms, /*add=*/j > 0);
+                               dx + i * w.columns + c, w.columns, rows, width, terms, /*add=*/j > 0);
       }
     }
   }
@@ -131,9 +131,9 @@ template <Dtype dtype> struct MaxoutGradient : Winners {
         }
         for (int64_t p = 0; p < pieces; ++p)
           kernel.by_bitmask[dtype](factors + (slab * outputs + j) * slab_rows, slab_rows,
-                                        chosen + (slab * pieces + p) * outputs + j, b, stride,
-                                        dw + (p * outputs + j) * x.columns + c, x.columns, some, width,
-                                        /*add=*/row > 0);
+                                   chosen + (slab * pieces + p) * outputs + j, b, stride,
+                                   dw + (p * outputs + j) * x.columns + c, x.columns, some, width,
+                                   /*add=*/row > 0);
       }
     }
   }

@@ -1,17 +1,17 @@
-// The innermost loops of a gemm, compiled once an instruction set: blocks of sums in registers, products of few
-// rows, the transposes that packing needs, and what is done to the rows of a finished tile.
+// The innermost loops of a gemm, compiled once an instruction set: blocks of sums in registers, products of
+// few rows, the transposes that packing needs, and what is done to the rows of a finished tile.
 //
-// All take untyped pointers and strides in elements, so that one table (GemmKernels, kernels.h) holds them for
-// every dtype. 16-bit types are float in registers, and so are their sums.
+// All take untyped pointers and strides in elements, so that one table (GemmKernels, kernels.h) holds them
+// for every dtype. 16-bit types are float in registers, and so are their sums.
 #pragma once
 #include "cpu/map.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-// Two registers a, b interleaved in blocks of `block` lanes: with high = 0 the even blocks of both, a0 b0 a2 b2
-// ..., with high = 1 the odd ones, a1 b1 a3 b3 .... For each lane of the result, which lane of (a, b) it is.
-// Over block = 1, 2, 4, ... this transposes a square of registers, in N log2(N) shuffles.
+// Two registers a, b interleaved in blocks of `block` lanes: with high = 0 the even blocks of both, a0 b0 a2
+// b2 ..., with high = 1 the odd ones, a1 b1 a3 b3 .... For each lane of the result, which lane of (a, b) it
+// is. Over block = 1, 2, 4, ... this transposes a square of registers, in N log2(N) shuffles.
 template <int N, int block, int high> constexpr int interleaved(int i) {
   const int from_second = (i / block) & 1, source = (i / block & ~1) + high;
   return source * block + i % block + from_second * N;
@@ -34,8 +34,8 @@ template <int block = 1, class V> MLPEXT_INLINE void transpose_square(V* rows) {
   if constexpr (2 * block < V::size) transpose_square<2 * block>(rows);
 }
 
-// Lane i: the sum over the lanes of rows[i]. Each step adds pairs of registers and halves their number, so that
-// all the sums across take as many additions as registers, not log2(N) times as many.
+// Lane i: the sum over the lanes of rows[i]. Each step adds pairs of registers and halves their number, so
+// that all the sums across take as many additions as registers, not log2(N) times as many.
 template <int block = 1, class V> MLPEXT_INLINE V sum_each(V* rows) {
 #pragma GCC unroll 16
   for (int r = 0; r < V::size; r += 2 * block)
@@ -74,8 +74,8 @@ MLPEXT_INLINE void transpose_narrow(const M* from, M* to, int64_t to_stride, int
   }
 }
 
-// to[j to_stride + i] = from[i from_stride + j] for i < rows, j < columns: square by square in registers, with
-// zeros where the matrix ends.
+// to[j to_stride + i] = from[i from_stride + j] for i < rows, j < columns: square by square in registers,
+// with zeros where the matrix ends.
 template <class M> void transpose(const void* from_, int64_t from_stride, void* to_, int64_t to_stride,
                                   int64_t rows, int64_t columns) {
   using V = LanesOf<M>;
@@ -291,8 +291,8 @@ template <class T, bool pairs = false> void gemm_block(const void* a_, int64_t a
         [&](T* p, V x) MLPEXT_LAMBDA { store_partial(p, x, left); });
 }
 
-// For each row i: c[i, column:] (+)= sum over t of factor_t * row_t[column:], for so many registers of columns.
-// `terms(i, column, add)` enumerates the pairs by calling add(&factor_t, row_t + column).
+// For each row i: c[i, column:] (+)= sum over t of factor_t * row_t[column:], for so many registers of
+// columns. `terms(i, column, add)` enumerates the pairs by calling add(&factor_t, row_t + column).
 template <class T, int registers, class Terms, class Load, class Store>
 MLPEXT_INLINE void gemm_terms_block(T* c, int64_t c_stride, int64_t rows, int64_t column, bool add,
                                     Terms terms, Load load_some, Store store_some) {

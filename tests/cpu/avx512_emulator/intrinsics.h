@@ -20,7 +20,8 @@ namespace {
 template <class Half, class RoundedInteger> EMULATED Half half_of(const RoundedInteger& x, int which) {
   static_assert(2 * sizeof(Half) == sizeof(RoundedInteger) || sizeof(RoundedInteger) == 16);
   Half half{};
-  std::memcpy(&half, reinterpret_cast<const char*>(&x) + which * (sizeof(RoundedInteger) / 2), sizeof(RoundedInteger) / 2);
+  std::memcpy(&half, reinterpret_cast<const char*>(&x) + which * (sizeof(RoundedInteger) / 2),
+              sizeof(RoundedInteger) / 2);
   return half;
 }
 
@@ -33,7 +34,8 @@ template <class RoundedInteger, class Half> EMULATED RoundedInteger both(const H
 }
 
 // f of the halves of each argument.
-template <class RoundedInteger, class Half, class F, class... In> EMULATED RoundedInteger by_halves(F f, const In&... in) {
+template <class RoundedInteger, class Half, class F, class... In>
+EMULATED RoundedInteger by_halves(F f, const In&... in) {
   return both<RoundedInteger>(f(half_of<Half>(in, 0)...), f(half_of<Half>(in, 1)...));
 }
 
@@ -115,9 +117,9 @@ template <class Vector> EMULATED void store_bytes(void* p, uint64_t mask, const 
 }  // namespace emulated
 
 // The zero-masked forms are used with all lanes, only because g++ 12 warns of the plain ones.
-#define BY_HALVES(RoundedInteger, Half, call, ...)                                                                 \
-  emulated::by_halves<RoundedInteger, Half>([](auto... in) __attribute__((always_inline)) { return call(in...); }, \
-                                   __VA_ARGS__)
+#define BY_HALVES(RoundedInteger, Half, call, ...) \
+  emulated::by_halves<RoundedInteger, Half>(       \
+      [](auto... in) __attribute__((always_inline)) { return call(in...); }, __VA_ARGS__)
 
 #define _mm512_fmadd_ps(a, b, c) BY_HALVES(__m512, __m256, _mm256_fmadd_ps, a, b, c)
 #define _mm512_fmadd_pd(a, b, c) BY_HALVES(__m512d, __m256d, _mm256_fmadd_pd, a, b, c)

@@ -1,8 +1,8 @@
-// Narrow networks on CUDA: tensors to pointers. The mlp operators ask here first (cuda/mlp.cpp); nothing comes
-// back where the switch is off or the kernels do not serve, and the layers are run one by one.
+// Narrow networks on CUDA: tensors to pointers. The mlp operators ask here first (cuda/mlp.cpp); nothing
+// comes back where the switch is off or the kernels do not serve, and the layers are run one by one.
 //
-// What is kept for backward is exactly what the layers one by one keep, in the same order (ops/schema.cpp), so
-// that the backward of either serves the forward of the other.
+// What is kept for backward is exactly what the layers one by one keep, in the same order (ops/schema.cpp),
+// so that the backward of either serves the forward of the other.
 #include "cuda/experimental/narrow/narrow.h"
 
 #include "cuda/experimental/narrow/network.h"
