@@ -4,6 +4,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+MODULE_HOOKS: tuple[str, ...]  # dictionaries of a module whose entries run with its forward or backward
+
 def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace: bool = False) -> Tensor: ...
 def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor: ...
 def linear_activation(

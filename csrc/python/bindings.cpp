@@ -164,6 +164,7 @@ PYBIND11_MODULE(_C, m) {
       "mlp", mlp, py::arg("module"), py::arg("input"),
       "The output of a module with LinearActivation and Maxout layers, as one operator; NotImplemented where "
       "its layers must be called one by one.");
+  m.attr("MODULE_HOOKS") = py::cast(module_hooks).cast<py::tuple>();
   m.def("register_layers", register_layers, py::arg("linear_activation"), py::arg("maxout"));
   m.def("register_fallback", [](py::str name, py::object function) { fallbacks()[name] = function; });
   m.def("activations", activations,

@@ -46,8 +46,8 @@ struct Words {
   PyObject *modules = intern("_modules"), *parameters = intern("_parameters"), *weight = intern("weight"),
            *bias = intern("bias"), *activation = intern("activation"), *params = intern("params"),
            *forward = intern("forward");
-  std::array<PyObject*, 4> hooks{intern("_forward_hooks"), intern("_forward_pre_hooks"),
-                                 intern("_backward_hooks"), intern("_backward_pre_hooks")};
+  std::array<PyObject*, module_hooks.size()> hooks;
+  Words() { std::ranges::transform(module_hooks, hooks.begin(), intern); }
 };
 const Words& words() {
   static const Words all;

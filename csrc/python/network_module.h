@@ -3,6 +3,8 @@
 #pragma once
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
+
 #include "ops/network.h"
 
 namespace mlpext::python {
@@ -14,6 +16,11 @@ std::string_view text(py::handle object);
 // What float(object) is, for a number of NumPy's or a tensor of one too; none for what torch refuses: a
 // tensor that wants a gradient or has dimensions, an integer beyond 64 bits.
 std::optional<double> number(PyObject* object);
+
+// The dictionaries of a module whose entries run with its forward or backward: whatever looks into a module
+// instead of calling it must find them empty. Python has them as _C.MODULE_HOOKS.
+inline constexpr std::array module_hooks{"_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
+                                         "_backward_pre_hooks"};
 
 // mlpext.nn tells which classes its layers are, so that this module need not import it.
 void register_layers(py::object linear_activation, py::object maxout);

@@ -21,9 +21,11 @@ import torch
 from torch import fx
 from torch.nn import Identity, Module, Sequential
 
+from mlpext import _C
+
 # Who watches the calls and gradients of a module, and who watches its state_dict.
 HOOKS = (
-    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    *_C.MODULE_HOOKS,
     *("_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"),
     "_load_state_dict_post_hooks",
 )

@@ -26,7 +26,6 @@ Layer: TypeAlias = "LinearActivation | Maxout"
 # The optimizer's buffers of a parameter, by the parameter's id: velocity, or Adam's two averages.
 States: TypeAlias = dict[int, tuple[Tensor, ...]]
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 OPTIMIZERS: dict[type, str] = {
     torch.optim.SGD: "descent",
     torch.optim.Adam: "adam",
@@ -114,7 +113,7 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
 
 
 def _check_module(module: nn.Module | None) -> None:
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if any(getattr(module, hooks) for hooks in _C.MODULE_HOOKS):
         raise Unsupported(f"{type(module).__name__} has hooks")
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise Unsupported(f"{type(module).__name__} is compiled")
