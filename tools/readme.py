@@ -145,7 +145,8 @@ TABLES: dict[str, Callable[[], str]] = {
         r"float32 1 M, (tanh|mish|elu|gelu_tanh|sigmoid|silu)", partial(ratio, "eager"),
     ),
     "all activations": partial(
-        crossed, "activations", "activation", r"\w+ (?:1 M|16 K), (\w+)(?:, forward \+ backward)?"
+        crossed, "activations", "activation",
+        r"(?!bf.*backward)\w+ (?:1 M|16 K), (\w+)(?:, forward \+ backward)?",
     ),
     "slower": slower,
     "large": partial(
