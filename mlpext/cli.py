@@ -219,7 +219,7 @@ def info(_: argparse.Namespace) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<18}{value}")
-    for name, value, meaning in getattr(_C, "switches", list)():
+    for name, value, meaning in _C.switches():
         print(f"{name:<20}{'not set' if value is None else value}: {meaning}")
 
 

@@ -192,7 +192,7 @@ UpdateRule rule_of(py::handle record) {
 }
 
 py::tuple run_epoch(const py::list& layers, py::handle rule, const std::string& loss, bool mean,
-                    int64_t samples, int64_t step_size, py::object x, py::object d, py::handle order,
+                    int64_t samples, int64_t step_size, const py::object& x, const py::object& d, py::handle order,
                     py::object fetch, int64_t block_size, py::handle losses, py::handle outputs,
                     py::object poll) {
   HANDLE_TH_ERRORS
