@@ -219,8 +219,8 @@ def info(_: argparse.Namespace) -> None:
     }
     for name, value in lines.items():
         print(f"{name:<18}{value}")
-    for name, value, meaning in _C.switches():
-        print(f"{name:<20}{'not set' if value is None else value}: {meaning}")
+    for variable, setting, meaning in _C.switches():
+        print(f"{variable:<20}{'not set' if setting is None else setting}: {meaning}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
