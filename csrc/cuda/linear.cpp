@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> dz_and_sums(LaunchRows launcher, Params params, const
                                        const Tensor& saved, int64_t pieces) {
   const int64_t rows = dy.size(0), columns = dy.size(1), width = pieces * columns;
   const int size = static_cast<int>(dy.element_size());
-  const int64_t chunks = RowTiles(size, rows, columns).chunks;
+  const int64_t chunks = width == 0 ? 0 : RowTiles(size, rows, columns).chunks;
   const DeviceStreamGuard on(dy);
   const Tensor dz = empty({rows, width}, dy.scalar_type()), db = empty({width}, dy.scalar_type());
   const Tensor partial = empty({chunks > 1 ? chunks * width * sum_size(size) : 0}, at::kByte);
@@ -56,7 +56,8 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
   const bool identity = index == index_of<Identity>;
-  if (bias && !keep_preactivation && torch_fuses(index, x)) {
+  // With nothing to multiply torch returns the bias alone.
+  if (bias && !keep_preactivation && x.size(1) > 0 && torch_fuses(index, x)) {
     const Tensor y = at::cuda::_addmm_activation(*bias, x, weight.t(), /*beta=*/1, /*alpha=*/1,
                                                  /*use_gelu=*/index == index_of<GELUTanh>);
     return {shaped(y, input), Tensor()};

@@ -291,11 +291,6 @@ def test_bias_and_activation(rows, n_in, n_out, name, dtype):
             assert_close(layer(*leaves).double(), exact[0], rtol=most, atol=most)
 
 
-@pytest.mark.xfail(
-    mlpext._C.has_cuda(),
-    reason="with nothing to multiply torch's fused product leaves out the activation",
-    strict=True,
-)
 @pytest.mark.parametrize("name", ["relu", "gelu_tanh"])
 def test_without_inputs_a_layer_is_the_activation_of_its_bias(name):
     x, w, b = (t.detach() for t in layer_inputs(5, 0, 7, torch.bfloat16))

@@ -1,5 +1,5 @@
 // A network of at most 128 wide as one kernel forward and one backward: compiled once a dtype, see
-// access.cuh; MLPEXT_TABLE is the table's name. docs/cuda.md has the plan and what bounds it.
+// access.cuh; MLPEXT_TABLE is the table's name. README.md beside it has the plan and what bounds it.
 //
 // A block takes a tile of rows through all the layers in shared memory, from one buffer to the next and back.
 // Its matrices there have rows of job.stride elements, widths rounded up to 16, and 0 wherever a matrix of
