@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import mlpext
-from calls import native, ours, with_backward
+from calls import eager, ours, with_backward
 from harness import OURS, Case, Elsewhere, run, sample
 
 NAMES = [name for name in mlpext.activations() if name != "identity"]
@@ -38,25 +38,25 @@ def cases(compiled: bool) -> Iterator[Case]:
         x = 2 * torch.randn(MILLION).to(dtype)
         for name in NAMES:
             calls: dict[str, Callable[[], object]] = {
-                "eager": partial(native(name), x),
+                "eager": partial(eager(name), x),
                 OURS: partial(ours(name), x),
             }
             wanted = {"eager": targets.get(name, 1)}
             if dtype == torch.float32 and name in JAX and find_spec("jax"):
                 calls["JAX"], wanted["JAX"] = jax_call(name, x), JAX[name]
             if dtype == torch.float32 and name in COMPILED and compiled:
-                calls["torch.compile"] = partial(torch.compile(native(name)), x)
+                calls["torch.compile"] = partial(torch.compile(eager(name)), x)
                 wanted["torch.compile"] = COMPILED[name]
             yield Case(f"{short(dtype)} 1 M, {name}", calls, wanted, bytes=2 * x.nbytes)
     for dtype in (torch.float32, torch.bfloat16):
         x = 2 * torch.randn(1 << 14).to(dtype)
         for name in NAMES:
-            calls = {"eager": partial(native(name), x), OURS: partial(ours(name), x)}
+            calls = {"eager": partial(eager(name), x), OURS: partial(ours(name), x)}
             yield Case(f"{short(dtype)} 16 K, {name}", calls, 1)
         leaf = x.clone().requires_grad_()
         for name in NAMES:
             steps = {
-                "eager": with_backward(native(name), [leaf]),
+                "eager": with_backward(eager(name), [leaf]),
                 OURS: with_backward(ours(name), [leaf]),
             }
             target = BOTH.get(name, 1) if dtype == torch.float32 else 1
@@ -65,7 +65,7 @@ def cases(compiled: bool) -> Iterator[Case]:
     with WithHugePages(len(x)) as elsewhere:
         for name, large in LARGE.items():
             calls = {
-                "eager": partial(native(name), x),
+                "eager": partial(eager(name), x),
                 HUGE_PAGES: elsewhere(name),
                 OURS: partial(ours(name), x),
             }
@@ -118,7 +118,7 @@ def _serve(pipe, size: int) -> None:
     x = torch.randn(size)
     while request := pipe.recv():
         name, repeats = request
-        pipe.send(sample(partial(native(name), x), repeats))
+        pipe.send(sample(partial(eager(name), x), repeats))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from harness import Case
 
 # Where torch.nn.functional has no function of that name, or only a deprecated one. sine and squareplus stand
 # as people write them with torch; mlpext._torch_fallback's squareplus is right at every input, and slower.
-NATIVE: dict[str, Callable[[Tensor], Tensor]] = {
+EAGER: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(TF.gelu, approximate="tanh"),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -26,8 +26,8 @@ MLPEXT: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def native(name: str) -> Callable[[Tensor], Tensor]:
-    return NATIVE.get(name) or getattr(TF, name)
+def eager(name: str) -> Callable[[Tensor], Tensor]:
+    return EAGER.get(name) or getattr(TF, name)
 
 
 def ours(name: str) -> Callable[[Tensor], Tensor]:

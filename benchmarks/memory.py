@@ -16,7 +16,7 @@ from torch import Tensor
 
 import mlpext
 import mlpext.functional as MF
-from calls import bytes_kept, native
+from calls import bytes_kept, eager
 from harness import RESULTS
 
 ROWS, WIDTH = 256, 64
@@ -27,7 +27,7 @@ TARGETS = {"leaky_relu": 4, "elu": 4, "selu": 4, "celu": 4, "maxout of 2": 5, "m
 def layers() -> Iterator[tuple[str, Callable[..., Tensor], Callable[..., Tensor], int]]:
     """Name, torch's layer, ours, and the pieces."""
     for name in mlpext.activations():
-        f = native(name) if name != "identity" else lambda z: z
+        f = eager(name) if name != "identity" else lambda z: z
         yield name, lambda x, w, b, f=f: f(TF.linear(x, w, b)), partial(activation_layer, name), 0
     for pieces in (2, 4):
         yield f"maxout of {pieces}", maximum, MF.linear_maxout, pieces

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import mlpext
 import mlpext.functional as MF
-from calls import modes, module, native, ours
+from calls import eager, modes, module, ours
 from harness import Case, run
 
 
@@ -43,7 +43,7 @@ def linear_activation(batch: int) -> Iterator[Case]:
 def activation(name: str) -> Iterator[Case]:
     x = torch.randn(64)
     functions = {
-        "eager": native(name),
+        "eager": eager(name),
         "mlpext": ours(name),
     }
     yield from modes(name, functions, x, backward=False)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import mlpext
 import reference
-from common import distance, native, ours, ulp
+from common import distance, eager, ours, ulp
 
 ROOT = Path(__file__).parent.parent
 RESULTS, TABLE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accuracy.md"
@@ -273,7 +273,7 @@ def main() -> None:
     for name in options.only or mlpext.activations():
         start = time.perf_counter()
         implementations = {isa: functools.partial(f, name) for isa, f in elsewhere.items()}
-        implementations["torch"] = functools.partial(value_and_derivative, native(name, {}))
+        implementations["torch"] = functools.partial(value_and_derivative, eager(name, {}))
         errors = measure(name, implementations, options.stride)
         results[name] = {
             "stride": options.stride,

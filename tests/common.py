@@ -23,8 +23,6 @@ NAMES = tuple(mlpext.activations())
 CASES = [pytest.param(*case, id=reference.case_id(case)) for case in reference.CASES]
 FUNCTIONAL_CASES = [case for case in CASES if case.values[0] != "identity"]  # identity has no functional
 
-# ---------------------------------------------------------------- an activation by name: ours, native's
-
 
 def values_of(name: str, parameters: dict) -> list[float]:
     """The parameters as the operators take them: all, in order."""
@@ -41,7 +39,7 @@ def usual(name: str, parameters: dict) -> bool:
     return name == "maxout" or mlpext._C.has_kernel(name, tuple(values_of(name, parameters)))
 
 
-def native(name: str, parameters: dict, inplace: bool = False) -> Callable:
+def eager(name: str, parameters: dict, inplace: bool = False) -> Callable:
     """The same activation out of PyTorch's own operators."""
     if inplace:
         parameters = {**parameters, "inplace": True}
@@ -87,8 +85,6 @@ def has_inplace(name: str) -> bool:
 
 INPLACE_CASES = [case for case in CASES if has_inplace(case.values[0])]
 
-# ---------------------------------------------------------------- random cases
-
 
 def drawn(count: int) -> Callable:
     """A test of `count` random.Randoms `r`, as hypothesis draws and shrinks them."""
@@ -100,16 +96,13 @@ def examples(*cases) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", cases, ids=repr)
 
 
-# ---------------------------------------------------------------- every family as one kind of thing
-
-
 @dataclass(frozen=True)
 class Op:
     """An operator beside the same one out of PyTorch's own operators, with inputs for both."""
 
     id: str
     ours: Callable
-    native: Callable
+    eager: Callable
     shapes: tuple[tuple[int, ...], ...]
     net: Callable  # inputs -> what the piecewise part sees
     kinks: tuple[float, ...] = ()
@@ -135,15 +128,15 @@ class Op:
 
 
 def differentiable(name: str, parameters: dict) -> Callable:
-    """Native's, but for hardsigmoid: its backward has no derivative in PyTorch, the same by relu6 has."""
-    return (lambda x: TF.relu6(x + 3) / 6) if name == "hardsigmoid" else native(name, parameters)
+    """Torch's, but for hardsigmoid: its backward has no derivative in PyTorch, the same by relu6 has."""
+    return (lambda x: TF.relu6(x + 3) / 6) if name == "hardsigmoid" else eager(name, parameters)
 
 
 def activation_op(name: str, parameters: dict) -> Op:
     return Op(
         id=reference.case_id((name, parameters)),
         ours=ours(name, parameters),
-        native=differentiable(name, parameters),
+        eager=differentiable(name, parameters),
         shapes=((3, 4),),
         net=lambda x: x,
         kinks=reference.kinks(name, parameters),
@@ -155,19 +148,19 @@ def linear_op(name: str, parameters: dict, bias: bool = True) -> Op:
     return Op(
         id=f"linear_{reference.case_id((name, parameters))}" + ("" if bias else "_no_bias"),
         ours=lambda x, w, b=None: F.linear_activation(x, w, b, activation=name, **parameters),
-        native=lambda x, w, b=None: f(TF.linear(x, w, b)),
+        eager=lambda x, w, b=None: f(TF.linear(x, w, b)),
         shapes=((3, 4), (5, 4), (5,)) if bias else ((3, 4), (5, 4)),
         net=TF.linear,
         kinks=reference.kinks(name, parameters),
     )
 
 
-def native_maxout(x: torch.Tensor, pieces: int, dim: int = -1) -> torch.Tensor:
+def eager_maxout(x: torch.Tensor, pieces: int, dim: int = -1) -> torch.Tensor:
     dim %= x.dim()
     return x.unflatten(dim, (pieces, -1)).max(dim).values
 
 
-def native_linear_maxout(x, weight, bias=None):
+def eager_linear_maxout(x, weight, bias=None):
     net = TF.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
     return net.unflatten(-1, weight.shape[:2]).max(-2).values
 
@@ -176,7 +169,7 @@ def maxout_op(pieces: int, dim: int) -> Op:
     return Op(
         id=f"maxout(pieces={pieces},dim={dim})",
         ours=lambda x: F.maxout(x, pieces, dim),
-        native=lambda x: native_maxout(x, pieces, dim),
+        eager=lambda x: eager_maxout(x, pieces, dim),
         shapes=((6, 6),),
         net=lambda x: x.unflatten(dim, (pieces, -1)).movedim(dim % 2, 0),
         pieces=pieces,
@@ -187,7 +180,7 @@ def linear_maxout_op(pieces: int, bias: bool = True) -> Op:
     return Op(
         id=f"linear_maxout(pieces={pieces})" + ("" if bias else "_no_bias"),
         ours=lambda x, w, b=None: F.linear_maxout(x, w, b),
-        native=native_linear_maxout,
+        eager=eager_linear_maxout,
         shapes=((3, 4), (pieces, 5, 4), (pieces, 5)) if bias else ((3, 4), (pieces, 5, 4)),
         net=lambda x, w, b=None: (
             TF.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
@@ -233,7 +226,7 @@ def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
     return Op(
         id=f"mlp_{'_'.join(name for name, _ in layers)}" + ("" if bias else "_no_bias"),
         ours=ours,
-        native=lambda *tensors: [x for *_, x in preactivations(*tensors)][-1],
+        eager=lambda *tensors: [x for *_, x in preactivations(*tensors)][-1],
         shapes=((3, 4), *weights, *biases),
         net=lambda *tensors: next(net for name, net, _ in preactivations(*tensors) if name == rough),
         kinks=kinked.get(rough, ()),
@@ -286,8 +279,6 @@ on_gpu = torch.cuda.is_available() and mlpext._C.has_cuda()
 ON_GPU = [pytest.mark.cuda, pytest.mark.skipif(not on_gpu, reason="no GPU, or no CUDA in this build")]
 every_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 every_float = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
-
-# ---------------------------------------------------------------- comparing
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:
@@ -391,9 +382,6 @@ def points(name: str, parameters: dict, dtype: torch.dtype, count: int) -> torch
 
 def assert_close(actual, expected, what: object = "", **tolerance) -> None:
     torch.testing.assert_close(actual, expected, msg=lambda m: f"{what}: {m}", **tolerance)
-
-
-# ---------------------------------------------------------------- references, gradients, what is kept
 
 
 def reference_of(name, parameters, x):

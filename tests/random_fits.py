@@ -119,9 +119,6 @@ class Case:
         )
 
 
-# ---------------------------------------------------------------- the network and the data of a case
-
-
 class Net:
     """The same network twice, the model and the reference's layers, with `pairs` of their parameters."""
 
@@ -260,9 +257,6 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
-# ---------------------------------------------------------------- callbacks and optimizers, on both sides
-
-
 def callback(case: Case, net: Net, optimizer: torch.optim.Optimizer | None) -> Any:
     """What the model's side does after an epoch; `mirrored` does it to the reference."""
 
@@ -352,9 +346,6 @@ def halving(case: Case, net: Net, optimizer: Any) -> Any:
     finally:
         if hook is not None:
             hook.remove()
-
-
-# ---------------------------------------------------------------- one case
 
 
 def options_of(case: Case) -> dict[str, Any]:
@@ -556,8 +547,6 @@ def _same_bits(ours: torch.nn.Module, theirs: torch.nn.Module) -> bool:
     return all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
-# ---------------------------------------------------------------- drawing cases
-
 SMALL = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17)
 WIDTHS = (*SMALL, 31, 32, 33, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 257)
 FEW = (1, 2, 3, 5, 6, 7, 8, 11, 12, 13, 15, 16, 17, 31, 33, 48, 64, 95, 96, 97)
@@ -719,9 +708,6 @@ def _extras(r: random.Random, case: Case, tied: bool) -> Case:
     if not (case.callback or case.halved_by) and r.random() < 0.05:
         return dataclasses.replace(case, together=r.choice((2, 3)))
     return case
-
-
-# ---------------------------------------------------------------- make fuzz
 
 
 class Tally:

@@ -95,13 +95,10 @@ class Case:
         )
 
 
-# ---------------------------------------------------------------- the operators, ours and torch's
-
-
 def _native_layer(layer: Layer, x: Any, weight: Any, bias: Any) -> Any:
     if layer.name == "maxout":
-        return common.native_linear_maxout(x, weight, bias)
-    torchs = common.differentiable if x.is_floating_point() else common.native
+        return common.eager_linear_maxout(x, weight, bias)
+    torchs = common.differentiable if x.is_floating_point() else common.eager
     return torchs(layer.name, dict(layer.params))(TF.linear(x, weight, bias))
 
 
@@ -145,7 +142,7 @@ def functions(case: Case, tensors: Tensors) -> tuple[Callable, Callable]:
             lambda x, w, b=None: _native_layer(layer, x, w, b),
         )
 
-    def native(x: Any, *rest: Any) -> Any:
+    def eager(x: Any, *rest: Any) -> Any:
         for i, each in enumerate(case.layers):
             x = _native_layer(each, x, rest[i], bias_of(rest, i))
         return x
@@ -159,12 +156,12 @@ def functions(case: Case, tensors: Tensors) -> tuple[Callable, Callable]:
             for value in common.values_of(each.name, dict(each.params))
         ]
         mlp = torch.ops.mlpext.mlp
-        return lambda x, *rest: mlp(x, rest[:count], rest[count:], activations, params), native
+        return lambda x, *rest: mlp(x, rest[:count], rest[count:], activations, params), eager
     net = mlpext.nn.MLP([1] * (count + 1), bias=case.bias)
     for i, module in enumerate(modules):
         net[i] = module
     keys = [f"{i}.{kind}" for kind in ("weight", "bias")[: 1 + case.bias] for i in range(count)]
-    return lambda x, *rest: functional_call(net, dict(zip(keys, rest, strict=True)), (x,)), native
+    return lambda x, *rest: functional_call(net, dict(zip(keys, rest, strict=True)), (x,)), eager
 
 
 def _activations(case: Case) -> tuple[Callable, Callable]:
@@ -173,16 +170,13 @@ def _activations(case: Case) -> tuple[Callable, Callable]:
         return common.ours(name, params), torch.clone
     inplace = case.way in IN_PLACE
     extra = {"inplace": True} if inplace else {}
-    torchs = common.native if inplace or case.dtype not in DTYPES else common.differentiable
-    ours, native = common.ours(name, params, inplace), torchs(name, {**params, **extra})
+    torchs = common.eager if inplace or case.dtype not in DTYPES else common.differentiable
+    ours, eager = common.ours(name, params, inplace), torchs(name, {**params, **extra})
     if case.entry == "module":
         ours = lambda x: common.module(mlpext.nn, name, params, **extra)(x)  # noqa: E731
         if name not in ("sine", "squareplus", "hardsigmoid"):
-            native = lambda x: common.module(torch.nn, name, params, **extra)(x)  # noqa: E731
-    return ours, native
-
-
-# ---------------------------------------------------------------- inputs
+            eager = lambda x: common.module(torch.nn, name, params, **extra)(x)  # noqa: E731
+    return ours, eager
 
 
 def _permuted(t: torch.Tensor) -> torch.Tensor:
@@ -267,9 +261,6 @@ def inputs(case: Case) -> Tensors:
     if case.wrong == "dim":
         tensors[1] = tensors[1].unsqueeze(0).unsqueeze(0)
     return tensors
-
-
-# ---------------------------------------------------------------- ways to call
 
 
 class Call:
@@ -430,22 +421,19 @@ FUNCTORCH = ("vmap", "per sample", "jvp", "hessian product")
 IN_PLACE = tuple(way for way in WAYS if way.startswith("in place"))
 
 
-# ---------------------------------------------------------------- what may differ
-
-
 @dataclass(frozen=True)
 class Problem:
     """Where ours is not torch's: `what` is "exception", "facts", "shape", "dtype", "strides" or "numbers",
-    `result` the tensor's number, `ours` and `native` one example."""
+    `result` the tensor's number, `ours` and `eager` one example."""
 
     what: str
     ours: Any
-    native: Any
+    eager: Any
     result: int = 0
     text: str = ""
 
     def __str__(self) -> str:
-        return self.text or f"{self.what} of result {self.result}: {self.ours} instead of {self.native}"
+        return self.text or f"{self.what} of result {self.result}: {self.ours} instead of {self.eager}"
 
 
 def _of_a_gradient(case: Case, problem: Problem) -> bool:
@@ -475,7 +463,7 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
         )
     ),
     "torch's forward mode makes float64 tangents of a 0-d tensor and a number": (
-        lambda case, problem: case.shape == () and problem.what == "dtype" and problem.native == torch.float64
+        lambda case, problem: case.shape == () and problem.what == "dtype" and problem.eager == torch.float64
     ),
     "torch's logsigmoid is contiguous; here it has the layout of x, as every other function has": (
         lambda case, problem: case.layer.name == "logsigmoid" and problem.what == "strides"
@@ -484,7 +472,7 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
         lambda case, problem: (
             case.wrong in ("bias", "dtype")
             and problem.what in ("exception", "dtype", "shape")
-            and (problem.native == "None" or case.way in FUNCTORCH)
+            and (problem.eager == "None" or case.way in FUNCTORCH)
         )
     ),
     "elu: the exponential far below 0 is 2^-1100 times alpha, not 0, and a subnormal alpha has few digits": (
@@ -496,7 +484,7 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
         )
     ),
     "torch's gelu fails where elements of the gradient share memory": (
-        lambda case, problem: "memory descriptor" in str(problem.native)
+        lambda case, problem: "memory descriptor" in str(problem.eager)
     ),
     "the derivative at NaN is torch's or NaN, the same everywhere; torch's depends on the place": (
         lambda case, problem: (
@@ -515,9 +503,6 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
         )
     ),
 }
-
-
-# ---------------------------------------------------------------- one case
 
 
 @dataclass
@@ -562,7 +547,7 @@ def _margins(case: Case, tensors: Tensors) -> float:
             z = TF.linear(x, weight, bias)
             kinks = reference.kinks(layer.name, dict(layer.params))
             gaps = torch.stack([(z - k).abs() for k in kinks or (math.inf,)])
-            x = common.native(layer.name, dict(layer.params))(z)
+            x = common.eager(layer.name, dict(layer.params))(z)
         gaps = gaps[gaps > 0] if exact else gaps
         gaps = gaps[~gaps.isnan()] / (1 + z[z.isfinite()].abs().amax() if z.isfinite().any() else 1)
         nearest = min(nearest, float(gaps.amin()) if gaps.numel() else math.inf)
@@ -592,7 +577,7 @@ def check(case: Case) -> str | None:
     tensors = inputs(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ours, native = functions(case, tensors)
+        ours, eager = functions(case, tensors)
     layout = case.layouts[-1] if len(case.layouts) > 1 else "contiguous"
 
     def cotangent(y: torch.Tensor) -> torch.Tensor:
@@ -602,7 +587,7 @@ def check(case: Case) -> str | None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = outcome(case, native, tensors, cotangent)
+        theirs = outcome(case, eager, tensors, cotangent)
         got = outcome(case, ours, tensors, cotangent)
         problem = _behaviour(case, got, theirs)
         reason = None if problem is None else _reason(case, problem)
@@ -618,7 +603,7 @@ def check(case: Case) -> str | None:
                 each = [_margins(case, variant) for variant in _variants(case, wide, cotangent)]
                 if min(each) < 64 * torch.finfo(precision(case)).eps:
                     return "too near a kink to tell"
-            problem = _numbers(case, got, theirs, _exact(case, native, wide, cotangent))
+            problem = _numbers(case, got, theirs, _exact(case, eager, wide, cotangent))
             if problem is not None:
                 meant = _reason(case, problem)  # raises where it is not
                 reason = reason or meant
@@ -649,17 +634,17 @@ def _behaviour(case: Case, got: Outcome, theirs: Outcome) -> Problem | None:
     return None
 
 
-def _exact(case: Case, native: Callable, tensors: Tensors, cotangent: Callable) -> Tensors:
+def _exact(case: Case, eager: Callable, tensors: Tensors, cotangent: Callable) -> Tensors:
     """In float64, of values and derivatives of the activations by reference.py."""
     formula = case.usual or case.params.get("b", 0) > 0  # squareplus by torch's operators loses digits
     own = case.way in ORDINARY and formula
     if own and case.way == "in place of a view":
-        native = lambda view: view.copy_(_referenced(case, view))  # noqa: E731
+        eager = lambda view: view.copy_(_referenced(case, view))  # noqa: E731
     elif own:
-        native = functools.partial(_referenced, case)
+        eager = functools.partial(_referenced, case)
     if case.way.startswith("autocast") or (own and case.way == "in place"):
         case = dataclasses.replace(case, way="backward")
-    wide = outcome(case, native, tensors, cotangent)
+    wide = outcome(case, eager, tensors, cotangent)
     if wide.error:
         raise wide.error
     return wide.tensors
@@ -668,13 +653,13 @@ def _exact(case: Case, native: Callable, tensors: Tensors, cotangent: Callable) 
 def _referenced(case: Case, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
     """With the activations of reference.py."""
     if case.family == "maxout":
-        return common.native_maxout(x, case.layer.pieces, case.dim)
+        return common.eager_maxout(x, case.layer.pieces, case.dim)
     if case.family == "activation":
         return Referenced.apply(x, case.layer)
     for i, layer in enumerate(case.layers):
         bias = rest[len(case.layers) + i] if case.bias else None
         if layer.name == "maxout":
-            x = common.native_linear_maxout(x, rest[i], bias)
+            x = common.eager_linear_maxout(x, rest[i], bias)
         else:
             x = Referenced.apply(TF.linear(x, rest[i], bias), layer)
     return x
@@ -714,33 +699,33 @@ def _reference(layer: Layer, x: np.ndarray) -> list[np.ndarray]:
 
 def _numbers(case: Case, got: Outcome, theirs: Outcome, exact: Tensors) -> Problem | None:
     eps = torch.finfo(precision(case)).eps
-    for k, (actual, native) in enumerate(zip(got.tensors, theirs.tensors, strict=True)):
+    for k, (actual, eager) in enumerate(zip(got.tensors, theirs.tensors, strict=True)):
         wanted = exact[k]
         if not actual.numel():
             continue
-        same_kind = (_kind(actual) == _kind(wanted.to(actual.dtype))) | (_kind(actual) == _kind(native))
+        same_kind = (_kind(actual) == _kind(wanted.to(actual.dtype))) | (_kind(actual) == _kind(eager))
         if case.way not in ORDINARY:  # where one intermediate result overflows, the next is what it may be
-            same_kind |= ~actual.isfinite() & ~native.isfinite()
+            same_kind |= ~actual.isfinite() & ~eager.isfinite()
         if not same_kind.all():
-            return _worst(k, ~same_kind, actual, wanted, native)
+            return _worst(k, ~same_kind, actual, wanted, eager)
         finite = actual.isfinite() & wanted.isfinite()
         error = torch.where(finite, (actual.double() - wanted).abs(), 0)
-        natives = torch.where(finite & native.isfinite(), (native.double() - wanted).abs(), 0)
+        eagers = torch.where(finite & eager.isfinite(), (eager.double() - wanted).abs(), 0)
         if case.exact:
             bound = torch.zeros(())
         elif case.family == "maxout":
             bound = 4 * eps * (wanted.abs().nan_to_num(0, 0, 0) + torch.finfo(precision(case)).tiny)
         elif case.family == "activation" and case.way in ORDINARY:
-            bound = _bound(case, k, actual, wanted) + 2 * natives
+            bound = _bound(case, k, actual, wanted) + 2 * eagers
         else:
             size = wanted[wanted.isfinite()].abs()
             scale = max(1.0, float(size.max()) if size.numel() else 1.0)
             for layer in case.layers:  # an error before a steep layer is a larger one behind it
                 scale *= max(1.0, abs(dict(layer.params).get("omega", 1.0)))
             units = CLOSE[precision(case)] * len(case.layers) * (1 if case.way in ORDINARY else 2)
-            bound = units * eps * scale + 4 * natives.max()
+            bound = units * eps * scale + 4 * eagers.max()
         if (error > bound).any():
-            return _worst(k, error > bound, actual, wanted, native)
+            return _worst(k, error > bound, actual, wanted, eager)
     return None
 
 
@@ -777,12 +762,10 @@ def _bound(case: Case, k: int, actual: torch.Tensor, wanted: torch.Tensor) -> to
 
 def _worst(k: int, where: torch.Tensor, *tensors: torch.Tensor) -> Problem:
     place = tuple(where.nonzero()[0].tolist())
-    ours, exact, native = (float(t[place]) for t in tensors)
-    text = f"result {k} at {place}: {ours!r} instead of {exact!r}, torch's is {native!r}"
-    return Problem("numbers", ours, native, k, f"{text}; {int(where.sum())} of {where.numel()} are wrong")
+    ours, exact, eager = (float(t[place]) for t in tensors)
+    text = f"result {k} at {place}: {ours!r} instead of {exact!r}, torch's is {eager!r}"
+    return Problem("numbers", ours, eager, k, f"{text}; {int(where.sum())} of {where.numel()} are wrong")
 
-
-# ---------------------------------------------------------------- drawing
 
 SIZES = (0, 1, 1, 2, 3, 4, 5, 7, 8, 9, 12, 15, 16, 17, 24, 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 130)
 EXTREMES = (
@@ -865,9 +848,6 @@ def draw(r: random.Random, compiled: bool = False) -> Case:
         layouts=tuple(r.choice(layouts) if r.random() < 0.4 else "contiguous" for _ in range(count + 1)),
         masks=tuple(r.random() < 0.8 for _ in range(count)),
     )
-
-
-# ---------------------------------------------------------------- make fuzz
 
 
 class Tally(random_fits.Tally):

@@ -16,8 +16,6 @@
 namespace mlpext {
 namespace {
 
-// ---- activation
-
 struct ActivationRule : StaticArity<1, 1> {
   static constexpr const char* name = "ActivationBackward0";
 
@@ -106,8 +104,6 @@ Tensor activation_backward(DispatchKeySet keys, const Tensor& grad_output, const
                                                params, from_output);
 }
 
-// ---- maxout
-
 struct MaxoutRule : StaticArity<1, 1> {  // saved: the index of the piece that won
   static constexpr const char* name = "MaxoutBackward0";
 
@@ -148,8 +144,6 @@ Tensor maxout_backward(DispatchKeySet keys, const Tensor& grad_output, const Ten
   return ops::maxout_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, index, pieces,
                                            dim);
 }
-
-// ---- linear + activation
 
 struct LinearActivationRule : StaticArity<3, 4> {
   static constexpr const char* name = "LinearActivationBackward0";
@@ -262,8 +256,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
   return ops::linear_activation_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,
                                                       weight, saved, name, params, from_output, output_mask);
 }
-
-// ---- linear + maxout
 
 struct LinearMaxoutRule : StaticArity<3, 3> {
   static constexpr const char* name = "LinearMaxoutBackward0";

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as TF
 
 import mlpext.functional as F
-from common import FLOATS, assert_same_bits, every_float, native, native_linear_maxout
+from common import FLOATS, assert_same_bits, eager, eager_linear_maxout, every_float
 
 # Relative to the largest value: rounding of inputs is not counted, that of sums and of the results is.
 TOLERANCE = {torch.float64: 3e-14, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -67,8 +67,8 @@ def layer(name):
     return lambda x, w, b=None: F.linear_activation(x, w, b, activation=name)
 
 
-def native_layer(name):
-    return lambda x, w, b=None: native(name, {})(TF.linear(x, w, b))
+def eager_layer(name):
+    return lambda x, w, b=None: eager(name, {})(TF.linear(x, w, b))
 
 
 @pytest.mark.isa
@@ -79,7 +79,7 @@ def test_shapes_around_the_blocks(shape, dtype):
         for bias in (True, False):
             x, w, b, g = tensors(*shape, dtype)
             inputs = [x, w, b] if bias else [x, w]
-            compare(layer(name), native_layer(name), inputs, g, dtype, f"{name} {shape} bias={bias}")
+            compare(layer(name), eager_layer(name), inputs, g, dtype, f"{name} {shape} bias={bias}")
 
 
 @pytest.mark.isa
@@ -95,14 +95,14 @@ def test_maxout_around_the_blocks(pieces, dtype):
             # Which piece wins is decided in the dtype at hand; after that, only sums differ.
             y, *gradients = results(F.linear_maxout, inputs, g)
             z = [t.double() for t in inputs]
-            exact = native_linear_maxout(*z)
+            exact = eager_linear_maxout(*z)
             assert_near(y, exact, dtype, f"{shape}, {pieces} pieces")
             _, winner = torch.ops.mlpext.linear_maxout_forward(*inputs, *[None] * (3 - len(inputs)))
             exact = gradients_of_the_winners(*z[:2], g.double(), winner)
             for i, (a, e) in enumerate(zip(gradients, exact, strict=False)):
                 assert_near(a, e, dtype, f"{shape}, {pieces} pieces, gradient {i}")
             if dtype in (torch.float64, torch.float32):
-                compare(F.linear_maxout, native_linear_maxout, inputs, g, dtype, f"{shape}, {pieces} pieces")
+                compare(F.linear_maxout, eager_linear_maxout, inputs, g, dtype, f"{shape}, {pieces} pieces")
 
 
 def gradients_of_the_winners(x, w, g, winner):
@@ -116,9 +116,9 @@ def gradients_of_the_winners(x, w, g, winner):
 def test_every_combination_of_gradients(wanted, shape):
     x, w, b, g = tensors(*shape, torch.float32)
     for name in ("identity", "elu", "gelu"):
-        compare(layer(name), native_layer(name), [x, w, b], g, torch.float32, f"{name} {wanted}", wanted)
+        compare(layer(name), eager_layer(name), [x, w, b], g, torch.float32, f"{name} {wanted}", wanted)
     x, w, b, g = tensors(*shape, torch.float32, pieces=3)
-    compare(F.linear_maxout, native_linear_maxout, [x, w, b], g, torch.float32, f"maxout {wanted}", wanted)
+    compare(F.linear_maxout, eager_linear_maxout, [x, w, b], g, torch.float32, f"maxout {wanted}", wanted)
 
 
 def layouts(t):
@@ -148,7 +148,7 @@ def test_layouts(shape, dtype):
                     cotangent = other
                 else:
                     inputs[i] = other
-                compare(layer(name), native_layer(name), inputs, cotangent, dtype, f"{name}: {what} {i}")
+                compare(layer(name), eager_layer(name), inputs, cotangent, dtype, f"{name}: {what} {i}")
     *pieces, g = tensors(*shape, dtype, pieces=2)
     expected = results(F.linear_maxout, pieces, g)
     for what, other in layouts(g):
@@ -168,7 +168,7 @@ def test_expanded_gradients_are_not_read_as_dense(dtype):
     x, w, b, _ = tensors(50, 30, 20, dtype)
     for g in (torch.ones((), dtype=dtype).expand(50, 20), torch.randn(20).to(dtype).expand(50, 20)):
         for name in ("identity", "tanh", "silu"):
-            compare(layer(name), native_layer(name), [x, w, b], g, dtype, f"{name} {g.stride()}")
+            compare(layer(name), eager_layer(name), [x, w, b], g, dtype, f"{name} {g.stride()}")
         x3, w3, b3, _ = tensors(50, 30, 20, dtype, pieces=2)
         for a, e in zip(
             results(F.linear_maxout, [x3, w3, b3], g),
@@ -185,10 +185,10 @@ def test_many_rows_are_taken_in_chunks():
         (torch.float32, torch.bfloat16, torch.float16), ("identity", "tanh")
     ):
         x, w, b, g = tensors(5000, 6, 901, dtype)
-        compare(layer(name), native_layer(name), [x, w, b], g, dtype, f"{name} {dtype}")
+        compare(layer(name), eager_layer(name), [x, w, b], g, dtype, f"{name} {dtype}")
     for shape in ((5000, 50, 901), (70, 50, 7001)):
         x, w, b, g = tensors(*shape, torch.float32, pieces=2)
-        compare(F.linear_maxout, native_linear_maxout, [x, w, b], g, torch.float32, f"maxout, {shape}")
+        compare(F.linear_maxout, eager_linear_maxout, [x, w, b], g, torch.float32, f"maxout, {shape}")
 
 
 @pytest.mark.isa
@@ -209,7 +209,7 @@ def test_random_shapes(dtype):
     for _ in range(40):
         shape = [int(2 ** (8.5 * torch.rand((), generator=generator))) for _ in range(3)]
         x, w, b, g = tensors(*shape, dtype)
-        compare(layer("tanh"), native_layer("tanh"), [x, w, b], g, dtype, f"{shape}")
+        compare(layer("tanh"), eager_layer("tanh"), [x, w, b], g, dtype, f"{shape}")
 
 
 @pytest.mark.isa
@@ -227,7 +227,7 @@ def test_the_same_bits_again_and_with_two_threads(dtype):
         torch.set_num_threads(1)
         for one, two, three in zip(first, again, threads, strict=True):
             assert_same_bits(two, one, f"{shape} again")
-            if "avx" in os.environ.get("MLPEXT_CPU_ISA", "avx"):  # native's product is not held to this
+            if "avx" in os.environ.get("MLPEXT_CPU_ISA", "avx"):  # eager's product is not held to this
                 assert_same_bits(three, one, f"{shape}, {pieces} pieces, with two threads")
 
 
@@ -238,17 +238,17 @@ def test_nan_and_infinity_stay_where_they_are(dtype):
         x[1, 3], x[2, 5], w[4, 2], b[7] = math.nan, math.inf, math.inf, math.nan
         g[0, 9] = math.inf
         for name in ("identity", "tanh"):
-            got, exact = results(layer(name), [x, w, b], g), results(native_layer(name), [x, w, b], g)
+            got, exact = results(layer(name), [x, w, b], g), results(eager_layer(name), [x, w, b], g)
             for i, (a, e) in enumerate(zip(got, exact, strict=True)):
                 assert torch.equal(a.isnan(), e.isnan()), f"{shape} {name} {dtype}, result {i}"
 
 
-def test_not_less_exact_than_native():
+def test_not_less_exact_than_eager():
     for shape in ((32, 64, 64), (256, 784, 256), (64, 4096, 64), (4096, 64, 64)):
         x, w, b, g = tensors(*shape, torch.float32)
-        exact = results(native_layer("tanh"), [t.double() for t in (x, w, b)], g.double())
-        ours, natives = (results(f("tanh"), [x, w, b], g) for f in (layer, native_layer))
-        for i, (a, n, e) in enumerate(zip(ours, natives, exact, strict=True)):
+        exact = results(eager_layer("tanh"), [t.double() for t in (x, w, b)], g.double())
+        ours, eagers = (results(f("tanh"), [x, w, b], g) for f in (layer, eager_layer))
+        for i, (a, n, e) in enumerate(zip(ours, eagers, exact, strict=True)):
             error, theirs = ((t.double() - e).norm() / e.norm() for t in (a, n))
             assert error <= 1.6e-6 and error <= 1.5 * theirs + 1e-7, f"{shape}, result {i}: {error}, {theirs}"
 
@@ -301,4 +301,4 @@ def test_without_mkldnn_the_results_are_the_same():
     assert len(outputs) == 1 or "avx" not in os.environ.get("MLPEXT_CPU_ISA", "avx")
     with torch.backends.mkldnn.flags(enabled=False):
         x, w, b, g = tensors(70, 65, 66, torch.float32)
-        compare(layer("tanh"), native_layer("tanh"), [x, w, b], g, torch.float32, "mkldnn disabled")
+        compare(layer("tanh"), eager_layer("tanh"), [x, w, b], g, torch.float32, "mkldnn disabled")

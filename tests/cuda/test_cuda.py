@@ -16,11 +16,11 @@ from common import (
     assert_same_outcome,
     default_ops,
     distance,
+    eager,
     every_case,
     every_float,
     few_ops,
     linear_op,
-    native,
     outcome,
     points,
     ulp,
@@ -89,7 +89,7 @@ def test_as_torch(op, dtype):
     tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 16 * torch.finfo(dtype).eps} if half else {}
     if dtype == torch.float32:
         tolerance = {"rtol": 1e-4, "atol": 1e-5}
-    for actual, expected in zip(gradients(op.ours, tensors), gradients(op.native, wide), strict=True):
+    for actual, expected in zip(gradients(op.ours, tensors), gradients(op.eager, wide), strict=True):
         assert actual.dtype == dtype
         assert_close(actual.double(), expected, op.id, **tolerance)
 
@@ -103,7 +103,7 @@ def test_large_layers(name, dtype):
         ours = gradients(lambda *t: F.linear_activation(*t, activation=name), tensors)
         again = gradients(lambda *t: F.linear_activation(*t, activation=name), tensors)
         wide = [t.detach().double().requires_grad_() for t in tensors]
-        exact = gradients(lambda *t: native(name, {})(TF.linear(*t)), wide)
+        exact = gradients(lambda *t: eager(name, {})(TF.linear(*t)), wide)
         for actual, repeated, expected in zip(ours, again, exact, strict=True):
             assert_same_bits(actual, repeated, "the same from run to run")
             error = (actual.double() - expected).norm() / expected.norm()
@@ -159,8 +159,8 @@ def test_expanded_and_transposed_gradients(op):
         torch.randn_like(y).t().contiguous().t(),
     ):
         ours = torch.autograd.grad(op(*tensors), tensors, g)
-        natives = torch.autograd.grad(op.native(*tensors), tensors, g)
-        for a, e in zip(ours, natives, strict=True):
+        eagers = torch.autograd.grad(op.eager(*tensors), tensors, g)
+        for a, e in zip(ours, eagers, strict=True):
             assert_close(a, e, op.id)
 
 
@@ -189,7 +189,7 @@ def test_frozen_inputs(op):
 def test_compile(op, fresh_dynamo):
     tensors = inputs(op, torch.float32)
     compiled = torch.compile(op.ours, fullgraph=True, backend="aot_eager" if DEVICE == "cpu" else "inductor")
-    for a, e in zip(gradients(compiled, tensors), gradients(op.native, tensors), strict=True):
+    for a, e in zip(gradients(compiled, tensors), gradients(op.eager, tensors), strict=True):
         assert_close(a, e, op.id, rtol=1e-4, atol=1e-5)
 
 
@@ -198,8 +198,8 @@ def test_compile(op, fresh_dynamo):
 def test_autocast(op, dtype):
     tensors = inputs(op, torch.float32)
     with torch.autocast(DEVICE, dtype):
-        ours, natives = gradients(op.ours, tensors), gradients(op.native, tensors)
-    for a, e in zip(ours, natives, strict=True):
+        ours, eagers = gradients(op.ours, tensors), gradients(op.eager, tensors)
+    for a, e in zip(ours, eagers, strict=True):
         assert a.dtype == e.dtype
         assert_close(a.double(), e.double(), op.id, rtol=0.05, atol=0.05)
 
@@ -276,7 +276,7 @@ def test_bias_and_activation(rows, n_in, n_out, name, dtype):
         return F.linear_activation(*tensors, activation=name)
 
     exact = gradients(
-        lambda *t: native(name, {})(TF.linear(*t)), [t.detach().double().requires_grad_() for t in tensors]
+        lambda *t: eager(name, {})(TF.linear(*t)), [t.detach().double().requires_grad_() for t in tensors]
     )
     # In 16 bits some z are rounded to the other side of relu's kink.
     most = {8: 1e-12, 4: 1e-3, 2: 6e-2}[dtype.itemsize]
@@ -294,7 +294,7 @@ def test_bias_and_activation(rows, n_in, n_out, name, dtype):
 @pytest.mark.parametrize("name", ["relu", "gelu_tanh"])
 def test_without_inputs_a_layer_is_the_activation_of_its_bias(name):
     x, w, b = (t.detach() for t in layer_inputs(5, 0, 7, torch.bfloat16))
-    expected = native(name, {})(b.double()).expand(5, 7)
+    expected = eager(name, {})(b.double()).expand(5, 7)
     assert_close(F.linear_activation(x, w, b, name).double(), expected, rtol=0.01, atol=0.01)
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as TF
 
 import mlpext
-from common import assert_close, assert_same_bits, every_case, native, values_of
+from common import assert_close, assert_same_bits, eager, every_case, values_of
 from cuda_common import DEVICE, OPERATORS, gpu_only, gradients, here, in_a_graph, needs_gpu, on_a_side_stream
 
 pytestmark = needs_gpu
@@ -60,7 +60,7 @@ def narrow_reference(leaves, cases):
 
     def network(x, *rest):
         for (name, parameters), weight, bias in itertools.zip_longest(cases, rest[:n], rest[n:]):
-            x = native(name, parameters)(TF.linear(x, weight, bias))
+            x = eager(name, parameters)(TF.linear(x, weight, bias))
         return x
 
     return gradients(network, leaves)

@@ -14,9 +14,9 @@ from common import (
     NAMES,
     assert_same_bits,
     assert_same_outcome,
+    eager,
     every_float,
     every_functional_case,
-    native,
     ours,
     outcome,
 )
@@ -53,11 +53,11 @@ def unusual_inputs():
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 @pytest.mark.parametrize("kind", unusual_inputs())
 @every_functional_case
-def test_unusual_inputs_do_as_native(name, parameters, kind):
+def test_unusual_inputs_do_as_eager(name, parameters, kind):
     if (name, kind) == ("squareplus", "nested"):
         return  # torch has no squareplus to be like, and its nested tensors hardly an operator
     x = unusual_inputs()[kind]
-    actual, expected = outcome(ours(name, parameters), x), outcome(native(name, parameters), x)
+    actual, expected = outcome(ours(name, parameters), x), outcome(eager(name, parameters), x)
     if isinstance(expected, torch.Tensor) and expected.is_nested:
         assert actual.is_nested
         actual, expected = actual.values(), expected.values()
@@ -66,12 +66,12 @@ def test_unusual_inputs_do_as_native(name, parameters, kind):
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @every_functional_case
-def test_complex_gradient_is_natives(name, parameters, dtype):
+def test_complex_gradient_is_torchs(name, parameters, dtype):
     def through(f):
         x = torch.tensor([0.3 + 0.4j, -1.0 + 2.0j], dtype=dtype, requires_grad=True)
         return torch.autograd.grad(f(x).abs().sum(), x)[0]
 
-    assert_same_outcome(outcome(through, ours(name, parameters)), outcome(through, native(name, parameters)))
+    assert_same_outcome(outcome(through, ours(name, parameters)), outcome(through, eager(name, parameters)))
 
 
 WRONG = [("a",), (None,), ([1.0],), (1j,)]
@@ -81,11 +81,11 @@ WRONG = [("a",), (None,), ([1.0],), (1j,)]
 @pytest.mark.parametrize(
     "name", [n for n in NAMES if mlpext._C.activations()[n] and n not in ("sine", "squareplus")]
 )
-def test_wrong_parameters_do_as_native(name, wrong):
+def test_wrong_parameters_do_as_eager(name, wrong):
     x = torch.linspace(-2, 2, 5)
     parameter = next(iter(mlpext._C.activations()[name]))
     actual = outcome(lambda: getattr(F, name)(x, **{parameter: wrong[0]}))
-    expected = outcome(lambda: native(name, {parameter: wrong[0]})(x))
+    expected = outcome(lambda: eager(name, {parameter: wrong[0]})(x))
     assert_same_outcome(actual, expected)
 
 
@@ -122,8 +122,8 @@ PARAMETERS = [
 @every_float
 @pytest.mark.parametrize("value", EXTREMES, ids=repr)
 @pytest.mark.parametrize("name, parameter", PARAMETERS)
-def test_any_parameter_does_as_native(name, parameter, value, dtype):
-    """Rounded to the dtype where native rounds it, refused where native refuses it; alone and in a layer."""
+def test_any_parameter_does_as_eager(name, parameter, value, dtype):
+    """Rounded to the dtype where eager rounds it, refused where eager refuses it; alone and in a layer."""
     least, most = (
         torch.finfo(dtype if dtype == torch.float16 else torch.float32).max * s for s in (-0.9, 0.9)
     )
@@ -132,7 +132,7 @@ def test_any_parameter_does_as_native(name, parameter, value, dtype):
     base = torch.tensor([0.2, 0.3, 1 / 3, 1.7, 3.0, 1e-8, 0.0], dtype=dtype)
     base = torch.cat([base, torch.nextafter(base, base * 2), torch.nextafter(base, base * 0)])
     x, one = torch.cat([base, -base]), torch.ones(1, 1, dtype=dtype)
-    f = native(name, parameters)
+    f = eager(name, parameters)
 
     def through(f):
         leaf = x.clone().requires_grad_()
@@ -148,7 +148,7 @@ def test_any_parameter_does_as_native(name, parameter, value, dtype):
     for what, own in {"alone": ours(name, parameters), "in a layer": layer}.items():
         actual = outcome(through, own)
         if name == "celu" and dtype == torch.float64 and isinstance(expected, torch.Tensor):
-            # native's 1 / alpha is a float
+            # eager's 1 / alpha is a float
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7, equal_nan=True)
         else:
             assert_same_outcome(actual, expected, what)

@@ -13,11 +13,11 @@ from activation_inputs import SPECIALS, derivative, forward, layouts
 from common import (
     NAMES,
     assert_same_bits,
+    eager,
     every_case,
     every_float,
     every_functional_case,
     gradients_of_ones,
-    native,
     ours,
 )
 
@@ -68,11 +68,11 @@ def test_specials_through_autograd(name, parameters, dtype):
 @every_float
 @every_functional_case
 def test_layouts(name, parameters, dtype):
-    f, f_native = ours(name, parameters), native(name, parameters)
+    f, f_eager = ours(name, parameters), eager(name, parameters)
     for layout, x in layouts(dtype).items():
         y = f(x)
-        like_native = "logsigmoid" not in name  # native's makes everything contiguous
-        assert y.stride() == (f_native(x) if like_native else torch.empty_like(x)).stride(), layout
+        like_eager = "logsigmoid" not in name  # eager's makes everything contiguous
+        assert y.stride() == (f_eager(x) if like_eager else torch.empty_like(x)).stride(), layout
         assert_same_bits(y, f(x.contiguous().flatten()).view(x.shape), layout)
         for gradient_layout, g in cotangents(x).items():
             what = f"{layout}, gradient {gradient_layout}"
@@ -82,8 +82,8 @@ def test_layouts(name, parameters, dtype):
             (expected,) = torch.autograd.grad(f(flat), flat, g.contiguous().flatten())
             assert_same_bits(actual, expected.view(x.shape), what)
             if gradient_layout == "as the output":
-                (natives,) = torch.autograd.grad(f_native(leaf), leaf, g)
-                assert actual.stride() == natives.stride(), what
+                (eagers,) = torch.autograd.grad(f_eager(leaf), leaf, g)
+                assert actual.stride() == eagers.stride(), what
 
 
 def cotangents(x):
@@ -140,10 +140,10 @@ def strided(draw):
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(x=strided())
 def test_any_view(name, x):
-    f, f_native = ours(name, {}), native(name, {})
+    f, f_eager = ours(name, {}), eager(name, {})
     y = f(x)
-    # The stride of a dimension of size 1 means nothing; native's logsigmoid makes everything contiguous.
+    # The stride of a dimension of size 1 means nothing; eager's logsigmoid makes everything contiguous.
     if all(s > 1 for s in x.shape) and name != "logsigmoid":
-        assert y.stride() == f_native(x).stride()
+        assert y.stride() == f_eager(x).stride()
     assert_same_bits(y, f(x.reshape(-1).contiguous()).view(x.shape))
-    torch.testing.assert_close(y, f_native(x))
+    torch.testing.assert_close(y, f_eager(x))

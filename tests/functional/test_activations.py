@@ -16,13 +16,13 @@ from common import (
     NAMES,
     bits,
     class_name,
+    eager,
     every_case,
     every_finite,
     every_float,
     every_functional_case,
     gradients,
     gradients_of_ones,
-    native,
     ours,
     points,
     reference_of,
@@ -50,10 +50,10 @@ def test_each_has_a_function_and_a_module(name):
     assert issubclass(getattr(mlpext.nn, class_name(name)), torch.nn.Module)
 
 
-# How many units in the last place more than native's an error may be.
-BEYOND_NATIVE = {"mish": 2.5, "tanh": 2.5}
+# How many units in the last place more than eager's an error may be.
+BEYOND_TORCH = {"mish": 2.5, "tanh": 2.5}
 if mlpext._C.cpu_isa() == "baseline":  # the reduction by quarter turns loses more without fused multiply-add
-    BEYOND_NATIVE["sine"] = 2.0
+    BEYOND_TORCH["sine"] = 2.0
 
 
 @pytest.mark.isa
@@ -66,9 +66,9 @@ def test_value_to_the_last_places(name, parameters, dtype, count):
     at, expected = x.double().numpy(), reference_of(name, parameters, x)[0]
     error, bound = accuracy.value_error(name, parameters, forward(name, parameters, x), at, expected)
     assert error.max() <= bound, worst(error, at)
-    natives, _ = accuracy.value_error(name, parameters, native(name, parameters)(x), at, expected)
-    allowed = natives.max() + BEYOND_NATIVE.get(name, 1.0)
-    assert error.max() <= allowed, f"{worst(error, at)}, native {worst(natives, at)}"
+    eagers, _ = accuracy.value_error(name, parameters, eager(name, parameters)(x), at, expected)
+    allowed = eagers.max() + BEYOND_TORCH.get(name, 1.0)
+    assert error.max() <= allowed, f"{worst(error, at)}, eager {worst(eagers, at)}"
 
 
 @pytest.mark.isa
@@ -112,7 +112,7 @@ def test_sixteen_bits_all_values(name, parameters, dtype):
 def test_numbers_of_native_where_native_is_right(name, parameters, dtype):
     x = torch.linspace(-4, 4, 501, dtype=torch.float64).to(dtype).requires_grad_()
     for actual, expected in zip(
-        gradients(ours(name, parameters), [x]), gradients(native(name, parameters), [x]), strict=True
+        gradients(ours(name, parameters), [x]), gradients(eager(name, parameters), [x]), strict=True
     ):
         torch.testing.assert_close(actual, expected)
 
@@ -120,11 +120,11 @@ def test_numbers_of_native_where_native_is_right(name, parameters, dtype):
 @pytest.mark.isa
 @every_float
 @every_functional_case
-def test_derivative_at_a_kink_is_natives(name, parameters, dtype):
+def test_derivative_at_a_kink_is_torchs(name, parameters, dtype):
     kinks = [*reference.kinks(name, parameters), 0.0, -0.0]
     x = torch.tensor(kinks * 20, dtype=dtype)  # long enough for the vector loops
     actual = gradients_of_ones(ours(name, parameters), x)
-    expected = gradients_of_ones(native(name, parameters), x)
+    expected = gradients_of_ones(eager(name, parameters), x)
     torch.testing.assert_close(actual, expected, msg=lambda m: f"at {kinks}: {m}")
 
 
@@ -154,10 +154,10 @@ def test_nan_in_nan_out(name, parameters, dtype):
 @every_float
 @every_functional_case
 def test_derivative_at_nan_is_one_everywhere(name, parameters, dtype):
-    """Native's scalar and vector loops disagree at a NaN; either answer will do, but one everywhere."""
+    """Torch's scalar and vector loops disagree at a NaN; either answer will do, but one everywhere."""
     x = torch.full((1024,), math.nan, dtype=dtype)
     slope = gradients_of_ones(ours(name, parameters), x)
-    one, long = (gradients_of_ones(native(name, parameters), t)[:1] for t in (x[:1], x))
+    one, long = (gradients_of_ones(eager(name, parameters), t)[:1] for t in (x[:1], x))
     assert (bits(slope) == bits(slope[:1])).all()
     assert bits(slope[:1]) in (bits(one), bits(long)) or slope.isnan().all(), (slope[0], one, long)
 
@@ -165,7 +165,7 @@ def test_derivative_at_nan_is_one_everywhere(name, parameters, dtype):
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 def test_right_where_native_is_wrong(dtype):
-    """Measured faults of native: gelu's tail, sigmoid and silu below -88, overflow far out."""
+    """Measured faults of eager: gelu's tail, sigmoid and silu below -88, overflow far out."""
     x = torch.tensor([-6.0, -8.0, -12.0] * 11, dtype=dtype)
     for name in ("gelu", "gelu_tanh"):
         expected = torch.tensor(reference.fast(name, {}, x.double().numpy())[0], dtype=dtype)

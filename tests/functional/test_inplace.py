@@ -13,10 +13,10 @@ from common import (
     NAMES,
     assert_same_bits,
     assert_same_outcome,
+    eager,
     every_float,
     every_inplace_case,
     has_inplace,
-    native,
     ours,
     outcome,
 )
@@ -38,7 +38,7 @@ def test_inplace_writes_where_it_should_and_nowhere_else(name, parameters, dtype
         assert x._version == version + 1, length
         if min(parameters.values(), default=0) >= 0:
             assert_same_bits(x, expected, length)
-        else:  # in place, a negative slope goes to native
+        else:  # in place, a negative slope goes to eager
             torch.testing.assert_close(x, expected)
         assert (room[:10] == guard).all() and (room[10 + length :] == guard).all(), length
 
@@ -50,17 +50,17 @@ def test_inplace_on_layouts(name, parameters):
             x.clone(memory_format=torch.preserve_format),
             x.clone(memory_format=torch.preserve_format),
         )
-        assert_same_outcome(ours(name, parameters, True)(here), native(name, parameters, True)(there), layout)
+        assert_same_outcome(ours(name, parameters, True)(here), eager(name, parameters, True)(there), layout)
     x = torch.linspace(-3, 3, 60)
-    room, room_native = x.clone(), x.clone()
+    room, room_eager = x.clone(), x.clone()
     ours(name, parameters, True)(room[1::3])
-    native(name, parameters, True)(room_native[1::3])
-    torch.testing.assert_close(room, room_native)
+    eager(name, parameters, True)(room_eager[1::3])
+    torch.testing.assert_close(room, room_eager)
 
 
 @every_inplace_case
 def test_inplace_gradient(name, parameters):
-    """As native: same gradient, or, where the output cannot give it (a negative slope), the same refusal."""
+    """As eager: same gradient, or, where the output cannot give it (a negative slope), the same refusal."""
     x = torch.linspace(-3, 3, 41, dtype=torch.float64, requires_grad=True)
 
     def through(f):
@@ -69,11 +69,11 @@ def test_inplace_gradient(name, parameters):
         return torch.autograd.grad((y * y).sum(), x)[0]
 
     actual = outcome(through, ours(name, parameters, True))
-    assert_same_outcome(actual, outcome(through, native(name, parameters, True)))
+    assert_same_outcome(actual, outcome(through, eager(name, parameters, True)))
 
 
 @every_inplace_case
-def test_inplace_refusals_are_natives(name, parameters):
+def test_inplace_refusals_are_eagers(name, parameters):
     overlapping = torch.zeros(1).expand(5)
     leaf = torch.zeros(5, requires_grad=True)
     attempts = {
@@ -85,10 +85,10 @@ def test_inplace_refusals_are_natives(name, parameters):
     }
     for what, make in attempts.items():
         actual = outcome(ours(name, parameters, True), make())
-        assert_same_outcome(actual, outcome(native(name, parameters, True), make()), what)
+        assert_same_outcome(actual, outcome(eager(name, parameters, True), make()), what)
     with torch.no_grad():
         ours(name, parameters, True)(leaf)
-        expected = native(name, parameters)(torch.zeros(5))
+        expected = eager(name, parameters)(torch.zeros(5))
     torch.testing.assert_close(leaf.detach(), expected)
 
 
@@ -110,16 +110,16 @@ def test_inplace_of_a_view_reaches_its_base(name, parameters):
         return torch.cat([base.detach(), torch.autograd.grad((base * base).sum(), x)[0]])
 
     actual = outcome(through, ours(name, parameters, True))
-    assert_same_outcome(actual, outcome(through, native(name, parameters, True)))
+    assert_same_outcome(actual, outcome(through, eager(name, parameters, True)))
 
 
 @pytest.mark.parametrize(
     "name, parameters", [("leaky_relu", {"negative_slope": -0.1}), ("elu", {"alpha": -1.0})]
 )
-def test_inplace_with_a_negative_slope_raises_as_native(name, parameters):
+def test_inplace_with_a_negative_slope_raises_as_eager(name, parameters):
     """Its derivative cannot be told from its output, and silence would be a wrong gradient."""
     messages = []
-    for f in (native(name, parameters, True), ours(name, parameters, True)):
+    for f in (eager(name, parameters, True), ours(name, parameters, True)):
         x = torch.ones(3, requires_grad=True)
         with pytest.raises(RuntimeError, match="negative slope") as raised:
             f(x * -1.0).sum().backward()
@@ -139,11 +139,11 @@ WITH_OUT = ("gelu", "gelu_tanh", "softplus", "logsigmoid", "softshrink", "hardsh
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "identity"])
 def test_out_is_offered_where_torch_offers_it(name):
     x = torch.linspace(-3, 3, 12).view(3, 4)
-    for f in (ours(name, {}), *([native(name, {})] if name not in ("sigmoid", "tanh", "sine") else [])):
+    for f in (ours(name, {}), *([eager(name, {})] if name not in ("sigmoid", "tanh", "sine") else [])):
         if name in WITH_OUT:
             out = torch.empty(3, 4)
             assert f(x, out=out) is out
-            torch.testing.assert_close(out, native(name, {})(x))
+            torch.testing.assert_close(out, eager(name, {})(x))
         else:
             with pytest.raises(TypeError, match="out"):
                 f(x, out=torch.empty(3, 4))
@@ -163,7 +163,7 @@ def test_out_is_written_or_refused_as_torchs(name, parameters):
     }
     for what, make in outs.items():
         results = []
-        for f in (ours(name, parameters), native(name, parameters)):
+        for f in (ours(name, parameters), eager(name, parameters)):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # resizing is deprecated
                 results.append(outcome(f, x, out=make()))

@@ -19,10 +19,10 @@ from common import (
     assert_same_bits,
     assert_same_outcome,
     differentiable,
+    eager,
     every_case,
     every_float,
     linear_op,
-    native,
     outcome,
     values_of,
 )
@@ -52,8 +52,8 @@ def layer(name, parameters):
     return lambda x, w, b=None: F.linear_activation(x, w, b, activation=name, **parameters)
 
 
-def native_layer(name, parameters):
-    return lambda x, w, b=None: native(name, parameters)(TF.linear(x, w, b))
+def eager_layer(name, parameters):
+    return lambda x, w, b=None: eager(name, parameters)(TF.linear(x, w, b))
 
 
 # Of sums of 13 products: rounding of the sum, of the activation and, for 16 bits, of the saved output.
@@ -88,26 +88,26 @@ def test_against_the_reference(name, parameters, dtype):
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", FLOATS[1:], ids=str)
 @every_case
-def test_no_worse_than_native(name, parameters, dtype):
-    """The error against float64 is at most twice native's, and a little."""
+def test_no_worse_than_eager(name, parameters, dtype):
+    """The error against float64 is at most twice eager's, and a little."""
     tensors = inputs(dtype, batch=(16,), n_in=32, n_out=24, seed=3)
     exact = run(
-        native_layer(name, parameters),
+        eager_layer(name, parameters),
         [t.double() for t in tensors],
         torch.linspace(-1, 2, 384, dtype=torch.float64).view(16, 24),
     )
-    ours, natives = run(layer(name, parameters), tensors), run(native_layer(name, parameters), tensors)
-    for what, a, n, e in zip(("y", "dx", "dW", "db"), ours, natives, exact, strict=True):
+    ours, eagers = run(layer(name, parameters), tensors), run(eager_layer(name, parameters), tensors)
+    for what, a, n, e in zip(("y", "dx", "dW", "db"), ours, eagers, exact, strict=True):
         error, theirs = (a - e).abs().max().item(), (n - e).abs().max().item()
         unit = torch.finfo(dtype).eps * max(1.0, e.abs().max().item())
-        assert error <= 2 * theirs + 2 * unit, f"{what}: {error / unit:.2f} eps, native {theirs / unit:.2f}"
+        assert error <= 2 * theirs + 2 * unit, f"{what}: {error / unit:.2f} eps, eager {theirs / unit:.2f}"
 
 
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["elu", "gelu", "identity"])
 def test_sizes(name, dtype):
-    """Every small size, and some around the tiles of a blocked product, against native."""
+    """Every small size, and some around the tiles of a blocked product, against eager."""
     sizes = [
         *itertools.product((1, 2, 3, 5), repeat=3),
         (1, 64, 64),
@@ -118,7 +118,7 @@ def test_sizes(name, dtype):
     sizes += [(67, 1, 1), (1, 67, 1), (1, 1, 67), (31, 256, 10), (257, 3, 3)]
     for batch, n_in, n_out in sizes:
         tensors = inputs(dtype, (batch,), n_in, n_out)
-        actual, expected = run(layer(name, {}), tensors), run(native_layer(name, {}), tensors)
+        actual, expected = run(layer(name, {}), tensors), run(eager_layer(name, {}), tensors)
         for what, a, e in zip(("y", "dx", "dW", "db"), actual, expected, strict=True):
             where = f"{what} at {batch} x {n_in} -> {n_out}"
             tolerance = (0.03 if dtype == torch.bfloat16 else 1e-5) * max(1.0, e.abs().max().item())
@@ -147,9 +147,9 @@ def test_specials_reach_their_outputs_and_no_others(name, special, dtype):
     "name, parameters", [("elu", {}), ("gelu", {}), ("identity", {}), ("elu", {"alpha": -1.0})]
 )
 def test_needs_input_grad(name, parameters, bias, needs):
-    """All eight combinations: the same gradients as native, and None where none is asked for."""
+    """All eight combinations: the same gradients as eager, and None where none is asked for."""
     results = []
-    for f in (layer(name, parameters), native_layer(name, parameters)):
+    for f in (layer(name, parameters), eager_layer(name, parameters)):
         leaves = [t.requires_grad_(n) for t, n in zip(inputs(), needs, strict=True)][: 2 + bias]
         y = f(*leaves)
         assert y.requires_grad == any(t.requires_grad for t in leaves)
@@ -169,7 +169,7 @@ def test_frozen_weight_with_a_trainable_bias_sums_over_the_batch():
 def test_bias_gradient_in_float64_is_written():
     (_, _, _, actual), (_, _, _, expected) = (
         run(layer("relu", {}), inputs()),
-        run(native_layer("relu", {}), inputs()),
+        run(eager_layer("relu", {}), inputs()),
     )
     assert actual.abs().sum() > 0
     torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
@@ -179,12 +179,12 @@ def test_bias_gradient_in_float64_is_written():
 def test_bias_is_added_once(name):
     x, w, b = inputs()
     with_bias = F.linear_activation(x, torch.zeros_like(w), b, name)
-    expected = native(name, {})(b.expand(7, 9))
+    expected = eager(name, {})(b.expand(7, 9))
     torch.testing.assert_close(with_bias, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradient_penalty_trains_as_native(name):
+def test_gradient_penalty_trains_as_eager(name):
     """The loss holds a derivative: without a second one the weights' gradient would be silently wrong."""
 
     def penalised(f):
@@ -209,14 +209,14 @@ def test_y_may_be_changed_in_place_where_native_allows_it(name, parameters):
         y *= 2.0
         return torch.autograd.grad(y.square().sum(), (x, w, b))
 
-    actual, expected = outcome(block, layer(name, parameters)), outcome(block, native_layer(name, parameters))
+    actual, expected = outcome(block, layer(name, parameters)), outcome(block, eager_layer(name, parameters))
     if isinstance(
         expected, type
-    ):  # native keeps y as well (sigmoid, tanh, relu): at least not a wrong gradient
+    ):  # eager keeps y as well (sigmoid, tanh, relu): at least not a wrong gradient
         if isinstance(actual, type):
             assert actual is expected
             return
-        expected = block(lambda x, w, b: native_layer(name, parameters)(x, w, b).clone())
+        expected = block(lambda x, w, b: eager_layer(name, parameters)(x, w, b).clone())
     torch.testing.assert_close(actual, expected)
 
 
@@ -234,7 +234,7 @@ def test_changing_the_inputs_as_well_raises_or_is_right(name, parameters, which)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_changed_weight_raises_as_native(name):
+def test_changed_weight_raises_as_eager(name):
     def block(f, which):
         tensors = [t.requires_grad_() for t in inputs()]
         y = f(*tensors)
@@ -245,7 +245,7 @@ def test_changed_weight_raises_as_native(name):
     for which in range(3):
         actual, expected = (
             outcome(block, layer(name, {}), which),
-            outcome(block, native_layer(name, {}), which),
+            outcome(block, eager_layer(name, {}), which),
         )
         if isinstance(expected, type):
             assert actual is expected
@@ -336,7 +336,7 @@ def test_layouts(x_layout, name):
     for w_layout, (g_layout, g) in itertools.product(w_layouts, g_layouts.items()):
         tensors = [X_LAYOUTS[x_layout](x), X_LAYOUTS[w_layout](w), torch.stack([b, b], -1)[:, 0]]
         what = f"weight {w_layout}, gradient {g_layout}"
-        actual, expected = run(layer(name, {}), tensors, g), run(native_layer(name, {}), tensors, g)
+        actual, expected = run(layer(name, {}), tensors, g), run(eager_layer(name, {}), tensors, g)
         for part, a, e in zip(("y", "dx", "dW", "db"), actual, expected, strict=True):
             assert_close(a, e, f"{part}, {what}")
 
@@ -346,7 +346,7 @@ def test_layouts(x_layout, name):
 def test_leading_dimensions(batch, dtype):
     for sizes in [(5, 4), (1, 1), (0, 4), (5, 0)]:
         tensors = inputs(dtype, batch, *sizes)
-        actual, expected = run(layer("elu", {}), tensors), run(native_layer("elu", {}), tensors)
+        actual, expected = run(layer("elu", {}), tensors), run(eager_layer("elu", {}), tensors)
         for what, a, e in zip(("y", "dx", "dW", "db"), actual, expected, strict=True):
             assert a.shape == e.shape and a.dtype == e.dtype, (what, sizes)
             assert_close(a, e, f"{what} {sizes}", rtol=0.02, atol=0.02)
@@ -355,7 +355,7 @@ def test_leading_dimensions(batch, dtype):
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 def test_leading_dimensions_with_frozen_inputs(needs):
     results = []
-    for f in (layer("tanh", {}), native_layer("tanh", {})):
+    for f in (layer("tanh", {}), eager_layer("tanh", {})):
         leaves = [t.requires_grad_(n) for t, n in zip(inputs(batch=(2, 3)), needs, strict=True)]
         f(*leaves).square().sum().backward()
         results.append([t.grad for t in leaves])
@@ -374,7 +374,7 @@ def test_any_size(batch, n_in, n_out, bias, transpose, name):
     x, w, b = inputs(torch.float64, tuple(batch), n_in, n_out)
     w = w.t().contiguous().t() if transpose else w
     tensors = [x, w, b][: 2 + bias]
-    for a, e in zip(run(layer(name, {}), tensors), run(native_layer(name, {}), tensors), strict=True):
+    for a, e in zip(run(layer(name, {}), tensors), run(eager_layer(name, {}), tensors), strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -392,10 +392,10 @@ def test_the_same_from_run_to_run_and_with_more_threads_nearly():
     "dtype", [torch.complex64, torch.complex128, torch.int64, torch.int8, torch.bool], ids=str
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_other_types_do_as_native(name, dtype):
+def test_other_types_do_as_eager(name, dtype):
     tensors = [(t * 2).to(dtype) for t in inputs()]
     actual = outcome(layer(name, {}), *tensors)
-    assert_same_outcome(actual, outcome(native_layer(name, {}), *tensors))
+    assert_same_outcome(actual, outcome(eager_layer(name, {}), *tensors))
 
 
 @pytest.mark.parametrize("which", [0, 1, 2], ids=["x", "weight", "bias"])
@@ -429,7 +429,7 @@ def test_meta_and_mixed_devices():
     ids=str,
 )
 def test_wrong_shapes(x, w, b):
-    """A clear error and never a read beyond the end; where native broadcasts, so do we."""
+    """A clear error and never a read beyond the end; where eager broadcasts, so do we."""
     tensors = [torch.zeros(s) for s in (x, w, b) if s is not None]
     expected = outcome(TF.linear, *tensors)
     for needs in (False, True):
@@ -490,5 +490,5 @@ def test_bias_of_ones_from_broadcast_shapes_as_linear(name):
     """torch's linear also takes a 0-d or (1,) bias."""
     x, w, _ = inputs()
     for b in (torch.tensor(0.5, dtype=torch.float64), torch.full((1,), 0.5, dtype=torch.float64)):
-        results = [outcome(f, x, w, b) for f in (layer(name, {}), native_layer(name, {}))]
+        results = [outcome(f, x, w, b) for f in (layer(name, {}), eager_layer(name, {}))]
         assert_same_outcome(*results, tuple(b.shape))

@@ -14,8 +14,8 @@ import reference
 from common import (
     assert_close,
     assert_same_bits,
+    eager_linear_maxout,
     every_float,
-    native_linear_maxout,
     outcome,
 )
 
@@ -81,7 +81,7 @@ def test_sizes(pieces):
 @pytest.mark.parametrize("batch", [(7,), (2, 3), ()], ids=str)
 def test_needs_input_grad(batch, bias, needs):
     results = []
-    for f in (F.linear_maxout, native_linear_maxout):
+    for f in (F.linear_maxout, eager_linear_maxout):
         x, w, b = (
             torch.randn(t.shape, generator=torch.Generator().manual_seed(2), dtype=t.dtype)
             for t in inputs(batch=batch)
@@ -187,7 +187,7 @@ def test_y_may_be_changed_in_place():
         torch.testing.assert_close(a, b)
 
 
-def test_gradient_penalty_trains_as_native():
+def test_gradient_penalty_trains_as_eager():
     def penalised(f):
         tensors = [
             torch.randn(t.shape, generator=torch.Generator().manual_seed(4), dtype=t.dtype).requires_grad_()
@@ -196,7 +196,7 @@ def test_gradient_penalty_trains_as_native():
         (g,) = torch.autograd.grad(f(*tensors).square().sum(), tensors[0], create_graph=True)
         return torch.autograd.grad((g.square().sum() - 1) ** 2, tensors)
 
-    torch.testing.assert_close(penalised(F.linear_maxout), penalised(native_linear_maxout))
+    torch.testing.assert_close(penalised(F.linear_maxout), penalised(eager_linear_maxout))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_mixed_types_are_refused(which):
 
 def test_other_types_and_meta():
     integers = [torch.randint(-3, 4, s) for s in ((3, 4), (2, 5, 4), (2, 5))]
-    actual, expected = outcome(F.linear_maxout, *integers), outcome(native_linear_maxout, *integers)
+    actual, expected = outcome(F.linear_maxout, *integers), outcome(eager_linear_maxout, *integers)
     assert torch.equal(actual, expected)
     assert isinstance(outcome(F.linear_maxout, *(t.to(torch.complex64) for t in integers)), type)
     assert F.linear_maxout(*(t.to("meta") for t in inputs(batch=(2, 3)))).shape == (2, 3, 9)

@@ -16,7 +16,7 @@ from common import (
     assert_close,
     assert_same_bits,
     class_name,
-    native,
+    eager,
 )
 from mlpext import nn
 
@@ -36,7 +36,7 @@ def test_layer_has_linears_parameters_and_weights(name, bias):
         assert_same_bits(ours.detach(), theirs.detach())
         assert type(ours) is torch.nn.Parameter
     x = torch.randn(3, 7)
-    assert_close(layer(x), native(name, {})(linear(x)))
+    assert_close(layer(x), eager(name, {})(linear(x)))
     layer.load_state_dict(linear.state_dict())
     linear.load_state_dict(layer.state_dict())
     if not bias:

@@ -108,7 +108,7 @@ def test_bytes_kept(activation):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_output_may_be_changed_in_place(name):
-    """Where native's activation allows that."""
+    """Where eager's activation allows that."""
     model, x = network("tanh", name), torch.randn(4, 5, dtype=torch.float64)
     outcomes = []
     for call in (whole, by_layers):
@@ -125,7 +125,7 @@ def test_the_output_may_be_changed_in_place(name):
 
 def changed(model, x, name, wanted, **options):
     """The gradients after a change of a parameter, or None where autograd refuses them."""
-    calls = {"whole": whole, "native": lambda model, x: natives(model)(x)}
+    calls = {"whole": whole, "eager": lambda model, x: eagers(model)(x)}
     for call in calls.values():
         y = call(model, x)
         with torch.no_grad():
@@ -139,7 +139,7 @@ def changed(model, x, name, wanted, **options):
             model.get_parameter(name).sub_(1)
 
 
-def natives(model):
+def eagers(model):
     """torch's layers with the same parameters."""
     layers = []
     for layer in model:
@@ -156,10 +156,10 @@ PARAMETERS = [f"{i}.{kind}" for i in range(3) for kind in ("weight", "bias")]
 @pytest.mark.parametrize("name", PARAMETERS)
 @pytest.mark.parametrize("output", ["identity", "tanh"])
 def test_a_parameter_changed_in_place_is_an_error_only_where_backward_reads_it(output, name, wanted):
-    """Biases, the first weight where x needs no gradient, all below the gradients asked for: as native."""
+    """Biases, the first weight where x needs no gradient, all below the gradients asked for: as eager."""
     model, x = network(output=output), torch.randn(4, 5, dtype=torch.float64)
     actual, expected = changed(model, x, name, wanted)
-    if expected is None:  # native also looks at a weight that these gradients do not need
+    if expected is None:  # eager also looks at a weight that these gradients do not need
         assert actual is None or (name[0] == wanted[0][0] and wanted != PARAMETERS)
     else:
         assert_close(actual, expected)
@@ -169,7 +169,7 @@ def test_a_parameter_changed_in_place_is_an_error_only_where_backward_reads_it(o
 def test_a_graph_of_the_backward_reads_every_parameter(name):
     model, x = network(), torch.randn(4, 5, dtype=torch.float64)
     actual, expected = changed(model, x, name, PARAMETERS, create_graph=True)
-    assert actual is None  # never from other numbers; native keeps each layer's output, and goes on
+    assert actual is None  # never from other numbers; eager keeps each layer's output, and goes on
     assert (expected is None) == (name in ("1.weight", "2.weight"))
 
 

@@ -13,10 +13,10 @@ from common import (
     assert_close,
     assert_same_bits,
     class_name,
+    eager,
     every_functional_case,
     has_inplace,
     module,
-    native,
 )
 from mlpext import nn
 
@@ -51,7 +51,7 @@ def test_repr_is_torchs(name, parameters):
 def test_forward_is_the_function(name, parameters):
     x = torch.linspace(-3, 3, 61)
     ours = module(nn, name, parameters)
-    assert_close(ours(x), native(name, parameters)(x))
+    assert_close(ours(x), eager(name, parameters)(x))
     assert list(ours.state_dict()) == [] and list(ours.parameters()) == []
 
 

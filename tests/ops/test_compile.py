@@ -1,4 +1,4 @@
-"""torch.compile, torch.export, AOTInductor, make_fx and compiled autograd: one graph, native's numbers."""
+"""torch.compile, torch.export, AOTInductor, make_fx and compiled autograd: one graph, eager's numbers."""
 
 import io
 import itertools
@@ -49,14 +49,11 @@ def grown(op, rows, dtype=torch.float32):
     return [x.repeat(rows, 1), *rest]
 
 
-# ---------------------------------------------------------------- torch.compile
-
-
 @default_ops
 def test_forward_and_backward_in_one_graph(op):
     compiled = torch.compile(op.ours, fullgraph=True, backend="aot_eager")
     tensors = plain(op)
-    assert_close(results(compiled, tensors), results(op.native, tensors))
+    assert_close(results(compiled, tensors), results(op.eager, tensors))
 
 
 @few_ops
@@ -64,7 +61,7 @@ def test_forward_and_backward_in_one_graph(op):
 def test_backends_without_grad(op, backend):
     tensors = plain(op)
     with torch.no_grad():
-        assert_close(torch.compile(op.ours, fullgraph=True, backend=backend)(*tensors), op.native(*tensors))
+        assert_close(torch.compile(op.ours, fullgraph=True, backend=backend)(*tensors), op.eager(*tensors))
 
 
 @one_of_each
@@ -75,7 +72,7 @@ def test_dynamic_shapes_compile_once(op):
     counts = []
     for rows in (2, 3, 5):
         tensors = grown(op, rows)
-        assert_close(results(compiled, tensors), results(op.native, tensors), rows)
+        assert_close(results(compiled, tensors), results(op.eager, tensors), rows)
         counts.append(counter.frame_count)
     assert counts == [counts[0]] * 3
 
@@ -93,7 +90,7 @@ def test_under_autocast(op, dtype):
         return under
 
     actual = results(torch.compile(run(op.ours), fullgraph=True, backend="aot_eager"), tensors)
-    expected = results(run(op.native), tensors)
+    expected = results(run(op.eager), tensors)
     assert [a.dtype for a in actual] == [e.dtype for e in expected]
     assert_close(actual, expected, rtol=0.05, atol=0.05)
 
@@ -114,7 +111,7 @@ def test_transforms_inside(op):
     }
     for name, (transform, arguments) in transforms.items():
         compiled = torch.compile(transform(op.ours), fullgraph=True, backend="aot_eager")
-        assert_close(compiled(*arguments), transform(op.native)(*arguments), name)
+        assert_close(compiled(*arguments), transform(op.eager)(*arguments), name)
 
 
 @one_of_each
@@ -124,7 +121,7 @@ def test_with_checkpoint_inside(op):
 
     tensors = plain(op)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert_close(results(compiled, tensors), results(op.native, tensors))
+    assert_close(results(compiled, tensors), results(op.eager, tensors))
 
 
 def test_in_place_inside():
@@ -137,10 +134,10 @@ def test_in_place_inside():
         return twice
 
     for name in ("relu", "elu", "leaky_relu", "silu", "hardtanh"):
-        ours, native = (getattr(m, name) for m in (mlpext.functional, torch.nn.functional))
+        ours, eager = (getattr(m, name) for m in (mlpext.functional, torch.nn.functional))
         x = torch.linspace(-2, 2, 12)
         compiled = torch.compile(run(ours), fullgraph=True, backend="aot_eager")
-        assert_close(results(compiled, [x]), results(run(native), [x]), name)
+        assert_close(results(compiled, [x]), results(run(eager), [x]), name)
 
 
 MODULES = {
@@ -182,23 +179,20 @@ def inductor(op):
     for dynamic in (False, True):
         compiled = torch.compile(op.ours, fullgraph=True, dynamic=dynamic)
         tensors = grown(op, 3)
-        assert_close(results(compiled, tensors), results(op.native, tensors), dynamic)
+        assert_close(results(compiled, tensors), results(op.eager, tensors), dynamic)
 
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in INDUCTOR[1:3]])
 def test_inductor(op):
     compiled = torch.compile(op.ours, fullgraph=True)
     tensors = plain(op)
-    assert_close(results(compiled, tensors), results(op.native, tensors))
+    assert_close(results(compiled, tensors), results(op.eager, tensors))
 
 
 @pytest.mark.slow
 @all_ops
 def test_inductor_for_all(op):
     inductor(op)
-
-
-# ---------------------------------------------------------------- torch.export and AOTInductor
 
 
 class Call(torch.nn.Module):
@@ -234,9 +228,9 @@ def export(op, strict):
     x, *rest = grown(op, 2)
     module = Call(op.ours, [x, *rest])
     program = torch.export.export(module, (x,), strict=strict)
-    assert_close(program.module()(x), op.native(x, *rest))
+    assert_close(program.module()(x), op.eager(x, *rest))
     assert only_aten(program), program.graph
-    assert_close(program.run_decompositions().module()(x), op.native(x, *rest))
+    assert_close(program.run_decompositions().module()(x), op.eager(x, *rest))
     assert only_aten(program.run_decompositions())
 
 
@@ -255,7 +249,7 @@ def test_export_with_a_dynamic_batch_and_save(op, strict):
     loaded = torch.export.load(file).module()
     for n in (1, 3, 5):
         other, *_ = grown(op, n)
-        assert_close(loaded(other), op.native(other, *rest), n)
+        assert_close(loaded(other), op.eager(other, *rest), n)
 
 
 @few_ops
@@ -265,7 +259,7 @@ def test_export_for_training(op):
     program = torch.export.export(Call(op.ours, [x, *rest]), (x,)).module()
     leaf = x.clone().requires_grad_()
     program(leaf).square().sum().backward()
-    expected = results(op.native, [x, *rest])
+    expected = results(op.eager, [x, *rest])
     assert_close([leaf.grad, *(p.grad for p in program.parameters())], expected[1:])
 
 
@@ -277,7 +271,7 @@ def aot_inductor(op, tmp_path):
     loaded = torch._inductor.aoti_load_package(package)
     for n in (2, 5):
         other, *_ = grown(op, n)
-        assert_close(loaded(other), op.native(other, *rest), n)
+        assert_close(loaded(other), op.eager(other, *rest), n)
 
 
 @pytest.mark.filterwarnings("default")
@@ -295,17 +289,14 @@ def test_aot_inductor_for_more(op, tmp_path):
     aot_inductor(op, tmp_path)
 
 
-# ---------------------------------------------------------------- make_fx, compiled autograd
-
-
 @default_ops
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 def test_make_fx(op, mode):
     tensors = plain(op, torch.float64)
     graph = make_fx(lambda *t: op(*t), tracing_mode=mode)(*tensors)
-    assert_close(graph(*tensors), op.native(*tensors))
+    assert_close(graph(*tensors), op.eager(*tensors))
     other = grown(op, 2, torch.float64) if mode == "symbolic" else plain(op, torch.float64, seed=1)
-    assert_close(graph(*other), op.native(*other))
+    assert_close(graph(*other), op.eager(*other))
 
 
 @few_ops
@@ -325,7 +316,7 @@ def test_make_fx_of_gradients(op):
     other = plain(op, torch.float64, seed=1)
     for transform, mode in itertools.product((functional, engine), ("real", "fake", "symbolic")):
         graph = make_fx(transform(op.ours), tracing_mode=mode)(*tensors)
-        assert_close(graph(*other), transform(op.native)(*other), mode)
+        assert_close(graph(*other), transform(op.eager)(*other), mode)
 
 
 def accumulated(op, f, hook=False):
@@ -342,7 +333,7 @@ def accumulated(op, f, hook=False):
 def test_compiled_autograd(op):
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         actual = accumulated(op, op.ours)
-    assert_close(actual, accumulated(op, op.native))
+    assert_close(actual, accumulated(op, op.eager))
 
 
 def compiled_autograd_with_hooks(op, dynamic):
@@ -350,7 +341,7 @@ def compiled_autograd_with_hooks(op, dynamic):
         torch.compile(backend="aot_eager", dynamic=dynamic), dynamic=dynamic
     ):
         actual = accumulated(op, op.ours, hook=True)
-    assert_close(actual, accumulated(op, op.native, hook=True))
+    assert_close(actual, accumulated(op, op.eager, hook=True))
 
 
 @few_ops
@@ -395,7 +386,7 @@ def test_compiled_autograd_with_saved_tensor_hooks(op, wanted, changed):
 
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
         actual = grads(op.ours)
-    assert_close(actual, grads(op.native))
+    assert_close(actual, grads(op.eager))
 
 
 @pytest.mark.slow
@@ -403,4 +394,4 @@ def test_compiled_autograd_with_saved_tensor_hooks(op, wanted, changed):
 def test_compiled_autograd_inductor(op):
     with torch._dynamo.compiled_autograd._enable(torch.compile()):
         actual = accumulated(op, op.ours)
-    assert_close(actual, accumulated(op, op.native))
+    assert_close(actual, accumulated(op, op.eager))

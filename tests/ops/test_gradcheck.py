@@ -99,7 +99,7 @@ def test_a_wrong_gradient_is_noticed():
 
 @all_ops
 def test_derivatives_of_native_to_third_order(op):
-    """Differences cannot see a wrong gradient whose own derivative is consistent: each equals native's."""
+    """Differences cannot see a wrong gradient whose own derivative is consistent: each equals eager's."""
 
     def derivatives(f):
         tensors = op.inputs()
@@ -112,10 +112,10 @@ def test_derivatives_of_native_to_third_order(op):
             scalar = sum(g.square().sum() for g in grads if g is not None)
         return all_orders
 
-    actual, expected = derivatives(op.ours), derivatives(op.native)
+    actual, expected = derivatives(op.ours), derivatives(op.eager)
     assert len(actual) == len(expected)
-    for order, (ours, natives) in enumerate(zip(actual, expected, strict=True), start=1):
-        for which, (a, e) in enumerate(zip(ours, natives, strict=True)):
+    for order, (ours, eagers) in enumerate(zip(actual, expected, strict=True), start=1):
+        for which, (a, e) in enumerate(zip(ours, eagers, strict=True)):
             if a is None or e is None:  # "no gradient" and a gradient of zeros are the same
                 assert not any(t is not None and t.any() for t in (a, e)), (order, which)
             else:
@@ -126,7 +126,7 @@ def test_derivatives_of_native_to_third_order(op):
 @all_ops
 def test_a_gradient_depends_on_what_natives_depends_on(op):
     """Of a constant cotangent only f' can depend on an input: zeros where it is piecewise constant, and an
-    error only where native's gradient has no graph either."""
+    error only where eager's gradient has no graph either."""
 
     def second(f):
         tensors = op.inputs()
@@ -136,7 +136,7 @@ def test_a_gradient_depends_on_what_natives_depends_on(op):
                 torch.autograd.grad, gradient.sum(), tensors, retain_graph=True, materialize_grads=True
             )
 
-    for which, (actual, expected) in enumerate(zip(second(op.ours), second(op.native), strict=True)):
+    for which, (actual, expected) in enumerate(zip(second(op.ours), second(op.eager), strict=True)):
         if isinstance(expected, type):
             assert actual is expected, which
         else:

@@ -11,7 +11,7 @@ from torch.testing._internal.common_modules import module_db
 
 import mlpext
 import mlpext.functional as F
-from common import NAMES, assert_close, class_name, every_device, has_inplace, native
+from common import NAMES, assert_close, class_name, eager, every_device, has_inplace
 
 pytestmark = pytest.mark.thorough
 
@@ -29,7 +29,7 @@ def linear_of_ours(input, weight, bias=None):
 
 
 def once_rounded(f):
-    """In 16 bits native rounds after each of several operators; in float32 and rounded once it is nearer."""
+    """In 16 bits eager rounds after each of several operators; in float32 and rounded once it is nearer."""
 
     def run(x):
         half = x.dtype in (torch.bfloat16, torch.float16)
@@ -120,7 +120,7 @@ def compare(actual, expected, what, strides=True):
             else torch.ones_like(e, dtype=torch.bool)
         )
         assert_close(a[finite], e[finite], what)
-        # Where native gives NaN or infinity, ours may have the limit (test_activations says which).
+        # Where eager gives NaN or infinity, ours may have the limit (test_activations says which).
         neither = ~finite & ~a.isfinite()
         assert_close(a[neither], e[neither], what, equal_nan=True)
 
@@ -142,7 +142,7 @@ def test_reference_samples(info, name, dtype):
     """More shapes, strides, values and, for sigmoid and tanh, the extremes."""
     for count, sample in enumerate(info.reference_inputs("cpu", dtype, requires_grad=False)):
         actual, expected = call(our_function(name), sample), call(their_function(info, name), sample)
-        # Native's logsigmoid alone makes everything contiguous; ours keeps the layout as all others do.
+        # Torch's logsigmoid alone makes everything contiguous; ours keeps the layout as all others do.
         compare(actual, expected, f"sample {count}: {sample}", strides=name != "logsigmoid")
 
 
@@ -161,12 +161,12 @@ def test_inplace_samples(info, name, dtype):
     for requires_grad in (False, True) if dtype.is_floating_point else (False,):
         for count, sample in enumerate(info.sample_inputs("cpu", dtype, requires_grad=requires_grad)):
             actual = call(our_function(name), sample, inplace=True)
-            compare(actual, call(native(name, {}), sample, inplace=True), f"sample {count}: {sample}")
+            compare(actual, call(eager(name, {}), sample, inplace=True), f"sample {count}: {sample}")
 
 
 @every_info
 def test_samples_under_vmap(info, name):
-    """As native's own tests do: a batch dimension in front."""
+    """As eager's own tests do: a batch dimension in front."""
     for sample in info.sample_inputs("cpu", torch.float32):
         if not isinstance(sample.input, torch.Tensor):
             continue
@@ -174,8 +174,6 @@ def test_samples_under_vmap(info, name):
         run = lambda f: torch.func.vmap(lambda x: f(x, *sample.args, **sample.kwargs))(batch)  # noqa: E731, B023
         assert_close(run(our_function(name)), run(info.op), str(sample))
 
-
-# ---------------------------------------------------------------- modules
 
 OUR_CLASSES = {class_name(n): n for n in NAMES if n not in ("identity", "gelu_tanh")}
 MODULE_INFOS = [m for m in module_db if m.name.removeprefix("nn.") in (*OUR_CLASSES, "Linear")]

@@ -50,9 +50,6 @@ def _layer(name, **rest):
     return Case("layer", (Layer(width, name, tuple(params.items())),), **rest)
 
 
-# ---------------------------------------------------------------- what once failed
-
-
 @pytest.mark.isa
 @examples(
     *(
@@ -114,8 +111,6 @@ def test_parameters_that_16_bits_round(case):
     check(case)
 
 
-# ---------------------------------------------------------------- what differs on purpose
-
 ON_PURPOSE = (
     _layer("mish", shape=(49,), layouts=("contiguous", "overlapping", "offset"), masks=(True, True, False)),
     _alone("leaky_relu", shape=(12, 12, 5), layouts=("transposed", "contiguous")),
@@ -147,16 +142,13 @@ def test_every_difference_has_an_example_and_is_one(monkeypatch):
             check(case)
 
 
-# ---------------------------------------------------------------- the comparison itself
-
-
 def _spoiled(monkeypatch, change):
     """Every result of ours after `change`."""
     functions = random_ops.functions
 
     def spoiled(case, tensors):
-        ours, native = functions(case, tensors)
-        return (lambda *args: change(ours(*args))), native
+        ours, eager = functions(case, tensors)
+        return (lambda *args: change(ours(*args))), eager
 
     monkeypatch.setattr(random_ops, "functions", spoiled)
 

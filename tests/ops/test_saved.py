@@ -15,11 +15,11 @@ from common import (
     Kept,
     all_ops,
     assert_close,
+    eager,
     every_float,
     every_functional_case,
     few_ops,
     has_inplace,
-    native,
     ours,
 )
 
@@ -39,25 +39,22 @@ def kept_by(f, *tensors):
     return kept
 
 
-# ---------------------------------------------------------------- how many bytes
-
-
 @pytest.mark.parametrize("name", KEEP_Y)
 def test_a_fused_layer_keeps_its_output_only(name):
-    """4 bytes an output in float32; native keeps 8 for leaky_relu and elu."""
+    """4 bytes an output in float32; eager keeps 8 for leaky_relu and elu."""
     x, w, b = layer_inputs()
     kept = kept_by(lambda x, w, b: F.linear_activation(x, w, b, name), x, w, b)
     assert kept.bytes == 4 * 32 * 64
-    natives = kept_by(lambda x, w, b: native(name, {})(TF.linear(x, w, b)), x, w, b)
-    assert kept.bytes <= natives.bytes
+    eagers = kept_by(lambda x, w, b: eager(name, {})(TF.linear(x, w, b)), x, w, b)
+    assert kept.bytes <= eagers.bytes
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in KEEP_Y])
-def test_other_fused_layers_keep_no_more_than_native(name):
+def test_other_fused_layers_keep_no_more_than_eager(name):
     x, w, b = layer_inputs()
     kept = kept_by(lambda x, w, b: F.linear_activation(x, w, b, name), x, w, b)
-    natives = kept_by(lambda x, w, b: native(name, {})(TF.linear(x, w, b)), x, w, b)
-    assert kept.bytes <= max(natives.bytes, 4 * 32 * 64 if name != "identity" else 0)
+    eagers = kept_by(lambda x, w, b: eager(name, {})(TF.linear(x, w, b)), x, w, b)
+    assert kept.bytes <= max(eagers.bytes, 4 * 32 * 64 if name != "identity" else 0)
     if name == "identity":
         assert kept.bytes == 0
 
@@ -65,12 +62,12 @@ def test_other_fused_layers_keep_no_more_than_native(name):
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("name", ["gelu", "identity", "relu", "elu", "tanh"])
 def test_tensors_kept_when_some_are_frozen(name, needs):
-    """No more than native, which hooks would copy: x only for dW, W only for dx, never b, nothing without a
+    """No more than eager, which hooks would copy: x only for dW, W only for dx, never b, nothing without a
     gradient."""
     tensors = layer_inputs(needs=needs)
     counts = [
         kept_by(lambda x, w, b: F.linear_activation(x, w, b, name), *tensors).tensors,
-        kept_by(lambda x, w, b: native(name, {})(TF.linear(x, w, b)), *tensors).tensors,
+        kept_by(lambda x, w, b: eager(name, {})(TF.linear(x, w, b)), *tensors).tensors,
     ]
     assert counts[0] <= counts[1]
     if not any(needs):
@@ -80,8 +77,8 @@ def test_tensors_kept_when_some_are_frozen(name, needs):
 @every_functional_case
 def test_a_bare_activation_keeps_what_native_keeps(name, parameters):
     x = torch.randn(32, 64, requires_grad=True)
-    actual, expected = kept_by(ours(name, parameters), x), kept_by(native(name, parameters), x)
-    if name in ("sine", "squareplus"):  # native needs several operators for these
+    actual, expected = kept_by(ours(name, parameters), x), kept_by(eager(name, parameters), x)
+    if name in ("sine", "squareplus"):  # eager needs several operators for these
         assert actual.bytes == 0, "the input is all they need"
     else:
         assert (actual.bytes, actual.tensors) == (
@@ -91,12 +88,12 @@ def test_a_bare_activation_keeps_what_native_keeps(name, parameters):
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if has_inplace(n)])
-def test_in_place_keeps_no_more_than_native(name):
+def test_in_place_keeps_no_more_than_eager(name):
     def on_copy(f):
         return lambda x: f(x * 1)
 
     x = torch.randn(32, 64, requires_grad=True)
-    kept = [kept_by(on_copy(f), x).bytes for f in (ours(name, {}, True), native(name, {}, True))]
+    kept = [kept_by(on_copy(f), x).bytes for f in (ours(name, {}, True), eager(name, {}, True))]
     assert kept[0] <= kept[1]
 
 
@@ -123,9 +120,6 @@ def test_nothing_is_kept_without_grad(dtype):
             assert kept_by(lambda x, w, b: F.linear_activation(x, w, b, name), *tensors).tensors == 0  # noqa: B023
 
 
-# ---------------------------------------------------------------- hooks
-
-
 @all_ops
 def test_hooks_carry_everything(op):
     """What is packed is what is unpacked: the gradients come from the hooks' copies."""
@@ -139,7 +133,7 @@ def test_hooks_carry_everything(op):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: packed[i]):
         y = op(*tensors)
     actual = torch.autograd.grad(y.square().sum(), tensors)
-    assert_close(actual, torch.autograd.grad(op.native(*tensors).square().sum(), tensors))
+    assert_close(actual, torch.autograd.grad(op.eager(*tensors).square().sum(), tensors))
 
 
 @few_ops
@@ -161,7 +155,7 @@ def test_save_on_cpu(op):
         y = op(*tensors)
     assert_close(
         torch.autograd.grad(y.square().sum(), tensors),
-        torch.autograd.grad(op.native(*tensors).square().sum(), tensors),
+        torch.autograd.grad(op.eager(*tensors).square().sum(), tensors),
     )
 
 
@@ -176,7 +170,7 @@ def test_saving_may_be_forbidden(op):
 @few_ops
 def test_saved_tensors_may_be_changed_under_allow_mutation(op):
     tensors = op.inputs()
-    expected = torch.autograd.grad(op.native(*tensors).square().sum(), tensors)
+    expected = torch.autograd.grad(op.eager(*tensors).square().sum(), tensors)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         y = op(*tensors)
         loss = y.square().sum()
@@ -185,9 +179,6 @@ def test_saved_tensors_may_be_changed_under_allow_mutation(op):
                 t.mul_(0.0)
         actual = torch.autograd.grad(loss, tensors)
     assert_close(actual, expected)
-
-
-# ---------------------------------------------------------------- versions
 
 
 @pytest.mark.parametrize("needs", [n for n in itertools.product([True, False], repeat=3) if any(n)])
@@ -208,7 +199,7 @@ def test_an_output_changed_in_place_is_computed_again(name, needs):
     def ours(x, w, b):
         return F.linear_activation(x, w, b, name)
 
-    assert_close(through(ours), through(lambda x, w, b: native(name, {})(TF.linear(x, w, b))))
+    assert_close(through(ours), through(lambda x, w, b: eager(name, {})(TF.linear(x, w, b))))
     for tensor in tensors:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             through(ours, tensor)
@@ -216,7 +207,7 @@ def test_an_output_changed_in_place_is_computed_again(name, needs):
 
 @pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in ACTIVATION_OPS])
 def test_changes_after_forward_are_noticed_where_native_notices(op):
-    """The input, then the output, changed in place before backward: an error where native gives one."""
+    """The input, then the output, changed in place before backward: an error where eager gives one."""
 
     def change(f, which):
         x = op.inputs()[0]
@@ -231,16 +222,13 @@ def test_changes_after_forward_are_noticed_where_native_notices(op):
             return "error"
 
     for which in ("input", "output"):
-        actual, expected = change(op.ours, which), change(op.native, which)
+        actual, expected = change(op.ours, which), change(op.eager, which)
         if isinstance(expected, str) or isinstance(actual, str):
             if op.id.startswith(("sine", "squareplus", "tanhshrink", "hardsigmoid")):
-                continue  # `op.native` is several operators there, which keep other things
+                continue  # `op.eager` is several operators there, which keep other things
             assert isinstance(actual, str) and isinstance(expected, str), which
         else:
             assert_close(actual, expected, which)
-
-
-# ---------------------------------------------------------------- how long
 
 
 @pytest.mark.thorough

@@ -1,4 +1,4 @@
-"""torch.func, forward mode and all else that looks at tensors from above: the same as native operators."""
+"""torch.func, forward mode and all else that looks at tensors from above: the same as eager operators."""
 
 import copy
 import math
@@ -29,6 +29,7 @@ import mlpext
 from common import (
     activation_op,
     all_ops,
+    eager,
     every_finite,
     every_float,
     every_functional_case,
@@ -36,7 +37,6 @@ from common import (
     few_ops,
     gradients_of_ones,
     linear_op,
-    native,
     ours,
     outcome,
     points,
@@ -54,8 +54,8 @@ close = torch.testing.assert_close
 
 
 def both(op, transform, *args, **kwargs):
-    """The transform of ours equals the transform of native."""
-    actual, expected = transform(op.ours)(*args, **kwargs), transform(op.native)(*args, **kwargs)
+    """The transform of ours equals the transform of eager."""
+    actual, expected = transform(op.ours)(*args, **kwargs), transform(op.eager)(*args, **kwargs)
     close(actual, expected)
     return actual
 
@@ -66,9 +66,6 @@ def plain(op, seed=0):
 
 def scalar(f):
     return lambda *tensors: f(*tensors).square().sum()
-
-
-# ---------------------------------------------------------------- torch.func
 
 
 @all_ops
@@ -116,7 +113,7 @@ def test_vmap_nested_and_with_inputs_that_require_grad(op):
     f = lambda g: vmap(vmap(g))  # noqa: E731
     both(op, f, *stack())
     actual, expected = (
-        torch.autograd.grad(f(g)(*stack()).square().sum(), tensors) for g in (op.ours, op.native)
+        torch.autograd.grad(f(g)(*stack()).square().sum(), tensors) for g in (op.ours, op.eager)
     )
     close(actual, expected)
 
@@ -196,12 +193,12 @@ def test_autograd_functional(op, strategy):
     tensors = tuple(plain(op))
     vectorize = strategy == "forward-mode"
     jacobian = torch.autograd.functional.jacobian
-    close(*(jacobian(f, tensors, vectorize=vectorize, strategy=strategy) for f in (op.ours, op.native)))
+    close(*(jacobian(f, tensors, vectorize=vectorize, strategy=strategy) for f in (op.ours, op.eager)))
     of_scalar = torch.autograd.functional.hessian
     close(
         *(
             of_scalar(scalar(f), tensors, vectorize=vectorize, outer_jacobian_strategy=strategy)
-            for f in (op.ours, op.native)
+            for f in (op.ours, op.eager)
         )
     )
 
@@ -255,7 +252,7 @@ def test_forward_mode_by_dual_numbers(op):
     with fwAD.dual_level():
         for which in range(len(tensors)):
             results = []
-            for f in (op.ours, op.native):
+            for f in (op.ours, op.eager):
                 dual = [fwAD.make_dual(t, torch.cos(t)) if i == which else t for i, t in enumerate(tensors)]
                 results.append(tuple(fwAD.unpack_dual(f(*dual))))
             close(*results)
@@ -274,7 +271,7 @@ def test_forward_mode_in_place(name, parameters):
 
     actual, expected = (
         outcome(run, ours(name, parameters, True)),
-        outcome(run, native(name, parameters, True)),
+        outcome(run, eager(name, parameters, True)),
     )
     if isinstance(expected, type):  # a negative slope
         assert actual is expected
@@ -295,9 +292,6 @@ def test_in_place_under_transforms(name):
         close(transform(f)(x), transform(theirs)(x))
 
 
-# ---------------------------------------------------------------- modes and subclasses
-
-
 class Seen(TorchDispatchMode):
     def __init__(self):
         super().__init__()
@@ -315,18 +309,18 @@ def test_dispatch_mode_sees_native_operators(op):
         y = op(*tensors)
         grads = torch.autograd.grad(y.square().sum(), tensors)
     assert seen.operators and all(o.namespace in ("aten", "prims") for o in seen.operators), seen.operators
-    close(grads, torch.autograd.grad(op.native(*tensors).square().sum(), tensors))
+    close(grads, torch.autograd.grad(op.eager(*tensors).square().sum(), tensors))
 
 
 @few_ops
 def test_backward_under_a_dispatch_mode(op):
-    """The mode starts after the fast forward: its backward is native too."""
+    """The mode starts after the fast forward: its backward is eager too."""
     tensors = op.inputs()
     y = op(*tensors).square().sum()
     with Seen() as seen:
         grads = torch.autograd.grad(y, tensors)
     assert all(o.namespace == "aten" for o in seen.operators), seen.operators
-    close(grads, torch.autograd.grad(op.native(*tensors).square().sum(), tensors))
+    close(grads, torch.autograd.grad(op.eager(*tensors).square().sum(), tensors))
 
 
 @few_ops
@@ -342,7 +336,7 @@ def test_function_mode_sees_the_call(op):
     with Count() as mode:
         y = op(*tensors)
     assert mode.seen > 0
-    close(y, op.native(*tensors))
+    close(y, op.eager(*tensors))
 
 
 @all_ops
@@ -353,7 +347,7 @@ def test_function_subclass_is_kept(op):
     tensors = plain(op)
     y = op(tensors[0].as_subclass(Tagged), *tensors[1:])
     assert type(y) is Tagged
-    close(y.as_subclass(torch.Tensor), op.native(*tensors))
+    close(y.as_subclass(torch.Tensor), op.eager(*tensors))
     last = op(*tensors[:-1], tensors[-1].as_subclass(Tagged))
     assert type(last) is Tagged
 
@@ -377,7 +371,7 @@ def test_wrapper_subclass(op):
         assert all(isinstance(g, TwoTensor) for g in grads)
         return [half.detach() for t in (y, *grads) for half in (t.a, t.b)]
 
-    close(run(op.ours), run(op.native))
+    close(run(op.ours), run(op.eager))
 
 
 @few_ops
@@ -385,7 +379,7 @@ def test_flop_counter_sees_the_product(op):
     from torch.utils.flop_counter import FlopCounterMode
 
     counts = []
-    for f in (op.ours, op.native):
+    for f in (op.ours, op.eager):
         tensors = op.inputs()
         with FlopCounterMode(display=False) as counter:
             f(*tensors).sum().backward()
@@ -403,13 +397,13 @@ def test_meta_and_fake(op):
 
     tensors = op.inputs()
     meta = [t.detach().to("meta").requires_grad_() for t in tensors]
-    assert described(op(*meta)) == described(op.native(*meta))
+    assert described(op(*meta)) == described(op.eager(*meta))
     grads = torch.autograd.grad(op(*meta).sum(), meta)
     assert [g.shape for g in grads] == [t.shape for t in meta]
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(t) for t in tensors]
         y = op(*fake)
-        assert described(y) == described(op.native(*fake))
+        assert described(y) == described(op.eager(*fake))
         assert [g.shape for g in torch.autograd.grad(y.sum(), fake)] == [t.shape for t in fake]
 
 
@@ -431,23 +425,20 @@ def test_distributed_tensor(op):
         y = op(*spread)
         grads = torch.autograd.grad(y.square().sum(), spread)
         leaves = [t.requires_grad_() for t in tensors]
-        expected = op.native(*leaves)
+        expected = op.eager(*leaves)
         close(y.full_tensor().detach(), expected.detach())
         close([g.full_tensor() for g in grads], list(torch.autograd.grad(expected.square().sum(), leaves)))
     finally:
         dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------- the autograd engine
-
-
 @all_ops
 def test_batched_cotangents(op):
     tensors = op.inputs()
-    y, y_native = op(*tensors), op.native(*tensors)
+    y, y_eager = op(*tensors), op.eager(*tensors)
     g = torch.randn(4, *y.shape, dtype=y.dtype)
     actual = torch.autograd.grad(y, tensors, g, is_grads_batched=True)
-    close(actual, torch.autograd.grad(y_native, tensors, g, is_grads_batched=True))
+    close(actual, torch.autograd.grad(y_eager, tensors, g, is_grads_batched=True))
 
 
 @all_ops
@@ -465,7 +456,7 @@ def test_inference_mode_and_no_grad(op):
     with torch.inference_mode():
         inference = [t.clone() for t in plain(op)]
     assert op(*inference).requires_grad is False
-    if len(tensors) > 1:  # saved for backward: refused, as native
+    if len(tensors) > 1:  # saved for backward: refused, as eager
         with pytest.raises(RuntimeError, match="[Ii]nference"):
             op(inference[0], *tensors[1:])
 
@@ -500,7 +491,7 @@ def test_node_hooks_and_names(op):
     y.retain_grad()
     grads = torch.autograd.grad(y.sum(), tensors)
     assert [c if isinstance(c, str) else c[0] for c in calls] == ["tensor", "pre", "post"]
-    close(grads, torch.autograd.grad(2 * op.native(*tensors).sum(), tensors))
+    close(grads, torch.autograd.grad(2 * op.eager(*tensors).sum(), tensors))
 
 
 @all_ops
@@ -508,7 +499,7 @@ def test_second_backward_raises(op):
     tensors = op.inputs()
     y = op(*tensors)
     torch.autograd.grad(y.sum(), tensors)
-    expected = op.native(*tensors)
+    expected = op.eager(*tensors)
     torch.autograd.grad(expected.sum(), tensors)
 
     def again(y):
@@ -525,7 +516,7 @@ def test_second_backward_raises(op):
 @few_ops
 def test_retain_graph_accumulates(op):
     results = []
-    for f in (op.ours, op.native):
+    for f in (op.ours, op.eager):
         tensors = op.inputs()
         y = f(*tensors).square().sum()
         for _ in range(3):
@@ -538,7 +529,7 @@ def test_retain_graph_accumulates(op):
 def test_the_same_tensor_as_every_input(op):
     """A square weight fed with itself: gradients add up."""
     results = []
-    for f in (op.ours, op.native):
+    for f in (op.ours, op.eager):
         w = torch.randn(
             4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True
         )
@@ -613,7 +604,7 @@ def _selective(f):
 def test_checkpoint(op, how):
     tensors = op.inputs()
     results = []
-    for f in (how(op.ours), op.native):
+    for f in (how(op.ours), op.eager):
         leaves = [t.detach().requires_grad_() for t in tensors]
         f(*leaves).square().sum().backward()  # the reentrant kind knows only .backward()
         results.append([t.grad for t in leaves])
@@ -625,15 +616,15 @@ def test_jit_trace(op):
     tensors = plain(op)
     traced = torch.jit.trace(lambda *t: op(*t), tuple(tensors))
     other = plain(op, seed=1)
-    close(traced(*other), op.native(*other))
+    close(traced(*other), op.eager(*other))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @all_ops
 def test_autocast(op, dtype):
-    """The same dtype and, to the precision of that type, the same numbers as native's composition."""
+    """The same dtype and, to the precision of that type, the same numbers as eager's composition."""
     results = []
-    for f in (op.ours, op.native):
+    for f in (op.ours, op.eager):
         tensors = op.inputs(torch.float32)
         with torch.autocast("cpu", dtype=dtype):
             y = f(*tensors)
@@ -651,7 +642,7 @@ def test_autocast(op, dtype):
 def test_autocast_under_transforms(op):
     tensors = op.inputs(torch.float32, requires_grad=False)
     results = []
-    for f in (op.ours, op.native):
+    for f in (op.ours, op.eager):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             results.append(grad(scalar(f))(*tensors))
     assert results[0].dtype == results[1].dtype
@@ -662,7 +653,7 @@ def test_autocast_caches_the_weight():
     """Twice the same weight in one block: one gradient, summed."""
     op = linear_op("tanh", {})
     results = []
-    for f in (op.ours, op.native):
+    for f in (op.ours, op.eager):
         tensors = op.inputs(torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = f(*tensors) + f(tensors[0] * 2, *tensors[1:])
@@ -684,18 +675,15 @@ def test_fx_traces_through():
 def test_activation_of_a_view_of_an_expanded_leaf():
     op = activation_op("elu", {})
     results = []
-    for f in (op.ours, op.native):
+    for f in (op.ours, op.eager):
         x = torch.linspace(-1, 1, 4, requires_grad=True)
         f(x.expand(3, 4).t()[1:]).square().sum().backward()
         results.append(x.grad)
     close(*results)
 
 
-# ---------------------------------------------------------------- the composites' own numbers
-
-
 def composites(f, theirs, name, parameters, x):
-    """By each way into the composite of an activation: whether it is the value, ours, native's."""
+    """By each way into the composite of an activation: whether it is the value, ours, eager's."""
 
     def backward(x):
         return torch.ops.mlpext.activation_backward(
@@ -721,13 +709,13 @@ def composites(f, theirs, name, parameters, x):
 @every_float
 @every_functional_case
 def test_composites_are_as_exact_as_the_kernels(name, parameters, dtype):
-    """Or as native, by the same way."""
+    """Or as eager, by the same way."""
     half = dtype in (torch.bfloat16, torch.float16)
     x = every_finite(dtype)[::7] if half else points(name, parameters, dtype, 1000)
     at = x.double().numpy()
     value, slope = reference_of(name, parameters, x)
-    theirs = native(name, parameters)
-    for what, (is_value, actual, natives) in composites(
+    theirs = eager(name, parameters)
+    for what, (is_value, actual, eagers) in composites(
         ours(name, parameters), theirs, name, parameters, x
     ).items():
         error_of = accuracy.value_error if is_value else accuracy.derivative_error
@@ -735,8 +723,8 @@ def test_composites_are_as_exact_as_the_kernels(name, parameters, dtype):
         if name in ("sine", "squareplus"):  # torch has none
             assert error.max() <= bound, f"{what}: {worst(error, at)}"
         elif error.max() > bound:
-            other, _ = error_of(name, parameters, natives, at, value if is_value else slope)
-            assert error.max() <= 1.01 * other.max(), f"{what}: {worst(error, at)}, native {worst(other, at)}"
+            other, _ = error_of(name, parameters, eagers, at, value if is_value else slope)
+            assert error.max() <= 1.01 * other.max(), f"{what}: {worst(error, at)}, eager {worst(other, at)}"
 
 
 @pytest.mark.parametrize("b", [4.0, 0.25, 1e-300, 1e300, math.inf])

@@ -143,9 +143,6 @@ def test_a_resumed_run_has_what_callbacks_left(case):
     assert check(case) is not None
 
 
-# ---------------------------------------------------------------- two ranks
-
-
 def as_rank(folder):
     """What each of two gloo ranks does: random cases until 60 of them have been told right from wrong."""
     torch.set_num_threads(1)

@@ -25,8 +25,6 @@ __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 __device__ __forceinline__ int row_of(int e) { return lane() / 4 + 8 * (e / 2 % 2); }
 __device__ __forceinline__ int column_of(int e) { return 2 * (lane() % 4) + e % 2 + 8 * (e / 4); }
 
-// ---- between device memory and shared memory, by all threads of the block
-
 // 16 bytes without a way through registers; there after copies_done() and a barrier.
 __device__ __forceinline__ void copy_16_bytes(const M* from, M* to) {
 #ifdef __CUDACC__
@@ -101,8 +99,6 @@ __device__ __forceinline__ void write_pair(V x, V y, M* to) {
   memcpy(&word, pair, sizeof(word));
   *reinterpret_cast<WordOf<M, 2>*>(to) = word;
 }
-
-// ---- products
 
 // Four 8 x 8 matrices of 16 bits, lane l giving the address of row l % 8 of matrix l / 8; of each matrix a
 // lane receives elements 2 t and 2 t + 1 of row g, or, transposed, of column g.
@@ -248,8 +244,6 @@ __device__ __forceinline__ void product(Factor<a_along_k> a, Factor<b_along_k> b
   product(a, b, m, n, depth, high, piece, none, /*with_sums=*/false);
 }
 
-// ---- the epilogue of a product
-
 // Calls run(i, e, row, column) for every second value of a piece at (m, n): for the first of two neighbours.
 template <class Run> __device__ __forceinline__ void for_pairs(int m, int n, Run run) {
 #pragma unroll
@@ -299,8 +293,6 @@ template <class T> __device__ __forceinline__ void exchange(T*& a, T*& b) {
 template <class T> __device__ __forceinline__ M* rows_from(T* matrix, int64_t first, int width) {
   return const_cast<M*>(static_cast<const M*>(matrix)) + first * width;
 }
-
-// ---- forward
 
 __global__ void __launch_bounds__(threads, Narrow::blocks_together(false))
     narrow_forward_kernel(const __grid_constant__ Narrow job) {
@@ -362,8 +354,6 @@ __global__ void __launch_bounds__(threads, Narrow::blocks_together(false))
 cudaError_t narrow_forward(const Narrow& job, cudaStream_t stream) {
   return launch_shared(narrow_forward_kernel, job.blocks, threads, job.bytes, stream, job);
 }
-
-// ---- backward
 
 // The gradient of x of the layer `from` at (m, n), of g itself behind the last one, times f' of the layer
 // that x comes from, if the gradient goes on to it.
