@@ -192,9 +192,9 @@ UpdateRule rule_of(py::handle record) {
 }
 
 py::tuple run_epoch(const py::list& layers, py::handle rule, const std::string& loss, bool mean,
-                    int64_t samples, int64_t step_size, const py::object& x, const py::object& d, py::handle order,
-                    py::object fetch, int64_t block_size, py::handle losses, py::handle outputs,
-                    py::object poll) {
+                    int64_t samples, int64_t step_size, const py::object& x, const py::object& d,
+                    py::handle order, py::object fetch, int64_t block_size, py::handle losses,
+                    py::handle outputs, py::object poll) {
   HANDLE_TH_ERRORS
   Run run;
   EpochJob& job = run.job;
