@@ -399,4 +399,5 @@ class MLP(torch.nn.Sequential):
         return super().__getitem__(idx)
 
 
+# What C++ takes for layers when it runs an MLP as one operator: these classes themselves.
 _C.register_layers(LinearActivation, Maxout)
