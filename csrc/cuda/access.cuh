@@ -46,7 +46,8 @@ __device__ __forceinline__ char* shared_memory() {
 // bytes one by one.
 template <int bytes> using Word =
     std::conditional_t<bytes >= 16, uint4, std::conditional_t<bytes == 8, uint2, uint32_t>>;
-template <class T, int n> using WordOf = std::conditional_t<n * sizeof(T) < 4, T, Word<static_cast<int>(n * sizeof(T))>>;
+template <class T, int n> using WordOf =
+    std::conditional_t<n * sizeof(T) < 4, T, Word<static_cast<int>(n * sizeof(T))>>;
 
 template <int n, class T> __device__ __forceinline__ void read(const T* from, T* to) {
   using W = WordOf<T, n>;

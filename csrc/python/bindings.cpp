@@ -166,7 +166,8 @@ PYBIND11_MODULE(_C, m) {
       "its layers must be called one by one.");
   m.attr("MODULE_HOOKS") = py::cast(module_hooks).cast<py::tuple>();
   m.def("register_layers", register_layers, py::arg("linear_activation"), py::arg("maxout"));
-  m.def("register_fallback", [](const py::str& name, py::object function) { fallbacks()[name] = std::move(function); });
+  m.def("register_fallback",
+        [](const py::str& name, py::object function) { fallbacks()[name] = std::move(function); });
   m.def("activations", activations,
         "Names of the elementwise activations, each with its parameters and their defaults.");
   m.def("cpu_isa", [] {
