@@ -90,7 +90,7 @@ def jax_call(name: str, x: Tensor) -> Callable[[], object]:
 
 
 class WithHugePages:
-    """Native in a process whose allocator is told to use huge pages."""
+    """torch in a process whose allocator is told to use huge pages."""
 
     def __init__(self, size: int) -> None:
         self.size = size

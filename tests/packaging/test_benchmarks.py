@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 # What to measure of each: cases whose name has this text. gpu.py needs a GPU, memory.py times nothing.
 CASES = {
     "activations": "16 K, elu",
+    "everywhere": "elu, float32, 100",
     "fuse": "PPO policy",
     "linear": "(32, 64, 64)",
     "maxout": "(64, 256)",
