@@ -7,6 +7,7 @@ sent.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+def _leave_group() -> None:
+    """At the end of a process that joined the group here: torch's threads would outlive what they use."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Ranks:
@@ -35,6 +42,7 @@ class Ranks:
             if backend == "nccl":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             dist.init_process_group(backend)
+            atexit.register(_leave_group)
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
             if dist.get_backend() == "nccl":
