@@ -1,6 +1,7 @@
 // What the products have in common: how they are cut for the threads, and the memory that they work in.
 #pragma once
 #include <ATen/Parallel.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -16,6 +17,15 @@ constexpr std::size_t gradient_bytes = std::size_t(8) << 20;
 
 // Multiply-adds that are worth a thread: 20 us of one core, twice what waking another takes.
 constexpr int64_t thread_work = int64_t(1) << 21;
+
+// Bytes of a core's L2 cache, as the system says; 1 MiB where it does not.
+inline int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t(1) << 20;
+}
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -7,6 +7,7 @@
 #include "cpu/gemm/gemm.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "cpu/gemm/blocking.h"
@@ -14,10 +15,12 @@
 namespace mlpext::cpu {
 namespace {
 
-constexpr int64_t block_terms = 512;  // a panel of float is 128 KiB, and its sums stay as exact as torch's
-constexpr int64_t block_rows = 60;    // of A: whole steps of 6
-constexpr int64_t group_rows = 17 * block_rows;  // of A that meet one packing of a panel
-constexpr int64_t few_rows = 6, few_terms = 8;   // of A and of B, below which memory is what takes the time
+constexpr int64_t block_terms = 512;   // a panel of float is 128 KiB, and its sums stay as exact as torch's
+constexpr int64_t unpacked_rows = 60;  // of a block of A that is read where it lies
+constexpr int64_t group_rows = 17 * unpacked_rows;  // of A that meet one packing of a panel
+constexpr int64_t sum_rows = 60;                    // of dz that are added up before they are added to db
+constexpr int64_t packs_from = 128;  // columns of C that pay for packing A where its terms lie apart
+constexpr int64_t few_rows = 6, few_terms = 8;  // of A and of B, below which memory is what takes the time
 
 // The element types: M in memory, T in the loops.
 template <Dtype> struct Types;
@@ -46,10 +49,10 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   static constexpr bool widens = sizeof(M) != sizeof(T);
   static constexpr Dtype sum_dtype = dtype == float64 ? float64 : float32;
 
-  // Part of an operand as the loops take it.
+  // Part of an operand as the loops take it; with a `strip`, of A packed in strips (kernels.h).
   struct Operand {
     const T* data;
-    int64_t row_stride, column_stride;
+    int64_t row_stride, column_stride, strip = 0;
   };
 
   // Sums, or what they start from.
@@ -58,11 +61,16 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     int64_t stride;
   };
 
-  // Scratch memory of a thread, in T: a panel of B, a block of A where it has to be widened, and the sums of
-  // a group of rows where they cannot lie in the result.
-  static constexpr std::size_t panel_size = block_terms * panel_columns;
-  static constexpr std::size_t block_size = block_rows * block_terms;
-  static constexpr std::size_t group_size = group_rows * panel_columns;
+  // Strips and panels are a few lines longer than they need to be: at strides of whole pages all of them would
+  // share the same few lines of the L1 cache.
+  static constexpr int64_t strip_stride = strip_rows * block_terms + 16;
+  static constexpr int64_t panel_stride = block_terms * panel_columns + 64;
+
+  // Rows of a block of A: whole strips that fill half of the L2 cache, a panel of B and its sums beside them.
+  static int64_t block_rows() {
+    static const int64_t strips = l2_bytes() / 2 / (strip_stride * static_cast<int64_t>(sizeof(T)));
+    return std::clamp<int64_t>(strips, 10, 80) * strip_rows;
+  }
 
   // T in the space of n M along a sum.
   static int64_t terms_of(int64_t n) { return pairs ? (n + 1) / 2 : n; }
@@ -93,7 +101,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     }
   }
 
-  // SumRows i... and terms t... of an operand that the loops read at any strides.
+  // Rows i... and terms t... of an operand that the loops read at any strides.
   static Operand block_of(const Matrix& a, int64_t i, int64_t t, int64_t rows, int64_t terms, T* space) {
     if constexpr (pairs) {
       if (a.column_stride == 1 && a.row_stride % 2 == 0 && 2 * (t + terms) <= a.columns)
@@ -112,6 +120,19 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     } else {
       return {at(a, i, t), a.row_stride, a.column_stride};
     }
+  }
+
+  // The same of an operand whose rows are neighbours in memory, packed in strips: term by term, so that memory
+  // is read in order, where the loops would open a page for each term.
+  static Operand pack_strips(const T* a, int64_t term_stride, int64_t rows, int64_t terms, T* space) {
+    const int64_t whole = rows / strip_rows, left = rows % strip_rows;
+    T* to = space;
+    for (int64_t t = 0; t < terms; ++t, a += term_stride, to += strip_rows) {
+      for (int64_t s = 0; s < whole; ++s)
+        std::memcpy(to + s * strip_stride, a + s * strip_rows, strip_rows * sizeof(T));
+      std::copy_n(a + whole * strip_rows, left, to + whole * strip_stride);
+    }
+    return {space, 1, strip_rows, strip_stride};
   }
 
   // n elements of a row that lie one after the other: where they are, or copied to the buffer.
@@ -139,16 +160,24 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     }
   }
 
-  // What `gemm_block` is given at a time.
+  // What `gemm_block` is given at a time. `packs_a`: a is packed in strips, in blocks that the L2 cache holds.
   struct Blocks {
-    int64_t columns = panel_columns, rows = block_rows, terms = block_terms;
+    int64_t columns = panel_columns, rows = unpacked_rows, terms = block_terms;
+    bool packs_a = false;
   };
+
+  // A product of a whose terms lie half a page or more apart, as in dW = dz' x, would open a page of memory for
+  // each of them, at every panel anew.
+  static bool packs(const Matrix& a, int64_t columns) {
+    return !widens && a.row_stride == 1 && a.column_stride * sizeof(T) >= 2048 && columns >= packs_from;
+  }
 
   // A product that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
   // along the rows of b, or of the result, where strips of 64 columns would touch a page of memory each.
-  static Blocks blocks_of(const Matrix& b, int64_t rows) {
+  static Blocks blocks_of(const Matrix& a, const Matrix& b) {
+    if (packs(a, b.columns)) return {.rows = block_rows(), .packs_a = true};
     if (widens || b.column_stride != 1) return {};
-    if (rows <= few_rows) return {.columns = 2048, .terms = 16};
+    if (a.rows <= few_rows) return {.columns = 2048, .terms = 16};
     if (b.rows <= few_terms) return {.columns = 8192 / std::max<int64_t>(1, b.rows), .rows = 6};
     return {};
   }
@@ -158,9 +187,11 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
   //   sums(i, j)            where they are kept; null to keep them in scratch memory
   //   finish(OutputTile, SumRows)
-  // Columns are those of the product; the panel has `pieces` sums for each. All panels meet a group of rows
-  // of a, which the caches hold, before the next group: the other way round a came from memory once for 64
-  // columns, which at (4096, 1024, 1024) cost 18 % of the time.
+  // Columns are those of the product; the panel has `pieces` sums for each. A panel of b is packed once for a
+  // group of rows of a, which the caches hold: the other way round a came from memory once for 64 columns,
+  // which at (4096, 1024, 1024) cost 18 % of the time. Where a is packed as well, both are packed once for a
+  // block of terms, b in up to 16 panels, then block after block of a, which meets them all (Goto and van de
+  // Geijn, 2008).
   template <class LoadA, class LoadB, class Start, class Sums, class Finish>
   static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, Blocks blocks,
                        LoadA load_a, LoadB load_b, Start start, Sums sums, Finish finish) {
@@ -168,37 +199,58 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     const int64_t step = pieces == 1   ? blocks.columns
                          : pieces <= 4 ? panel_columns / pieces / 16 * 16
                                        : panel_columns / pieces;
-    in_rectangles(rows, columns, rows * columns * pieces * terms,
-                  [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
-                    T* const panel = reinterpret_cast<T*>(
-                        scratch<0>((panel_size + block_size * widens + group_size) * sizeof(T)));
-                    T* const block = panel + panel_size;
-                    T* const group = block + block_size * widens;
-                    for (int64_t g = first_row; g < last_row; g += group_rows) {
-                      const int64_t end = std::min(g + group_rows, last_row);
-                      for (int64_t j = first_column; j < last_column; j += step) {
-                        const int64_t width = std::min(step, last_column - j);
-                        int64_t t = 0;
-                        do {  // once where there are no terms
-                          const int64_t depth = std::min(blocks.terms, terms - t);
-                          const bool last = t + depth == terms;
-                          const Operand b = load_b(t, j, depth, width, panel);
-                          for (int64_t i = g; i < end; i += blocks.rows) {
-                            const int64_t height = std::min(blocks.rows, end - i);
-                            SumRows c = sums(i, j);
-                            if (!c.data)
-                              c = {group + (last && t == 0 ? 0 : (i - g) * panel_columns), panel_columns};
-                            const Operand a = load_a(i, t, height, depth, block);
-                            const SumRows from = t == 0 ? start(i, j, width) : c;
-                            gemm_block(a.data, a.row_stride, a.column_stride, b.data, b.row_stride, from.data,
-                                       from.stride, c.data, c.stride, height, width * pieces, depth);
-                            if (last) finish(OutputTile{i, j, height, width}, c);
-                          }
-                          t += depth;
-                        } while (t < terms);
-                      }
-                    }
-                  });
+    constexpr int64_t most_panels = 16, few_terms_at_once = 32;
+    const int64_t together = blocks.packs_a ? most_panels : 1;
+    const int64_t packed_terms =
+        blocks.packs_a ? few_terms_at_once : blocks.terms;  // of b: few pages at once
+    in_rectangles(
+        rows, columns, rows * columns * pieces * terms,
+        [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
+          const int64_t panels = std::min(together, (last_column - first_column + step - 1) / step);
+          const int64_t block_size = blocks.packs_a ? block_rows() / strip_rows * strip_stride
+                                                    : unpacked_rows * block_terms * widens;
+          // Of sums that have no place in the result: those of a group of rows and a panel.
+          const int64_t group_size = blocks.packs_a ? 0 : group_rows * panel_columns;
+          T* const panel =
+              reinterpret_cast<T*>(scratch<0>((panels * panel_stride + block_size + group_size) * sizeof(T)));
+          T* const block = panel + panels * panel_stride;
+          T* const group = block + block_size;
+          const int64_t group_step = blocks.packs_a ? last_row - first_row : group_rows;
+          for (int64_t g = first_row; g < last_row; g += group_step) {
+            const int64_t end = std::min(g + group_step, last_row);
+            for (int64_t j0 = first_column; j0 < last_column; j0 += panels * step) {
+              const int64_t j_end = std::min(j0 + panels * step, last_column);
+              int64_t t = 0;
+              do {  // once where there are no terms
+                const int64_t depth = std::min(blocks.terms, terms - t);
+                const bool first = t == 0, last = t + depth == terms;
+                std::array<Operand, most_panels> b;
+                for (int64_t done = 0; done == 0 || done < depth; done += packed_terms)
+                  for (int64_t j = j0, p = 0; j < j_end; j += step, ++p) {
+                    const Operand part =
+                        load_b(t + done, j, std::min(packed_terms, depth - done), std::min(step, j_end - j),
+                               panel + p * panel_stride + done * panel_columns);
+                    if (done == 0) b[p] = part;
+                  }
+                for (int64_t i = g; i < end; i += blocks.rows) {
+                  const int64_t height = std::min(blocks.rows, end - i);
+                  const Operand a = load_a(i, t, height, depth, block);
+                  const int64_t strip = a.strip ? a.strip : strip_rows * a.row_stride;
+                  for (int64_t j = j0, p = 0; j < j_end; j += step, ++p) {
+                    const int64_t width = std::min(step, j_end - j);
+                    SumRows c = sums(i, j);
+                    if (!c.data) c = {group + (first && last ? 0 : (i - g) * panel_columns), panel_columns};
+                    const SumRows from = first ? start(i, j, width) : c;
+                    gemm_block(a.data, a.row_stride, a.column_stride, strip, b[p].data, b[p].row_stride,
+                               from.data, from.stride, c.data, c.stride, height, width * pieces, depth);
+                    if (last) finish(OutputTile{i, j, height, width}, c);
+                  }
+                }
+                t += depth;
+              } while (t < terms);
+            }
+          }
+        });
   }
 
   // Few rows of x, or few columns of the result: dot products with the rows of w as they lie, a panel of w at
@@ -286,7 +338,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     } else {
       // A stride of whole pages would put all rows in the same few lines of the cache. Short rows stay dense,
       // to be formed as one.
-      const int64_t stride = columns < panel_columns && !widens ? columns : round_up(columns, 16) + 16;
+      int64_t stride = columns < panel_columns && !widens ? columns : round_up(columns, 16) + 16;
+      if (stride * sizeof(T) % 4096 == 0) stride += 16;
       const int64_t most =
           std::max<int64_t>(block_terms / 4, gradient_bytes / std::max<std::size_t>(1, stride * sizeof(T)));
       const int64_t rows = std::min(
@@ -309,7 +362,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   }
 
  private:
-  // SumRows of dz, as dx takes them and as dw does. Pairs are of two columns for dx, of two rows for dw: a
+  // Rows of dz, as dx takes them and as dw does. Pairs are of two columns for dx, of two rows for dw: a
   // second copy.
   static std::pair<Matrix, Matrix> form(const PreactivationGradient& dz, int64_t first, int64_t rows, T* to,
                                         int64_t stride, bool for_dw) {
@@ -350,10 +403,11 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   // are the same rows.
   static void add_chunk(const Matrix& by_rows, const Matrix& by_columns, const Matrix& x, const Matrix& w,
                         M* dx, M* dw, T* dw_sums, bool first, bool last) {
-    const auto load = [](const Matrix& a) {
-      return [a](int64_t i, int64_t t, int64_t, int64_t, T*) {
-        return Operand{static_cast<const T*>(a.data) + i * a.row_stride + t * a.column_stride, a.row_stride,
-                       a.column_stride};
+    const auto load = [](const Matrix& a, int64_t uses) {
+      return [a, packed = packs(a, uses)](int64_t i, int64_t t, int64_t rows, int64_t terms, T* space) {
+        const T* from = static_cast<const T*>(a.data) + i * a.row_stride + t * a.column_stride;
+        if (packed) return pack_strips(from, a.column_stride, rows, terms, space);
+        return Operand{from, a.row_stride, a.column_stride};
       };
     };
     const auto panels = [](const Matrix& b, int64_t uses) {
@@ -363,7 +417,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     };
     if (dx)
       multiply(
-          by_rows.rows, w.columns, by_rows.columns, 1, blocks_of(w, by_rows.rows), load(by_rows),
+          by_rows.rows, w.columns, by_rows.columns, 1, blocks_of(by_rows, w), load(by_rows, w.columns),
           panels(w, by_rows.rows), [](int64_t, int64_t, int64_t) { return SumRows{}; },
           [&](int64_t i, int64_t j) { return in_result(dx, i, j, w.columns); },
           [&](const OutputTile& tile, SumRows sums) { keep(tile, sums, dx, w.columns); });
@@ -372,8 +426,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
         return dw_sums ? SumRows{dw_sums + i * x.columns + j, x.columns} : SumRows{};
       };
       multiply(
-          by_columns.rows, x.columns, by_columns.columns, 1, blocks_of(x, by_columns.rows), load(by_columns),
-          panels(x, by_columns.rows),
+          by_columns.rows, x.columns, by_columns.columns, 1, blocks_of(by_columns, x),
+          load(by_columns, x.columns), panels(x, by_columns.rows),
           [&](int64_t i, int64_t j, int64_t) { return first ? SumRows{} : sums(i, j); }, sums,
           [&](const OutputTile& tile, SumRows sums) {
             if (last) keep(tile, sums, dw, x.columns);
@@ -385,10 +439,10 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   static void add_to_bias(const Matrix& dz, T* db) {
     using Addend = std::conditional_t<pairs, M, T>;
     if (dz.column_stride == 1) {
-      for (int64_t i = 0; i < dz.rows; i += block_rows)
+      for (int64_t i = 0; i < dz.rows; i += sum_rows)
         kernels().gemm.add_rows[pairs ? dtype : sum_dtype](
             static_cast<const Addend*>(dz.data) + i * dz.row_stride, dz.row_stride, db,
-            std::min(block_rows, dz.rows - i), dz.columns);
+            std::min(sum_rows, dz.rows - i), dz.columns);
     } else {
       for (int64_t i = 0; i < dz.rows; ++i)
         for (int64_t j = 0; j < dz.columns; ++j)
@@ -417,7 +471,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     return {row.data(), 0};
   }
 
-  // SumRows are kept where the result will be, unless it is of 16 bits.
+  // Sums are kept where the result will be, unless it is of 16 bits.
   static SumRows in_result(M* result, int64_t i, int64_t j, int64_t stride) {
     if constexpr (widens) return {};
     else return {result + i * stride + j, stride};

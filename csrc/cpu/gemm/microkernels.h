@@ -259,10 +259,10 @@ MLPEXT_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_term, const T*
 }
 
 // 6 x 4 sums, 4 of b and a factor fill the 32 registers of AVX-512, 6 x 2 the 16 of the others.
-template <class T, bool pairs = false> void gemm_block(const void* a_, int64_t a_row, int64_t a_term,
-                                                       const void* b_, int64_t b_stride, const void* start_,
-                                                       int64_t start_stride, void* c_, int64_t c_stride,
-                                                       int64_t rows, int64_t columns, int64_t terms) {
+template <class T, bool pairs = false>
+void gemm_block(const void* a_, int64_t a_row, int64_t a_term, int64_t a_strip, const void* b_,
+                int64_t b_stride, const void* start_, int64_t start_stride, void* c_, int64_t c_stride,
+                int64_t rows, int64_t columns, int64_t terms) {
   using V = Lanes<T>;
   const T* a = static_cast<const T*>(a_);
   const T* b = static_cast<const T*>(b_);
@@ -271,7 +271,8 @@ template <class T, bool pairs = false> void gemm_block(const void* a_, int64_t a
   auto block = [&](int64_t j, auto registers, auto load_some, auto store_some) MLPEXT_LAMBDA {
     in_steps<6, 5, 4, 3, 2, 1>(
         0, rows, [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
-          gemm_tile<pairs, count, registers>(a + i * a_row, a_row, a_term, b + j, b_stride,
+          gemm_tile<pairs, count, registers>(a + i / cpu::strip_rows * a_strip + i % cpu::strip_rows * a_row,
+                                             a_row, a_term, b + j, b_stride,
                                              start ? start + i * start_stride + j : nullptr, start_stride,
                                              c + i * c_stride + j, c_stride, terms, load_some, store_some);
         });
