@@ -61,8 +61,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     int64_t stride;
   };
 
-  // Strips and panels are a few lines longer than they need to be: at strides of whole pages all of them would
-  // share the same few lines of the L1 cache.
+  // Strips and panels are a few lines longer than they need to be: at strides of whole pages all of them
+  // would share the same few lines of the L1 cache.
   static constexpr int64_t strip_stride = strip_rows * block_terms + 16;
   static constexpr int64_t panel_stride = block_terms * panel_columns + 64;
 
@@ -122,8 +122,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     }
   }
 
-  // The same of an operand whose rows are neighbours in memory, packed in strips: term by term, so that memory
-  // is read in order, where the loops would open a page for each term.
+  // The same of an operand whose rows are neighbours in memory, packed in strips: term by term, so that
+  // memory is read in order, where the loops would open a page for each term.
   static Operand pack_strips(const T* a, int64_t term_stride, int64_t rows, int64_t terms, T* space) {
     const int64_t whole = rows / strip_rows, left = rows % strip_rows;
     T* to = space;
@@ -160,14 +160,15 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     }
   }
 
-  // What `gemm_block` is given at a time. `packs_a`: a is packed in strips, in blocks that the L2 cache holds.
+  // What `gemm_block` is given at a time. `packs_a`: a is packed in strips, in blocks that the L2 cache
+  // holds.
   struct Blocks {
     int64_t columns = panel_columns, rows = unpacked_rows, terms = block_terms;
     bool packs_a = false;
   };
 
-  // A product of a whose terms lie half a page or more apart, as in dW = dz' x, would open a page of memory for
-  // each of them, at every panel anew.
+  // A product of a whose terms lie half a page or more apart, as in dW = dz' x, would open a page of memory
+  // for each of them, at every panel anew.
   static bool packs(const Matrix& a, int64_t columns) {
     return !widens && a.row_stride == 1 && a.column_stride * sizeof(T) >= 2048 && columns >= packs_from;
   }
