@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as TF
 
 import mlpext
-from common import assert_close, assert_same_bits, eager, every_case, values_of
+from common import assert_close, assert_same_bits, eager, every_case, indices, values_of
 from cuda_common import DEVICE, OPERATORS, gpu_only, gradients, here, in_a_graph, needs_gpu, on_a_side_stream
 
 pytestmark = needs_gpu
@@ -44,12 +44,12 @@ def narrow_leaves(dtype, widths, rows, bias=True):
 
 def narrow_results(leaves, cases):
     """The network's output, and the gradients of the leaves that want one."""
-    names = ",".join(name for name, _ in cases)
+    activations = indices(name for name, _ in cases)
     parameters = [value for case in cases for value in values_of(*case)]
     n = len(cases)
 
     def network(x, *rest):
-        return OPERATORS.mlp(x, rest[:n], rest[n:], names, parameters)
+        return OPERATORS.mlp(x, rest[:n], rest[n:], activations, parameters)
 
     return gradients(network, leaves)
 
@@ -114,7 +114,7 @@ def test_output_changed_in_place(by_switch, dtype):
     leaves = narrow_leaves(dtype, (20, 33, 9), 150)
 
     def run():
-        y = OPERATORS.mlp(leaves[0], leaves[1:3], leaves[3:], "gelu,elu", [1.0])
+        y = OPERATORS.mlp(leaves[0], leaves[1:3], leaves[3:], indices(["gelu", "elu"]), [1.0])
         y += 1
         return torch.autograd.grad(y.square().sum(), leaves)
 
@@ -157,7 +157,7 @@ def test_switch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLPEXT_CUDA_NARROW", "yes")
         with pytest.raises(ValueError, match="MLPEXT_CUDA_NARROW='yes'"):
-            OPERATORS.mlp(x, weights, [], "relu", [])
+            OPERATORS.mlp(x, weights, [], indices(["relu"]), [])
 
 
 @pytest.mark.parametrize(

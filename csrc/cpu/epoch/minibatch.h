@@ -182,38 +182,52 @@ template <class T> struct PanelLayer : Values<T> {
     }
   }
 
-  // The optimizer's rule, element by element.
+  // The optimizer's rule, element by element: W from dE/dW and the optimizer's buffers of the same places. What
+  // is the same for all elements is computed once, pow above all: 100 ns a call, once for 16 weights, had
+  // taken most of Adam's time at batch size 1.
   void update(const UpdateRule& rule, int64_t step) const {
+    const V lr(rule.lr), decay(rule.weight_decay), momentum(rule.momentum);
+    if (rule.kind == UpdateRule::descent && !state[0].data) {
+      update_each([=](V w, V g, V*) MLPEXT_LAMBDA { return madd(-lr, madd(decay, w, g), w); });
+    } else if (rule.kind == UpdateRule::descent) {
+      update_each([=, nesterov = rule.nesterov](V w, V g, V* s) MLPEXT_LAMBDA {
+        g = madd(decay, w, g);
+        s[0] = madd(momentum, s[0], g);
+        return madd(-lr, nesterov ? madd(momentum, s[0], g) : s[0], w);
+      });
+    } else {
+      const double n = static_cast<double>(step);
+      const V new_mean(1 - rule.beta1), new_square(1 - rule.beta2), beta2(rule.beta2), eps(rule.eps);
+      const V root_scale(1 / std::sqrt(1 - std::pow(rule.beta2, n)));
+      const V step_size(rule.lr / (1 - std::pow(rule.beta1, n)));
+      const V kept(1 - rule.lr * rule.weight_decay);
+      update_each([=, decoupled = rule.kind == UpdateRule::adamw](V w, V g, V* s) MLPEXT_LAMBDA {
+        if (decoupled) w = w * kept;
+        else g = madd(decay, w, g);
+        s[0] = madd(new_mean, g - s[0], s[0]);
+        s[1] = madd(new_square * g, g, beta2 * s[1]);
+        return w - step_size * (s[0] / madd(sqrt(s[1]), root_scale, eps));
+      });
+    }
+  }
+
+ private:
+  // W = rule(W, dE/dW, the optimizer's buffers, which it changes), for weights and biases that are trained.
+  template <class Rule> void update_each(Rule rule) const {
     for (int64_t p = 0; p < weight.count(); ++p) {
       const int64_t width = weight.width(p);
       const int64_t first = job->weight.trained ? 0 : in * width;
       const int64_t last = (job->bias.trained ? in + 1 : in) * width;
-      T *w = weight.panel(p), *g = gradient.panel(p);
-      T* s[2] = {state[0].data ? state[0].panel(p) : nullptr, state[1].data ? state[1].panel(p) : nullptr};
+      T *const w = weight.panel(p), *const g = gradient.panel(p);
+      T* const s0 = state[0].data ? state[0].panel(p) : nullptr;
+      T* const s1 = state[1].data ? state[1].panel(p) : nullptr;
       for (int64_t i = first; i < last; i += V::size) {
-        V weight = load<V>(w + i), slope = load<V>(g + i), change;
-        if (rule.kind == UpdateRule::descent) {
-          slope = madd(V(rule.weight_decay), weight, slope);
-          change = slope;
-          if (s[0]) {
-            const V velocity = madd(V(rule.momentum), load<V>(s[0] + i), slope);
-            store(s[0] + i, velocity);
-            change = rule.nesterov ? madd(V(rule.momentum), velocity, slope) : velocity;
-          }
-          weight = madd(V(-rule.lr), change, weight);
-        } else {
-          if (rule.kind == UpdateRule::adam) slope = madd(V(rule.weight_decay), weight, slope);
-          else weight = weight * V(1 - rule.lr * rule.weight_decay);
-          V mean = load<V>(s[0] + i), square = load<V>(s[1] + i);
-          mean = madd(V(1 - rule.beta1), slope - mean, mean);
-          square = madd(V(1 - rule.beta2) * slope, slope, V(rule.beta2) * square);
-          store(s[0] + i, mean);
-          store(s[1] + i, square);
-          const double n = static_cast<double>(step);
-          const V root = sqrt(square) / V(std::sqrt(1 - std::pow(rule.beta2, n)));
-          weight = weight - V(rule.lr / (1 - std::pow(rule.beta1, n))) * (mean / (root + V(rule.eps)));
-        }
-        store(w + i, weight);
+        V s[2];
+        if (s0) s[0] = load<V>(s0 + i);
+        if (s1) s[1] = load<V>(s1 + i);
+        store(w + i, rule(load<V>(w + i), load<V>(g + i), s));
+        if (s0) store(s0 + i, s[0]);
+        if (s1) store(s1 + i, s[1]);
       }
     }
   }
