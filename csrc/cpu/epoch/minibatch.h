@@ -186,11 +186,27 @@ template <class T> struct PanelLayer : Values<T> {
   // is the same for all elements is computed once, pow above all: 100 ns a call, once for 16 weights, had
   // taken most of Adam's time at batch size 1.
   void update(const UpdateRule& rule, int64_t step) const {
+    update_by(rule, step, [&](int64_t p, int64_t r) MLPEXT_LAMBDA {
+      const T* row = gradient.panel(p) + r * gradient.width(p);
+      return [=](int64_t v) MLPEXT_LAMBDA { return load<V>(row + v); };
+    });
+  }
+  // After a step of one sample, whose dE/dW = dz' x need not be stored.
+  void update(const UpdateRule& rule, int64_t step, const T* x) const {
+    update_by(rule, step, [&](int64_t p, int64_t r) MLPEXT_LAMBDA {
+      const V factor = broadcast(r < in ? x[r] : T(1));
+      const T* slopes = dz + p * panel_width<T>;
+      return [=](int64_t v) MLPEXT_LAMBDA { return factor * load<V>(slopes + v); };
+    });
+  }
+
+ private:
+  template <class Slopes> void update_by(const UpdateRule& rule, int64_t step, Slopes slopes) const {
     const V lr(rule.lr), decay(rule.weight_decay), momentum(rule.momentum);
     if (rule.kind == UpdateRule::descent && !state[0].data) {
-      update_each([=](V w, V g, V*) MLPEXT_LAMBDA { return madd(-lr, madd(decay, w, g), w); });
+      update_each(slopes, [=](V w, V g, V*) MLPEXT_LAMBDA { return madd(-lr, madd(decay, w, g), w); });
     } else if (rule.kind == UpdateRule::descent) {
-      update_each([=, nesterov = rule.nesterov](V w, V g, V* s) MLPEXT_LAMBDA {
+      update_each(slopes, [=, nesterov = rule.nesterov](V w, V g, V* s) MLPEXT_LAMBDA {
         g = madd(decay, w, g);
         s[0] = madd(momentum, s[0], g);
         return madd(-lr, nesterov ? madd(momentum, s[0], g) : s[0], w);
@@ -201,7 +217,7 @@ template <class T> struct PanelLayer : Values<T> {
       const V root_scale(1 / std::sqrt(1 - std::pow(rule.beta2, n)));
       const V step_size(rule.lr / (1 - std::pow(rule.beta1, n)));
       const V kept(1 - rule.lr * rule.weight_decay);
-      update_each([=, decoupled = rule.kind == UpdateRule::adamw](V w, V g, V* s) MLPEXT_LAMBDA {
+      update_each(slopes, [=, decoupled = rule.kind == UpdateRule::adamw](V w, V g, V* s) MLPEXT_LAMBDA {
         if (decoupled) w = w * kept;
         else g = madd(decay, w, g);
         s[0] = madd(new_mean, g - s[0], s[0]);
@@ -211,23 +227,24 @@ template <class T> struct PanelLayer : Values<T> {
     }
   }
 
- private:
-  // W = rule(W, dE/dW, the optimizer's buffers, which it changes), for weights and biases that are trained.
-  template <class Rule> void update_each(Rule rule) const {
+  // W = rule(W, dE/dW, the optimizer's buffers, which it changes), for weights and biases that are trained:
+  // slopes(p, r)(v) is dE/dW in row r of panel p, a register from column v on.
+  template <class Slopes, class Rule> void update_each(Slopes slopes, Rule rule) const {
     for (int64_t p = 0; p < weight.count(); ++p) {
-      const int64_t width = weight.width(p);
-      const int64_t first = job->weight.trained ? 0 : in * width;
-      const int64_t last = (job->bias.trained ? in + 1 : in) * width;
-      T *const w = weight.panel(p), *const g = gradient.panel(p);
-      T* const s0 = state[0].data ? state[0].panel(p) : nullptr;
-      T* const s1 = state[1].data ? state[1].panel(p) : nullptr;
-      for (int64_t i = first; i < last; i += V::size) {
-        V s[2];
-        if (s0) s[0] = load<V>(s0 + i);
-        if (s1) s[1] = load<V>(s1 + i);
-        store(w + i, rule(load<V>(w + i), load<V>(g + i), s));
-        if (s0) store(s0 + i, s[0]);
-        if (s1) store(s1 + i, s[1]);
+      const int64_t width = weight.width(p), last = job->bias.trained ? in + 1 : in;
+      for (int64_t r = job->weight.trained ? 0 : in; r < last; ++r) {
+        const auto slope = slopes(p, r);
+        T* const w = weight.panel(p) + r * width;
+        T* const s0 = state[0].data ? state[0].panel(p) + r * width : nullptr;
+        T* const s1 = state[1].data ? state[1].panel(p) + r * width : nullptr;
+        for (int64_t v = 0; v < width; v += V::size) {
+          V s[2];
+          if (s0) s[0] = load<V>(s0 + v);
+          if (s1) s[1] = load<V>(s1 + v);
+          store(w + v, rule(load<V>(w + v), slope(v), s));
+          if (s0) store(s0 + v, s[0]);
+          if (s1) store(s1 + v, s[1]);
+        }
       }
     }
   }
@@ -288,13 +305,15 @@ template <class T> class Minibatches : EpochBase<T> {
       forward(n);
       const PanelLayer<T>& last = layers[count - 1];
       error += this->loss(n, scale, last.y, last.dy, last.outputs);
-      backward(n, first == 0);
+      backward(n, first == 0, size);
       done += n;
       first += n;
     }
-    if (!fused)
-      for (int64_t l = 0; l < count; ++l)
-        if (layers[l].trained) layers[l].update(rule, rule.steps + report.steps + 1);
+    for (int64_t l = 0; l < count && !fused; ++l) {
+      const int64_t number = rule.steps + report.steps + 1;
+      if (layers[l].trained && size == 1) layers[l].update(rule, number, l ? layers[l - 1].y : x);
+      else if (layers[l].trained) layers[l].update(rule, number);
+    }
     return true;
   }
 
@@ -310,7 +329,8 @@ template <class T> class Minibatches : EpochBase<T> {
     }
   }
 
-  void backward(int64_t n, bool first_chunk) {
+  // `size` samples make the step.
+  void backward(int64_t n, bool first_chunk, int64_t size) {
     for (int64_t l = count - 1; l >= 0; --l) {
       const PanelLayer<T>& layer = layers[l];
       layer.activate_backward(0, n);
@@ -321,7 +341,7 @@ template <class T> class Minibatches : EpochBase<T> {
       if (fused)
         layer.weight_gradient(n, input, input_row, layer.weight, T(-job.rule.lr),
                               T(1 - job.rule.lr * job.rule.weight_decay));
-      else if (layer.trained)
+      else if (layer.trained && size > 1)
         layer.weight_gradient(n, input, input_row, layer.gradient, 1, first_chunk ? T(0) : T(1));
       if (!layer.needs_dx) break;
     }
