@@ -223,6 +223,8 @@ def test_ctrl_c_then_resume_ends_as_if_never_interrupted(tmp_path):
         except KeyboardInterrupt:
             interrupted += 1
     assert interrupted > 0
+    # On a machine that has become busy since, none of the runs may have come to the end before its signal.
+    fit(models[1], x, x[:, :4].sin(), **options, checkpoint=tmp_path, resume=True)
     for ours, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
