@@ -41,7 +41,8 @@ template <class T> struct Values {
     winner = layer.pieces ? arena.take<int32_t>(rows * outputs) : nullptr;
   }
 
-  // z -> y
+  // y = f(z), or the largest piece and its number, for `rows` rows from row `first` on. Rows lie dense, so
+  // that an activation is one run over all of them.
   void activate(int64_t first, int64_t rows) const {
     T *z = this->z + first * columns, *y = this->y + first * outputs;
     if (job->pieces) {
@@ -51,7 +52,7 @@ template <class T> struct Values {
     } else if (!identity) activation->forward[dtype<T>](job->params, z, y, rows * columns);
     else if (keeps_z) std::memcpy(y, z, rows * columns * sizeof(T));
   }
-  // dy -> dz
+  // dz = dy f'; of a maxout dz has the columns of all pieces, and is 0 but for those that have won.
   void activate_backward(int64_t first, int64_t rows) const {
     const T *z = this->z + first * columns, *dy = this->dy + first * outputs;
     T* dz = this->dz + first * columns;
@@ -71,7 +72,8 @@ template <class T> struct PanelLayer : Values<T> {
   using Values<T>::job, Values<T>::in, Values<T>::out, Values<T>::outputs, Values<T>::columns;
   using Values<T>::z, Values<T>::dz;
 
-  bool needs_dx;
+  bool needs_dx;  // whether a layer below is trained
+  // W' with the bias as row `in`, and of the same layout dE/dW and the optimizer's buffers; W, for dx.
   Panels<T> weight, gradient, state[2], transposed;
 
   PanelLayer(const EpochLayer& layer, int64_t rows, bool needs_dx, bool fused, int states, Arena& arena)
@@ -156,7 +158,8 @@ template <class T> struct PanelLayer : Values<T> {
                             first));
   }
 
-  // dx = dz W, dense rows of `dx_row`
+  // dx = dz W of several rows, `dx_row` apart: panels of W, whose columns are the inputs. A maxout's padding
+  // between pieces is multiplied too, as zeros; behind the last output nothing is.
   void input_gradient(int64_t rows, T* dx, int64_t dx_row) const {
     const int64_t depth = job->pieces ? columns : out;
     for (int64_t q = 0; q < transposed.count(); ++q) {
@@ -182,9 +185,9 @@ template <class T> struct PanelLayer : Values<T> {
     }
   }
 
-  // The optimizer's rule, element by element: W from dE/dW and the optimizer's buffers of the same places. What
-  // is the same for all elements is computed once, pow above all: 100 ns a call, once for 16 weights, had
-  // taken most of Adam's time at batch size 1.
+  // The optimizer's rule, element by element: W from dE/dW and the optimizer's buffers of the same places.
+  // What is the same for all elements is computed once, pow above all: 100 ns a call, once for 16 weights,
+  // had taken most of Adam's time at batch size 1.
   void update(const UpdateRule& rule, int64_t step) const {
     update_by(rule, step, [&](int64_t p, int64_t r) MLPEXT_LAMBDA {
       const T* row = gradient.panel(p) + r * gradient.width(p);
@@ -260,7 +263,7 @@ template <class T> class Minibatches : EpochBase<T> {
     const int64_t step = job.step_size < job.samples ? job.step_size : job.samples;
     const int64_t chunks = (step + chunk_rows - 1) / chunk_rows;
     rows = (step + chunks - 1) / chunks;
-    // Chunks of nearly equal size: 100 samples are two chunks of 50, not 96 and 4.
+    // A step's samples in chunks of nearly equal size: 100 are two chunks of 50, not 96 and 4.
     // The update is part of the gradient's product where one chunk is a step, and needs nothing but dE/dW. (A
     // block smaller than a step cuts the step into chunks of its own.)
     const UpdateRule& rule = job.rule;
@@ -278,6 +281,8 @@ template <class T> class Minibatches : EpochBase<T> {
   }
 
   EpochReport run() {
+    // Weights live in panels for the epoch, and come back at its end, also where it stops early: no step is
+    // half made then.
     for (int64_t l = 0; l < count; ++l) layers[l].read_parameters();
     for (int64_t step = 0; step < steps && !report.stopped; ++step) {
       const int64_t left = job.samples - step * job.step_size;
@@ -292,6 +297,7 @@ template <class T> class Minibatches : EpochBase<T> {
   }
 
  private:
+  // One update from `size` samples. False, and no update made: the epoch was stopped between two chunks.
   bool take_step(int64_t size) {
     const UpdateRule& rule = job.rule;
     const T scale = job.mean ? T(1.0 / static_cast<double>(size)) : T(1);
@@ -317,6 +323,7 @@ template <class T> class Minibatches : EpochBase<T> {
     return true;
   }
 
+  // The next n rows of x through all layers; each leaves z (where f' needs it) and y for the way back.
   void forward(int64_t n) {
     this->gather(n, x, x_row);
     const T* input = x;
@@ -329,7 +336,9 @@ template <class T> class Minibatches : EpochBase<T> {
     }
   }
 
-  // `size` samples make the step.
+  // From dE/dy of the last layer down to the lowest that is trained: dz, then dx for the layer below while W
+  // is still the one that made y, then dE/dW: applied at once (`fused`), added to the step's (chunks), or
+  // left to the update (a step of one sample: `size` is 1).
   void backward(int64_t n, bool first_chunk, int64_t size) {
     for (int64_t l = count - 1; l >= 0; --l) {
       const PanelLayer<T>& layer = layers[l];

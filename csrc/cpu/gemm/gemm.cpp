@@ -143,7 +143,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     return buffer;
   }
 
-  // to[i, j] = m[i, j], in T.
+  // to[i, j] = m[i, j], in T, with rows of `stride`: straight from rows that lie dense, by transposing
+  // squares where columns do, and through a buffer for every other layout.
   static void widen(const Matrix& m, T* to, int64_t stride) {
     const GemmKernels& kernel = kernels().gemm;
     if (m.column_stride == 1) {
@@ -261,6 +262,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
            (x.rows * 16 <= x.columns || (w.rows <= 8 && x.columns >= 32));
   }
 
+  // z = x w' + bias, where B is w': a panel of it is 64 rows of w, transposed as they are packed. The bias is
+  // what the sums start from, so that it costs nothing.
   static void forward(const Matrix& x, const Matrix& w, const void* bias, void* z_, OnTile finish) {
     const int64_t rows = x.rows, columns = w.rows, terms = x.columns;
     M* const z = static_cast<M*>(z_);
@@ -295,6 +298,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
         });
   }
 
+  // The same for several pieces: a panel holds the same columns of each, piece after piece, so that the
+  // maximum over them is taken of a row of sums in the cache, and z is never stored.
   static void maxout(const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y_,
                      void* index_) {
     const int64_t columns = w.rows / pieces;
@@ -322,6 +327,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
         });
   }
 
+  // dx = dz w and dw = dz' x from one dz, formed at most 8 MiB at a time, and db beside it. Of dz as it lies
+  // there is nothing to form.
   static void backward(const PreactivationGradient& dz, const Matrix& x, const Matrix& w, void* dx_,
                        void* dw_, void* db_) {
     const int64_t columns = dz.columns;

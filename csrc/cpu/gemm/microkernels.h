@@ -44,7 +44,8 @@ template <int block = 1, class V> MLPEXT_INLINE V sum_each(V* rows) {
   else return rows[0];
 }
 
-// Every other lane of a and b, from the first (odd = 0) or the second.
+// Every other lane of a and b, from the first (odd = 0) or the second: a0 a2 ... b0 b2 ..., which takes rows
+// of two values apart.
 template <int odd, class V> MLPEXT_INLINE V alternate(V a, V b) {
   return [&]<int... i>(std::integer_sequence<int, i...>) MLPEXT_LAMBDA {
     return V(__builtin_shufflevector(a.v, b.v, (2 * i + odd)...));
@@ -141,7 +142,8 @@ template <bool pairs, class V> MLPEXT_INLINE V add_product(V factor, V term, V s
 }
 
 // y[i, j] = bias[j] + the dot product of row i of x and row j of w: a register of sums at a time, for `rows`
-// rows of x and as many columns as fill it.
+// rows of x and as many columns as fill it (16 sums of float on AVX-512: 4 rows and 4 columns, say). Each sum
+// is a register of partial sums along k until the end, where sum_each adds all of them across at once.
 template <class M, bool pairs, int rows>
 MLPEXT_INLINE void few_rows_block(const M* x, int64_t x_stride, const M* w, int64_t w_stride, const M* bias,
                                   M* y, int64_t y_stride, int64_t columns, int64_t depth) {
@@ -218,7 +220,8 @@ void gemm_few_rows(const void* x, int64_t x_stride, const void* w, int64_t w_str
                                     static_cast<const M*>(w), w_stride, static_cast<const M*>(bias),
                                     static_cast<M*>(y) + i * y_stride, y_stride, columns, depth);
   };
-  // One column would leave 3 of 4 sums unused, two columns half of them.
+  // As many rows as make use of every sum: with 4 rows at a time one column would leave 3 of 4 unused, two
+  // columns half of them.
   if (columns == 1) in_steps<V::size, 1>(0, rows, run);
   else if constexpr (V::size < 4) in_steps<2, 1>(0, rows, run);
   else if (columns == 2) in_steps<(V::size > 8 ? V::size / 2 : 4), 4, 2, 1>(0, rows, run);
@@ -258,7 +261,10 @@ MLPEXT_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_term, const T*
     }
 }
 
-// 6 x 4 sums, 4 of b and a factor fill the 32 registers of AVX-512, 6 x 2 the 16 of the others.
+// c = start + a b for a block: columns in steps of 64 (16 on AVX2), within each the rows in strips of 6. 6 x 4
+// sums, 4 registers of b and a factor fill the 32 registers of AVX-512, 6 x 2 the 16 of the others; so many
+// independent sums hide the four cycles that a multiply-add takes. What is left of rows and columns takes
+// smaller tiles and partial loads; b is never read beyond its columns.
 template <class T, bool pairs = false>
 void gemm_block(const void* a_, int64_t a_row, int64_t a_term, int64_t a_strip, const void* b_,
                 int64_t b_stride, const void* start_, int64_t start_stride, void* c_, int64_t c_stride,
@@ -365,7 +371,7 @@ template <class T> void gemm_by_bitmask(const void* factors_, int64_t factor_str
                 });
 }
 
-// sums[j] += the sum over rows of x[i, j].
+// sums[j] += the sum over rows of x[i, j], a register of columns at a time: db of a few rows of dz.
 template <class M>
 void add_rows(const void* x_, int64_t x_stride, void* sums_, int64_t rows, int64_t columns) {
   using V = LanesOf<M>;
@@ -405,7 +411,8 @@ void narrow_rows(const void* x, int64_t x_stride, void* y, int64_t y_stride, int
         static_cast<const Scalar*>(x) + i * x_stride);
 }
 
-// Rows of 32 bits, of two rows of 16: to[j] = (a[j], b[j]). b may be null, for 0.
+// Rows of 32 bits, of two rows of 16: to[j] = (a[j], b[j]), two terms for AVX512_BF16's dot product. b may be
+// null, for 0.
 inline void zip(const void* a_, const void* b_, void* to_, int64_t n) {
   constexpr int size = Lanes<float>::size;
   using Wide = Packed<uint32_t, size>;
