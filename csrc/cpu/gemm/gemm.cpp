@@ -20,6 +20,7 @@ constexpr int64_t unpacked_rows = 60;  // of a block of A that is read where it 
 constexpr int64_t group_rows = 17 * unpacked_rows;  // of A that meet one packing of a panel
 constexpr int64_t sum_rows = 60;                    // of dz that are added up before they are added to db
 constexpr int64_t packs_from = 128;  // columns of C that pay for packing A where its terms lie apart
+constexpr int64_t packs_terms = 64;  // terms of A from which it pays: so many pages may stay open
 constexpr int64_t few_rows = 6, few_terms = 8;  // of A and of B, below which memory is what takes the time
 
 // The element types: M in memory, T in the loops.
@@ -171,7 +172,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   // A product of a whose terms lie half a page or more apart, as in dW = dz' x, would open a page of memory
   // for each of them, at every panel anew.
   static bool packs(const Matrix& a, int64_t columns) {
-    return !widens && a.row_stride == 1 && a.column_stride * sizeof(T) >= 2048 && columns >= packs_from;
+    return !widens && a.row_stride == 1 && a.column_stride * sizeof(T) >= 2048 && a.columns >= packs_terms &&
+           columns >= packs_from;
   }
 
   // A product that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
