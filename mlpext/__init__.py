@@ -1,8 +1,10 @@
 """Activations, maxout and fused MLP layers for PyTorch, with a trainer for the modes of gradient descent."""
 
 from mlpext._import_check import __version__  # isort: skip  (before the extension is loaded)
-from mlpext import functional, nn, training
+from mlpext import _choices, functional, nn, training
 from mlpext.functional import activations
 from mlpext.fusion import fuse, unfuse
 
 __all__ = ["__version__", "activations", "functional", "fuse", "nn", "training", "unfuse"]
+
+_choices.use(_choices.choose())

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 import mlpext
-from mlpext import _C, _build, data
+from mlpext import _C, _build, _choices, _tune, data
 from mlpext._files import sweep, write_atomically
 from mlpext.data import Dataset
 from mlpext.nn import MLP
@@ -203,6 +203,20 @@ def plot_history(options: argparse.Namespace) -> None:
     print(options.out)
 
 
+def tune(options: argparse.Namespace) -> None:
+    """Measure which of torch's operators are faster here, and write the table that decides from now on."""
+    file = _choices.user_file() if options.out is None else Path(options.out)
+    table = _tune.measure()
+    write_atomically(file, _choices.text(table))
+    for operation, by_dtype in table["ratios"].items():
+        for dtype, ratios in by_dtype.items():
+            sizes = _choices.flat(ratios)
+            slower = sorted((ratio, size) for size, ratio in sizes.items() if ratio < _choices.SLOWER)
+            lowest = f", the lowest {slower[0][0]:.2f}, {slower[0][1]}" if slower else ""
+            print(f"{operation:<16}{dtype:<10}torch serves {len(slower)} of {len(sizes)} sizes{lowest}")
+    print(file)
+
+
 def info(_: argparse.Namespace) -> None:
     """Say what is installed and what it uses."""
     built = _build.torch_version
@@ -213,6 +227,7 @@ def info(_: argparse.Namespace) -> None:
         else f"{torch.__version__}, built with {built}",
         "Python": platform.python_version(),
         "instruction sets": f"{', '.join(_C.cpu_isas())}; in use: {_C.cpu_isa()}",
+        "torch serves": _choices.in_use.source,
         "threads": str(torch.get_num_threads()),
         "CUDA": "built" if _C.has_cuda() else "not built",
         "activations": " ".join(mlpext.activations()),
@@ -228,6 +243,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train_parser = _add_train(commands)
     _add_plot(commands)
+    about = "measure where torch's operators are faster on this machine, for them to serve there: two minutes"
+    tune_parser = commands.add_parser("tune", help=about, description=about)
+    tune_parser.add_argument(
+        "--out", metavar="FILE", help=f"the table, for MLPEXT_TUNE ({_choices.user_file()})"
+    )
+    tune_parser.set_defaults(run=tune)
     about = "print versions, instruction sets, run-time variables, and the activations"
     commands.add_parser("info", help=about, description=about).set_defaults(run=info)
     options = parser.parse_args(arguments)

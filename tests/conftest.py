@@ -9,6 +9,9 @@ import torch
 # A job that a script starts in the background ignores Ctrl-C, and so would what the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The tests are of the package's own loops, wherever torch's are faster: before mlpext is imported.
+os.environ.setdefault("MLPEXT_TUNE", "0")
+
 hypothesis.settings.register_profile(
     "mlpext", deadline=None, derandomize=True, database=None, max_examples=60
 )

@@ -5,6 +5,7 @@
 #include <ATen/TensorIterator.h>
 #include <torch/library.h>
 
+#include "cpu/choice.h"
 #include "cpu/tensors.h"
 #include "ops/checks.h"
 
@@ -78,6 +79,22 @@ template <class Run> void parallel(int64_t n, char* result, int64_t size, bool i
   else at::parallel_for(0, n, grain_size, part);
 }
 
+// y = f(x) on a dense pair; y may be x.
+void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params params) {
+  const Forward kernel = kernels().activations[index].forward[dtype_of(x)];
+  const auto* from = static_cast<const char*>(x.const_data_ptr());
+  auto* to = static_cast<char*>(y.mutable_data_ptr());
+  const int64_t size = x.element_size();
+  parallel(x.numel(), to, size, from == to, [&](int64_t first, int64_t count, char* result) {
+    kernel(params.data(), from + first * size, result, count);
+  });
+}
+
+// Whether a call is torch's: there is no kernel for it, or torch's is the faster one.
+bool is_torchs(Pass pass, const Tensor& tensor, std::size_t index, Params params) {
+  return !has_kernel(tensor, index, params) || torch_serves(pass, index, dtype_of(tensor), tensor.numel());
+}
+
 void strided_forward(const Tensor& input, Tensor& output, std::size_t index, Params params) {
   const Forward kernel = kernels().activations[index].forward[dtype_of(input)];
   at::TensorIterator iterator = at::TensorIteratorConfig().add_output(output).add_const_input(input).build();
@@ -89,7 +106,7 @@ void strided_forward(const Tensor& input, Tensor& output, std::size_t index, Par
 
 Tensor activation(const Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!has_kernel(input, index, params)) return composite::activation(input, name, params);
+  if (is_torchs(Pass::forward, input, index, params)) return composite::activation(input, name, params);
   Tensor output;
   if (input.is_non_overlapping_and_dense()) {
     output = empty_like(input);
@@ -102,20 +119,10 @@ Tensor activation(const Tensor& input, std::string_view name, Params params) {
 
 Tensor& activation_(Tensor& input, std::string_view name, Params params) {
   const std::size_t index = activation_index(name, params);
-  if (!has_kernel(input, index, params)) return composite::activation_(input, name, params);
+  if (is_torchs(Pass::forward, input, index, params)) return composite::activation_(input, name, params);
   if (input.is_non_overlapping_and_dense()) run_forward(input, input, index, params);
   else strided_forward(input, input, index, params);
   return input;
-}
-
-void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params params) {
-  const Forward kernel = kernels().activations[index].forward[dtype_of(x)];
-  const auto* from = static_cast<const char*>(x.const_data_ptr());
-  auto* to = static_cast<char*>(y.mutable_data_ptr());
-  const int64_t size = x.element_size();
-  parallel(x.numel(), to, size, from == to, [&](int64_t first, int64_t count, char* result) {
-    kernel(params.data(), from + first * size, result, count);
-  });
 }
 
 Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::string_view name,
@@ -123,7 +130,7 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::
   const std::size_t index = activation_index(name, params);
   const ActivationInfo& info = activation_infos[index];
   const ActivationKernels& table = kernels().activations[index];
-  if (!has_kernel(grad_output, index, params) || !is_supported(saved) ||
+  if (is_torchs(Pass::backward, grad_output, index, params) || !is_supported(saved) ||
       grad_output.scalar_type() != saved.scalar_type() ||
       (from_output && !info.output_suffices(params.data())))
     return composite::activation_backward(grad_output, saved, name, params, from_output);

@@ -6,6 +6,7 @@
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <torch/library.h>
 
+#include "cpu/choice.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/tensors.h"
 #include "ops/checks.h"
@@ -27,6 +28,18 @@ void* data(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data
 // x W' + b for rows of x: (rows, out_features).
 Tensor torch_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
   return bias ? at::cpu::addmm(*bias, x, weight.t()) : at::cpu::mm(x, weight.t());
+}
+
+bool any(Mask mask) { return mask[0] || mask[1] || mask[2]; }
+
+// Which of the gradients asked for torch makes: `all` of them, or those that it makes faster.
+Mask torch_gradients(const Tensor& dz, const OptionalTensor& x, const OptionalTensor& weight, bool all,
+                     Mask mask) {
+  const Dtype dtype = dtype_of(dz);
+  if (all || !uses_gemm(dtype)) return mask;
+  const int64_t out = dz.size(-1), rows = dz.numel() / std::max<int64_t>(out, 1);
+  return {mask[0] && torch_serves(Product::dx, dtype, rows, weight->size(1), out),
+          mask[1] && torch_serves(Product::dw, dtype, rows, x->size(-1), out), false};
 }
 
 // Gradients of torch's product from dz (rows, out_features); only those asked for.
@@ -63,11 +76,11 @@ std::tuple<Tensor, Tensor> linear_activation_forward(const Tensor& input, const 
   check_linear(input, weight, bias);
   const Tensor x = rows_of(input);
   const Dtype dtype = dtype_of(input);
-  if (!uses_gemm(dtype)) {
-    const Tensor z = torch_linear(x, weight, bias);
+  if (!uses_gemm(dtype) || torch_serves(Product::forward, dtype, x.size(0), x.size(1), weight.size(0))) {
+    Tensor z = torch_linear(x, weight, bias);
     if (index == index_of<Identity> && !keep_preactivation) return {shaped(z, input), Tensor()};
-    const Tensor y = keep_preactivation ? empty_like(z) : z;
-    run_forward(z, y, index, params);
+    const bool in_place = !keep_preactivation && !torch_serves(Pass::forward, index, dtype, z.numel());
+    const Tensor y = in_place ? activation_(z, name, params) : activation(z, name, params);
     return {shaped(y, input), keep_preactivation ? shaped(z, input) : Tensor()};
   }
   const int64_t columns = weight.size(0), size = input.element_size();
@@ -105,13 +118,23 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
   const std::size_t index = activation_index(name, params);
   const ActivationKernels& table = kernels().activations[index];
   const bool identity = index == index_of<Identity>;
-  if (!uses_gemm(dtype) ||
-      (!identity &&
-       (!is_supported(*saved) || saved->scalar_type() != grad_output.scalar_type() ||
-        !has_kernel(grad_output, index, params) || (from_output && !table.backward_from_output[0])))) {
+  const bool forms_dz =
+      identity || (is_supported(*saved) && saved->scalar_type() == grad_output.scalar_type() &&
+                   has_kernel(grad_output, index, params) && (!from_output || table.backward_from_output[0]));
+  const Mask torchs = torch_gradients(grad_output, input, weight, !forms_dz, output_mask);
+  if (any(torchs)) {
     const Tensor dz =
-        identity ? grad_output : activation_backward(grad_output, *saved, name, params, from_output);
-    auto [dx, dw, db] = torch_linear_backward(rows_of(dz), input, weight, output_mask);
+        rows_of(identity ? grad_output : activation_backward(grad_output, *saved, name, params, from_output));
+    auto [dx, dw, db] = torch_linear_backward(dz, input, weight, torchs);
+    const Mask rest{output_mask[0] && !torchs[0], output_mask[1] && !torchs[1], output_mask[2] && !torchs[2]};
+    if (any(rest)) {
+      const Matrix formed = matrix(dz);
+      auto [own_dx, own_dw, own_db] = gemm_gradients(
+          dtype, dz.scalar_type(), {formed.rows, formed.columns, &formed, nullptr}, input, weight, rest);
+      if (rest[0]) dx = own_dx;
+      if (rest[1]) dw = own_dw;
+      if (rest[2]) db = own_db;
+    }
     return {shaped(dx, grad_output), dw, db};
   }
   const Tensor dy = rows_of(grad_output);

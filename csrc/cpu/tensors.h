@@ -32,7 +32,4 @@ inline Tensor empty_like(const Tensor& dense) {
 // The operators on the CPU (signatures.h).
 MLPEXT_FOR_EACH_OPERATOR(MLPEXT_DECLARE)
 
-// y = f(x) on a dense pair; y may be x.
-void run_forward(const Tensor& x, const Tensor& y, std::size_t index, Params params);
-
 }  // namespace mlpext::cpu

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "cpu/choice.h"
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "ops/switches.h"
@@ -189,6 +190,20 @@ PYBIND11_MODULE(_C, m) {
         return all;
       },
       "The environment variables read at run time: name, value or None, meaning.");
+  m.attr("VALUE_CELLS") = cpu::value_cells;
+  m.attr("SIDE_CELLS") = cpu::side_cells;
+  m.def(
+      "leave_to_torch",
+      [](std::size_t operation, std::size_t dtype, std::size_t activation,
+         const std::vector<int64_t>& cells) {
+        const auto in = static_cast<Dtype>(dtype);
+        if (operation < 2) cpu::leave_to_torch(static_cast<cpu::Pass>(operation), activation, in, cells);
+        else cpu::leave_to_torch(static_cast<cpu::Product>(operation - 2), in, cells);
+      },
+      py::arg("operation"), py::arg("dtype"), py::arg("activation"), py::arg("cells"),
+      "Which calls torch serves (cpu/choice.h). operation: an activation's forward, backward; a linear "
+      "layer's "
+      "forward, dx, dw. dtype: float64, float32, bfloat16, float16.");
   m.def("pool_limit", cpu::pool_limit);
   m.def("set_pool_limit", cpu::set_pool_limit, py::arg("bytes"));
   m.def("pool_bytes", cpu::pool_bytes);
