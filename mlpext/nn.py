@@ -266,7 +266,7 @@ class LinearActivation(_Affine):
         params = "".join(f", {name}={value}" for name, value in self.params.items())
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, activation={self.activation!r}{params}"
+            f"bias={self._weight_and_bias()[1] is not None}, activation={self.activation!r}{params}"
         )
 
 

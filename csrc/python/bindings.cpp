@@ -14,6 +14,7 @@
 #include "cpu/kernels.h"
 #include "ops/switches.h"
 #include "python/epoch.h"
+#include "python/metrics.h"
 #include "python/network_module.h"
 
 namespace {
@@ -129,16 +130,6 @@ py::object mlp(py::handle module, py::handle input) {
   });
 }
 
-bool all_finite(const std::vector<Tensor>& tensors) {
-  HANDLE_TH_ERRORS
-  at::NoGradGuard no_grad;
-  // Finite values mostly have a finite sum, which takes a quarter of the time.
-  return std::ranges::all_of(tensors, [](const Tensor& each) {
-    return std::isfinite(each.sum().item<double>()) || each.isfinite().all().item<bool>();
-  });
-  END_HANDLE_TH_ERRORS_PYBIND
-}
-
 py::dict activations() {
   py::dict all;
   for (const ActivationInfo& info : activation_infos) {
@@ -208,7 +199,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_pool_limit", cpu::set_pool_limit, py::arg("bytes"));
   m.def("pool_bytes", cpu::pool_bytes);
   m.def("has_cuda", [] { return has_cuda; });
-  m.def("all_finite", all_finite, py::arg("tensors"),
-        "Whether no value of these tensors is NaN or infinite.");
   bind_epoch(m);
+  bind_metrics(m);
 }

@@ -153,21 +153,28 @@ class Arguments:
 
 
 @contextlib.contextmanager
-def anywhere(model: nn.Module, device: torch.device | str | None = None) -> Iterator[None]:
+def anywhere(model: nn.Module, device: torch.device | str | None = None) -> Iterator[torch.device]:
     """Within it training is the same wherever it is called: gradients are on, autocast is off, and tensors
-    are made on the model's device, whatever the caller has set of these or of inference_mode."""
+    are made on the model's device, whatever the caller has set of these or of inference_mode. Gives that
+    device, which is `device` if that is not None."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    device = torch.device(device_of(model) if device is None else device)
+    device = device_of(model) if device is None else torch.device(device)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
         for kind in {"cpu", device.type}:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device() not in (torch.device("cpu"), device):
+        # A default device is a function mode; without any of these there is no need to ask for it, in 3 us.
+        if torch._C._len_torch_function_stack() and torch.get_default_device() not in (
+            torch.device("cpu"),
+            device,
+        ):
             stack.enter_context(device)
-        yield
+        yield device
 
 
 def samples_for(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
@@ -233,6 +240,8 @@ def _at_least_zero(name: str, value: Any) -> float:
 
 
 def _is_number(value: object) -> bool:
+    if type(value) in (float, int):
+        return True
     if isinstance(value, (Tensor, np.ndarray)):
         return value.ndim == 0 and _is_number(value.item())
     return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -15,7 +15,6 @@ from mlpext.training._early_stopping import EarlyStopping
 from mlpext.training._loop import Run, loop
 from mlpext.training._losses import Loss, check_parts, loss_sum_of
 from mlpext.training._metrics import metric_for
-from mlpext.training._modules import device_of
 from mlpext.training._ranks import Ranks
 from mlpext.training._samples import Array, Samples
 from mlpext.training._state import State
@@ -154,19 +153,19 @@ def fit_beside(
 
 
 def _train(arguments: Arguments, context: Context) -> History:
-    with anywhere(arguments.model, arguments.device):
+    with anywhere(arguments.model, arguments.device) as device:
         arguments.check()
-        run = _prepare(arguments, context)
+        run = _prepare(arguments, context, device)
         loop(run)
         if run.state.stopping.weights:
             run.state.stopping.restore_best(run.state.weights())
         return run.state.history
 
 
-def _prepare(arguments: Arguments, context: Context) -> Run:
+def _prepare(arguments: Arguments, context: Context, device: torch.device) -> Run:
     """All that comes before the first epoch; a resumed run then has the state of its checkpoint."""
     model, loss = arguments.model, arguments.loss
-    ranks = Ranks(device_of(model) if arguments.device is None else arguments.device)
+    ranks = Ranks(device)
     is_first = ranks.rank == 0  # the one that writes
     store = Checkpoint(arguments.checkpoint) if arguments.checkpoint is not None and is_first else None
     saved = store.load() if store is not None and arguments.resume and store.exists() else None
@@ -187,7 +186,8 @@ def _prepare(arguments: Arguments, context: Context) -> Run:
         arguments, state, samples, held_out, held_out_metric, plan, engine, store=store, stop=context.stop
     )
 
-    ranks.broadcast_(run.weights)
+    if ranks.size > 1:
+        ranks.broadcast_(state.weights())
     if ranks.size > 1 or plan.chunk < plan.step_size:
         parts = "the ranks" if ranks.size > 1 else f"the chunks of {plan.chunk} samples of batch mode"
         check_parts(model, samples, plan.loss_sum, max(plan.chunk, 64), parts)

@@ -37,8 +37,8 @@ class Interrupts:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._mine and signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGINT, self._before)
+        if self._mine and (now := signal.signal(signal.SIGINT, self._before)) != self._note:
+            signal.signal(signal.SIGINT, now)  # somebody has replaced it meanwhile
 
     def _note(self, number: int, frame: Any) -> None:
         if self._pressed is None or self._pressed:  # between epochs, or the second time

@@ -47,9 +47,6 @@ class Run:
     stop: Sequence[object]  # not empty once fit_many wants the run to end
     log: Log | None = None
 
-    def __post_init__(self) -> None:
-        self.weights = self.state.weights()
-
     def rebuild_engine(self) -> None:
         """The engine for model and optimizer as they are now."""
         name, model, optimizer = self.arguments.engine, self.state.model, self.state.optimizer
@@ -60,18 +57,25 @@ def loop(run: Run) -> None:
     """Run epochs until all are done, early stopping is due, or a callback says so."""
     arguments, state, plan, history = run.arguments, run.state, run.plan, run.state.history
     samples = len(run.samples)
+    shuffled = arguments.shuffle and plan.mode != "batch"
+    order: Tensor | None = None
+    weights: list[Tensor] = []
+    before: list[Tensor] = []  # what they were when the epoch under way began
     show = arguments.progress and plan.ranks.rank == 0
     progress = Progress(show, samples, arguments.epochs, len(history))
     with state.training(), progress, Interrupts(run.stop) as interrupts:
         while len(history) < arguments.epochs and not state.stopping.due(len(history)):
-            order = torch.arange(samples, device="cpu")
-            if arguments.shuffle and plan.mode != "batch":
+            if shuffled:
                 order = torch.randperm(samples, generator=state.generator, device="cpu")
+            elif order is None:
+                order = torch.arange(samples, device="cpu")
             if arguments.callbacks:
                 _follow_callbacks(run)
-            if arguments.callbacks or run.engine.replaces_buffers:
-                run.weights = state.weights()
-            before = [weight.clone() for weight in run.weights]
+            if arguments.callbacks or run.engine.replaces_buffers or not weights:
+                weights = state.weights()
+                before = [weight.clone() for weight in weights]
+            else:
+                torch._foreach_copy_(before, weights)
             started = time.perf_counter()
             try:
                 with interrupts.defer_interrupt() as interrupted:
@@ -83,7 +87,8 @@ def loop(run: Run) -> None:
                 raise
             seconds = time.perf_counter() - started
             plan.ranks.broadcast_(state.buffers())
-            metrics, trouble = _measure(run, losses, metric_sum)
+            loss = _epoch_loss(losses, plan.step_size, samples)
+            metrics, trouble = _measure(run, loss, losses, metric_sum)
             if trouble is not None:
                 copy_all(before, state.weights())
                 raise FloatingPointError(
@@ -93,7 +98,7 @@ def loop(run: Run) -> None:
             epoch = Epoch(
                 epoch=len(history) + 1,
                 updates=len(losses) + (history.epochs[-1].updates if len(history) else 0),
-                loss=_epoch_loss(losses, plan.step_size, samples),
+                loss=loss,
                 metrics=metrics,
                 seconds=seconds,
                 samples_per_second=samples / seconds,
@@ -114,13 +119,16 @@ def _follow_callbacks(run: Run) -> None:
     run.rebuild_engine()
 
 
-def _measure(run: Run, losses: Tensor, metric_sum: Tensor) -> tuple[dict[str, float], str | None]:
-    """The metrics of an epoch, and what is NaN or infinite after it, if anything."""
+def _measure(
+    run: Run, loss: float, losses: Tensor, metric_sum: Tensor
+) -> tuple[dict[str, float], str | None]:
+    """The metrics of an epoch, or what is NaN or infinite after it, if anything."""
     metric, metrics = run.plan.metric, {}
+    if (trouble := _find_non_finite(loss, losses, run.state.trained)) is not None:
+        return metrics, trouble
     if metric is not None:
         metrics[metric.name] = metric.value(metric_sum, len(run.samples))
-    trouble = _find_non_finite(losses, run.state.trained)
-    if run.held_out is not None and trouble is None:
+    if run.held_out is not None:
         model, loss_sum = run.state.model, run.plan.loss_sum
         measured = evaluate_samples(model, run.held_out, loss_sum, run.held_out_metric)
         measured = run.plan.ranks.broadcast_object(measured)
@@ -130,9 +138,9 @@ def _measure(run: Run, losses: Tensor, metric_sum: Tensor) -> tuple[dict[str, fl
     return metrics, trouble
 
 
-def _find_non_finite(losses: Tensor, parameters: Sequence[Tensor]) -> str | None:
-    """What is NaN or infinite after an epoch, and at which step."""
-    if not _C.all_finite([losses]):
+def _find_non_finite(loss: float, losses: Tensor, parameters: Sequence[Tensor]) -> str | None:
+    """What is NaN or infinite after an epoch, and at which step. A finite mean is one of finite losses."""
+    if not math.isfinite(loss) and not _C.all_finite([losses]):
         step = int((~losses.isfinite()).nonzero()[0])
         return f"the loss became {losses[step].item()} at step {step + 1}"
     if not _C.all_finite(parameters):
@@ -144,7 +152,7 @@ def _epoch_loss(losses: Tensor, step_size: int, samples: int) -> float:
     """The mean of E over an epoch's samples, from the means over its steps; the last may have fewer."""
     means = losses.numpy()
     rest = samples - step_size * (len(means) - 1)
-    return float(means[:-1].sum() * step_size + means[-1] * rest) / samples
+    return float(np.add.reduce(means[:-1]) * step_size + means[-1] * rest) / samples
 
 
 def _record(run: Run, epoch: Epoch) -> bool:

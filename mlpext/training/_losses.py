@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mlpext.training._modules import in_mode
-from mlpext.training._samples import Samples
+from mlpext.training._samples import FIRST_ROW, Samples
 
 # As a user gives it: a name, or a function of (outputs, targets) to E per sample, (n,), or their mean, ().
 Loss: TypeAlias = "str | Callable[[Tensor, Tensor], Tensor]"
@@ -139,7 +139,7 @@ def shape_targets(model: nn.Module, samples: Samples, loss: Loss, name: str = ""
     Raises ValueError for targets that do not go with the outputs; `name` ("validation ") begins the message.
     """
     with torch.no_grad(), in_mode(model, training=False):
-        output = model(samples[torch.tensor([0], device="cpu")][0])
+        output = model(samples.inputs(FIRST_ROW))
     if not isinstance(output, Tensor) or output.ndim < 1 or len(output) != 1:
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"model must give one row of outputs per sample; for x of one sample it gave {got}")

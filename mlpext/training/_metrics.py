@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from mlpext import _C
 from mlpext.training._losses import Loss
-from mlpext.training._samples import Samples
+from mlpext.training._samples import FIRST_ROW, Samples
 
 
 class Metric(Protocol):
@@ -33,8 +33,8 @@ class Accuracy:
     name = "accuracy"
 
     def sum(self, output: Tensor, target: Tensor) -> Tensor:
-        labels = target if target.ndim == 1 else target.argmax(1)
-        return (output.argmax(1) == labels).sum()
+        correct: Tensor = _C.count_correct(output, target)
+        return correct
 
     def value(self, metric_sum: Tensor, samples: int) -> float:
         return metric_sum.item() / samples
@@ -49,24 +49,19 @@ class R2:
     name = "r2"
 
     def __init__(self, samples: Samples) -> None:
-        # Deviations from the first sample: sums of squares of the targets themselves would cancel.
-        origin = _flat(samples.targets(torch.tensor([0], device="cpu")))
-        total = squares = torch.zeros_like(origin[0])
-        for rows in samples.blocks():
-            deviation = _flat(samples.targets(rows)) - origin
-            total = total + deviation.sum(0)
-            squares = squares + deviation.square().sum(0)
-        self._spread = (squares - total.square() / len(samples)).clamp_min(0).cpu()
-        self._has_constant = bool((self._spread == 0).any())
+        self._samples = samples
+        self._spread: Tensor | None = None  # sum (d - mean d)^2 of each output, once it is asked for
 
     def sum(self, output: Tensor, target: Tensor) -> Tensor:
-        return _flat(target - output).square().sum(0)
+        squared_errors: Tensor = _C.squared_errors(output, target)
+        return squared_errors
 
     def value(self, metric_sum: Tensor, samples: int) -> float:
-        explained = 1 - metric_sum / self._spread
-        if self._has_constant:
-            explained = torch.where(self._spread > 0, explained, torch.where(metric_sum == 0, 1.0, 0.0))
-        return explained.mean().item()
+        if self._spread is None:
+            targets = self._samples.targets
+            self._spread = _C.spread(targets(FIRST_ROW), map(targets, self._samples.blocks()))
+        r2: float = _C.r2(metric_sum, self._spread)
+        return r2
 
 
 def metric_for(samples: Samples, loss: Loss) -> Metric | None:
@@ -74,7 +69,3 @@ def metric_for(samples: Samples, loss: Loss) -> Metric | None:
     if samples.has_classes or loss == "cross_entropy":
         return Accuracy() if len(samples.output_shape) == 1 and samples.output_shape[0] > 1 else None
     return R2(samples) if samples.shapes[1][1:] == samples.output_shape else None
-
-
-def _flat(rows: Tensor) -> Tensor:
-    return rows.reshape(len(rows), -1).double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,40 +12,47 @@ from torch import Tensor, nn
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter; the CPU for a model without parameters."""
-    return next((weight.device for weight in model.parameters()), torch.device("cpu"))
+    for weight in model.parameters():
+        return weight.device
+    return torch.device("cpu")
 
 
 def dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     """Of the model's first floating-point parameter or buffer."""
-    weights = itertools.chain(model.parameters(), model.buffers())
-    weight = next((weight for weight in weights if weight.is_floating_point()), torch.empty(0, device="cpu"))
-    return weight.dtype, weight.device
+    for weight in itertools.chain(model.parameters(), model.buffers()):
+        if weight.is_floating_point():
+            return weight.dtype, weight.device
+    return torch.get_default_dtype(), torch.device("cpu")
 
 
 @contextlib.contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model in train() or eval() mode, and afterwards each of its modules in the mode that it had."""
-    flags = [(module, module.training) for module in model.modules()]
-    set_mode(model, training=training)
+    flags = set_mode(model, training=training)
     try:
         yield
     finally:
-        _set_flags(flags)
+        for module, flag in flags:
+            _set_flag(module, flag)
 
 
-def set_mode(model: nn.Module, *, training: bool) -> None:
-    """The model in train() or eval() mode from now on."""
-    modules = list(model.modules())
-    if all(type(module).train is nn.Module.train for module in modules):
-        _set_flags((module, training) for module in modules)
-    else:
-        model.train(training)
+def set_mode(model: nn.Module, *, training: bool) -> list[tuple[nn.Module, bool]]:
+    """The model in train() or eval() mode from now on. Returns its modules, each with the mode that it had."""
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        if type(module).train is not nn.Module.train:
+            model.train(training)
+            return flags
+    for module, _ in flags:
+        _set_flag(module, training)
+    return flags
 
 
-def _set_flags(flags: Iterable[tuple[nn.Module, bool]]) -> None:
-    for module, flag in flags:
-        if module.training != flag:  # to set an attribute of a module takes 2 us
-            module.training = flag
+def _set_flag(module: nn.Module, flag: bool) -> None:
+    if module.training != flag:
+        # nn.Module.__setattr__ takes 2 us, to look for a parameter of that name.
+        plain = type(module).__setattr__ is nn.Module.__setattr__
+        (object.__setattr__ if plain else setattr)(module, "training", flag)
 
 
 def copy_all(values: list[Tensor], tensors: list[Tensor]) -> None:

@@ -37,7 +37,8 @@ class Ranks:
         self.rank, self.size, self._device = 0, 1, torch.device("cpu")
         if not dist.is_available():
             return
-        if not dist.is_initialized() and {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        by_torchrun = "RANK" in os.environ and {"WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+        if by_torchrun and not dist.is_initialized():
             backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
             if backend == "nccl":
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -83,15 +84,15 @@ class Ranks:
         dist.broadcast_object_list(values)
         return values[0]
 
-    @torch.no_grad()
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
         """Rank 0's values in `tensors`."""
         if self.size == 1:
             return
-        for tensor in tensors:
-            values = tensor.to(self._device).contiguous()
-            dist.broadcast(values, 0)
-            tensor.copy_(values)
+        with torch.no_grad():
+            for tensor in tensors:
+                values = tensor.to(self._device).contiguous()
+                dist.broadcast(values, 0)
+                tensor.copy_(values)
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Each gradient becomes the sum over the ranks; None counts as 0, and stays where all have it."""

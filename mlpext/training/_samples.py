@@ -21,6 +21,8 @@ Array: TypeAlias = "Tensor | np.ndarray[Any, Any]"
 # Rows read at once where all of them are visited: to check the data, to evaluate a model, and as the chunks
 # of a step in batch mode. Read it as `_samples.BLOCK`, so that it can be changed in one place.
 BLOCK = 1024
+# The row numbers of the first sample alone.
+FIRST_ROW = torch.tensor([0], device="cpu")
 
 
 class Samples:
@@ -92,7 +94,11 @@ class Samples:
     def __getitem__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the inputs and targets of `rows`, int64 row numbers. With these on the data's device the
         host waits for nothing, but a memory map."""
-        return self._take(self._x, self._own(rows), self._dtype), self.targets(rows)
+        return self.inputs(rows), self.targets(rows)
+
+    def inputs(self, rows: Tensor) -> Tensor:
+        """Copies of the inputs alone."""
+        return self._take(self._x, self._own(rows), self._dtype)
 
     def targets(self, rows: Tensor) -> Tensor:
         """Copies of the targets alone."""
@@ -139,6 +145,11 @@ class Samples:
     def dtype(self) -> torch.dtype:
         """Of inputs and of targets that are numbers, as they are handed out."""
         return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are, as the model."""
+        return self._device
 
     @property
     def shapes(self) -> tuple[list[int], list[int]]:

@@ -51,9 +51,10 @@ class State:
 
     def _trained(self) -> list[nn.Parameter]:
         """The parameters that have a gradient. ValueError where the model has none."""
-        if not any(weight.requires_grad for weight in self.model.parameters()):
+        own = list(self.model.parameters())
+        if not any(weight.requires_grad for weight in own):
             raise ValueError("model has no parameter that requires a gradient: there is nothing to train")
-        return [weight for weight in with_held(self.model, self.optimizer) if weight.requires_grad]
+        return [weight for weight in with_held(own, self.optimizer) if weight.requires_grad]
 
     def buffers(self) -> Iterator[Tensor]:
         return itertools.chain.from_iterable(module.buffers() for module in self._modules)
@@ -72,14 +73,11 @@ class State:
             try:
                 yield
             finally:
-                self._zero_grad()
-
-    def _zero_grad(self) -> None:
-        self.optimizer.zero_grad()
-        for weight in self.trained:
-            weight.grad = None
-        for module in self._modules[1:]:
-            module.zero_grad()
+                self.optimizer.zero_grad()
+                for weight in self.trained:
+                    weight.grad = None
+                for module in self._modules[1:]:
+                    module.zero_grad()
 
     @property
     def _cuda(self) -> list[torch.device]:

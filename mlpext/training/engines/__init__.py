@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, device, nn
 
-from mlpext.training._modules import device_of
 from mlpext.training._samples import Samples
 from mlpext.training.engines._support import Unsupported
 from mlpext.training.engines.autograd import AutogradEngine
@@ -79,7 +78,7 @@ def choose(
     try:
         if before is not None:
             return before.rebuilt(samples)
-        native = native_on(device_of(model))
+        native = native_on(samples.device)
         if name == "native" or (name == "auto" and native is NativeEngine):
             return native(*parts, *((run_job,) if native is CudaGraphsEngine else ()))
     except Unsupported as reason:

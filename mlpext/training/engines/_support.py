@@ -107,14 +107,15 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
         raise Unsupported("a layer stands twice in the model")
     _check_parameters(layers, device)
     for before, after in pairwise(layers):
-        if before.weight.shape[-2] != after.weight.shape[-1]:
+        if parameters_of(before)[0].shape[-2] != parameters_of(after)[0].shape[-1]:
             raise Unsupported("the layers do not fit one another")
     return layers
 
 
 def _check_module(module: nn.Module | None) -> None:
-    if any(getattr(module, hooks) for hooks in _C.MODULE_HOOKS):
-        raise Unsupported(f"{type(module).__name__} has hooks")
+    for hooks in _C.MODULE_HOOKS:
+        if getattr(module, hooks):
+            raise Unsupported(f"{type(module).__name__} has hooks")
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise Unsupported(f"{type(module).__name__} is compiled")
     check_functions(module)

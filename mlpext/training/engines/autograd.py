@@ -36,7 +36,7 @@ class AutogradEngine:
         self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
     ) -> tuple[Tensor, Tensor]:
         plan, optimizer, count = self._plan, self._optimizer, len(order)
-        weights = with_held(self._model, optimizer)
+        weights = with_held(self._model.parameters(), optimizer)
         held = set(map(id, held_by(optimizer)))
         others = [W for W in weights if id(W) not in held]  # what the optimizer does not hold, nobody clears
 

@@ -19,6 +19,8 @@ from mlpext.training.engines._support import check_rows, describe, layers_of, tr
 from mlpext.training.engines.optimizer import Optimizer, count_steps, rule_and_states
 from mlpext.training.engines.plan import OnProgress, StepPlan
 
+NOTHING = torch.zeros((), dtype=torch.float64, device="cpu")
+
 
 class NativeEngine:
     """Epochs in C++ (see `engines.Engine`), those of the PyTorch loop to rounding; but a loss that is NaN or
@@ -37,6 +39,8 @@ class NativeEngine:
         self._rule, states = rule_and_states(optimizer, trained_of(layers))
         self._layers = [describe(layer, states) for layer in layers]
         self._dtype = layers[0].weight.dtype
+        self._dense = samples.dense_tensors(self._dtype)
+        self._block = len(samples) if self._dense else min(len(samples), plan.block)
 
     def rebuilt(self, samples: Samples) -> NativeEngine:
         return NativeEngine(self._model, samples, self._plan, self._optimizer)
@@ -45,13 +49,11 @@ class NativeEngine:
         self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
     ) -> tuple[Tensor, Tensor]:
         plan, count = self._plan, len(order)
-        dense = self._samples.dense_tensors(self._dtype)
-        block = count if dense else min(count, plan.block)
         losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64, device="cpu")
         outputs = None  # of the block under way, as the steps met its samples
         if plan.metric is not None:
-            outputs = torch.empty(block, *self._samples.output_shape, dtype=self._dtype, device="cpu")
-        metric_sum = torch.zeros((), dtype=torch.float64, device="cpu")
+            outputs = torch.empty(self._block, *self._samples.output_shape, dtype=self._dtype, device="cpu")
+        metric_sum = NOTHING
         targets: list[Tensor] = []  # of the block under way
 
         def add_metric() -> None:
@@ -76,8 +78,8 @@ class NativeEngine:
             return not interrupted
 
         x = d = None
-        if dense is not None:
-            x, d, rows = dense
+        if self._dense is not None:
+            x, d, rows = self._dense
             order = order if rows is None else rows[order]
         steps, stopped = _C.run_epoch(
             layers=self._layers,
@@ -89,8 +91,8 @@ class NativeEngine:
             x=x,
             d=d,
             order=order.contiguous(),
-            fetch=None if dense else fetch,
-            block_size=block,
+            fetch=None if self._dense else fetch,
+            block_size=self._block,
             losses=losses,
             outputs=outputs,
             poll=poll,

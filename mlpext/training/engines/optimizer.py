@@ -96,9 +96,9 @@ def held_by(optimizer: Optimizer) -> list[nn.Parameter]:
     return optimizer.parameters
 
 
-def with_held(model: nn.Module, optimizer: Optimizer) -> list[nn.Parameter]:
-    """The model's parameters, then those that the optimizer holds besides, as a loss's; each once."""
-    return list({id(W): W for W in (*model.parameters(), *held_by(optimizer))}.values())
+def with_held(parameters: Iterable[nn.Parameter], optimizer: Optimizer) -> list[nn.Parameter]:
+    """A model's parameters, then those that the optimizer holds besides, as a loss's; each once."""
+    return list({id(W): W for W in (*parameters, *held_by(optimizer))}.values())
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
