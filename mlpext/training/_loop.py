@@ -87,7 +87,7 @@ def loop(run: Run) -> None:
                 raise
             seconds = time.perf_counter() - started
             plan.ranks.broadcast_(state.buffers())
-            loss = _epoch_loss(losses, plan.step_size, samples)
+            loss = _C.mean_loss(losses, plan.step_size, samples)
             metrics, trouble = _measure(run, loss, losses, metric_sum)
             if trouble is not None:
                 copy_all(before, state.weights())
@@ -123,7 +123,8 @@ def _measure(
     run: Run, loss: float, losses: Tensor, metric_sum: Tensor
 ) -> tuple[dict[str, float], str | None]:
     """The metrics of an epoch, or what is NaN or infinite after it, if anything."""
-    metric, metrics = run.plan.metric, {}
+    metric = run.plan.metric
+    metrics: dict[str, float] = {}
     if (trouble := _find_non_finite(loss, losses, run.state.trained)) is not None:
         return metrics, trouble
     if metric is not None:
@@ -146,13 +147,6 @@ def _find_non_finite(loss: float, losses: Tensor, parameters: Sequence[Tensor]) 
     if not _C.all_finite(parameters):
         return f"a weight became NaN or infinite at step {len(losses)} or shortly before"
     return None
-
-
-def _epoch_loss(losses: Tensor, step_size: int, samples: int) -> float:
-    """The mean of E over an epoch's samples, from the means over its steps; the last may have fewer."""
-    means = losses.numpy()
-    rest = samples - step_size * (len(means) - 1)
-    return float(np.add.reduce(means[:-1]) * step_size + means[-1] * rest) / samples
 
 
 def _record(run: Run, epoch: Epoch) -> bool:

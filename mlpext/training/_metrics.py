@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlpext import _C
 from mlpext.training._losses import Loss
-from mlpext.training._samples import FIRST_ROW, Samples
+from mlpext.training._samples import Samples
 
 
 class Metric(Protocol):
@@ -20,8 +20,8 @@ class Metric(Protocol):
 
     name: str
 
-    def sum(self, output: Tensor, target: Tensor) -> Tensor:
-        """What these samples add."""
+    def sum(self, output: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What these samples add; their targets are those of `rows`, where they are given."""
 
     def value(self, metric_sum: Tensor, samples: int) -> float:
         """The metric of so many samples from what all of them add up to."""
@@ -32,9 +32,8 @@ class Accuracy:
 
     name = "accuracy"
 
-    def sum(self, output: Tensor, target: Tensor) -> Tensor:
-        correct: Tensor = _C.count_correct(output, target)
-        return correct
+    def sum(self, output: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
+        return _C.count_correct(output, target, rows)
 
     def value(self, metric_sum: Tensor, samples: int) -> float:
         return metric_sum.item() / samples
@@ -50,18 +49,15 @@ class R2:
 
     def __init__(self, samples: Samples) -> None:
         self._samples = samples
-        self._spread: Tensor | None = None  # sum (d - mean d)^2 of each output, once it is asked for
+        self._spread: list[float] | None = None  # sum (d - mean d)^2 of each output, once it is asked for
 
-    def sum(self, output: Tensor, target: Tensor) -> Tensor:
-        squared_errors: Tensor = _C.squared_errors(output, target)
-        return squared_errors
+    def sum(self, output: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
+        return _C.squared_errors(output, target, rows)
 
     def value(self, metric_sum: Tensor, samples: int) -> float:
         if self._spread is None:
-            targets = self._samples.targets
-            self._spread = _C.spread(targets(FIRST_ROW), map(targets, self._samples.blocks()))
-        r2: float = _C.r2(metric_sum, self._spread)
-        return r2
+            self._spread = _C.spread(map(self._samples.targets, self._samples.blocks()))
+        return _C.r2(metric_sum, self._spread)
 
 
 def metric_for(samples: Samples, loss: Loss) -> Metric | None:

@@ -37,7 +37,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 def set_mode(model: nn.Module, *, training: bool) -> list[tuple[nn.Module, bool]]:
-    """The model in train() or eval() mode from now on. Returns its modules, each with the mode that it had."""
+    """The model in train() or eval() mode from now on. Gives its modules, each with the mode that it had."""
     flags = [(module, module.training) for module in model.modules()]
     for module, _ in flags:
         if type(module).train is not nn.Module.train:

@@ -11,6 +11,8 @@ class Progress:
     """A bar over the samples of all epochs with loss and metrics; tqdm adds the samples per second."""
 
     def __init__(self, show: bool, samples: int, epochs: int, done: int) -> None:
+        self._samples = samples
+        self._metrics: dict[str, float] = {}
         self._bar = None
         if show:
             self._bar = tqdm(
@@ -21,7 +23,6 @@ class Progress:
                 dynamic_ncols=True,
                 disable=None,  # tqdm's word for "unless stderr is a terminal"
             )
-        self._metrics: dict[str, float] = {}
 
     def __enter__(self) -> Progress:
         return self
@@ -37,7 +38,8 @@ class Progress:
             self._bar.update(samples)
 
     def end(self, epoch: Epoch) -> None:
-        """An epoch is over: its metrics are shown during the next."""
+        """An epoch is over, and with it the samples of which nothing was told."""
         self._metrics = epoch.metrics
         if self._bar is not None:
+            self.on_progress(epoch.epoch * self._samples - self._bar.n, epoch.loss)
             self._bar.set_description(f"epoch {epoch.epoch}", refresh=False)

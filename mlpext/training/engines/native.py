@@ -6,7 +6,6 @@ too; C++ asks Python for the next block of rows only where they come from a memo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -41,6 +40,10 @@ class NativeEngine:
         self._dtype = layers[0].weight.dtype
         self._dense = samples.dense_tensors(self._dtype)
         self._block = len(samples) if self._dense else min(len(samples), plan.block)
+        self._outputs: Tensor | None = None  # of a block, as the steps met its samples
+        if plan.metric is not None:
+            shape = (self._block, *samples.output_shape)
+            self._outputs = torch.empty(shape, dtype=self._dtype, device="cpu")
 
     def rebuilt(self, samples: Samples) -> NativeEngine:
         return NativeEngine(self._model, samples, self._plan, self._optimizer)
@@ -48,13 +51,10 @@ class NativeEngine:
     def run_epoch(
         self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
     ) -> tuple[Tensor, Tensor]:
-        plan, count = self._plan, len(order)
+        plan, count, outputs = self._plan, len(order), self._outputs
         losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64, device="cpu")
-        outputs = None  # of the block under way, as the steps met its samples
-        if plan.metric is not None:
-            outputs = torch.empty(self._block, *self._samples.output_shape, dtype=self._dtype, device="cpu")
         metric_sum = NOTHING
-        targets: list[Tensor] = []  # of the block under way
+        targets: list[Tensor] = []  # of the block under way, where they come block by block
 
         def add_metric() -> None:
             nonlocal metric_sum
@@ -80,7 +80,7 @@ class NativeEngine:
         x = d = None
         if self._dense is not None:
             x, d, rows = self._dense
-            order = order if rows is None else rows[order]
+            order = (order if rows is None else rows[order]).contiguous()
         steps, stopped = _C.run_epoch(
             layers=self._layers,
             rule=self._rule,
@@ -90,7 +90,7 @@ class NativeEngine:
             step_size=plan.step_size,
             x=x,
             d=d,
-            order=order.contiguous(),
+            order=order,
             fetch=None if self._dense else fetch,
             block_size=self._block,
             losses=losses,
@@ -100,12 +100,10 @@ class NativeEngine:
         count_steps(self._optimizer, self._rule, steps)
         if stopped:
             raise KeyboardInterrupt
-        losses = losses[:steps]
-        if d is not None and plan.metric is not None and math.isfinite(losses[-1]):
-            targets.append(d.index_select(0, order))
-        add_metric()
-        if reported < count:
-            done = min(steps * plan.step_size, count)
-            error = float(losses.sum()) * plan.step_size  # of the bar only: the last step may be shorter
-            on_progress(done - reported, max(error - total, 0.0) / (done - reported))
+        if steps < len(losses):  # the last of these is NaN or infinite
+            losses = losses[:steps]
+        elif d is not None and plan.metric is not None and outputs is not None:
+            metric_sum = plan.metric.sum(outputs, d, order)
+        else:
+            add_metric()
         return losses, metric_sum
