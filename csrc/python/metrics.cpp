@@ -94,7 +94,7 @@ Tensor squared_errors(const Tensor& output, const Tensor& target, const Optional
   const Targets targets{target, rows};
   if (!targets.are_readable_with(output) || target.scalar_type() != output.scalar_type() ||
       target.sizes().slice(1) != output.sizes().slice(1))
-    return flat(targets.gathered() - output).square().sum(0);
+    return (flat(targets.gathered()) - flat(output)).square().sum(0);
   const int64_t outputs = output.numel() / output.size(0);
   Tensor sums = at::zeros({outputs}, at::kDouble);
   auto* sum = sums.mutable_data_ptr<double>();

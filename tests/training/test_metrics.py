@@ -6,6 +6,7 @@ from sklearn.metrics import r2_score
 from torch.nn import functional as F
 
 from fit_helpers import classes, network, numbers, train
+from mlpext import _C
 from mlpext.training import evaluate
 
 
@@ -49,3 +50,22 @@ def test_r2_of_a_constant():
         model[1].weight.zero_()
         model[1].bias.fill_(1)
     assert evaluate(model, x, d)["r2"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("order", [None, torch.tensor([4, 0, 4, 2])])
+def test_sums_over_rows_are_torchs(dtype, order):
+    all_d, labels = torch.randn(5, 3).to(dtype), torch.tensor([0, 2, 1, 1, 0])
+    output = torch.randn(5 if order is None else 4, 3).to(dtype)
+    d, own = (all_d, labels) if order is None else (all_d[order], labels[order])
+    errors = (d.double() - output.double()).square().sum(0)
+    assert torch.allclose(_C.squared_errors(output, all_d, order), errors, rtol=1e-12)
+    for target in (labels, F.one_hot(labels, 3).to(dtype)):
+        assert _C.count_correct(output, target, order) == (output.argmax(1) == own).sum()
+
+
+def test_mismatched_rows_are_torchs_error():
+    output, d = torch.randn(4, 3), torch.randn(4, 2)
+    for target, order in ((d, None), (torch.randn(5, 3), None), (d, torch.tensor([0]))):
+        with pytest.raises(RuntimeError):
+            _C.squared_errors(output, target, order)
