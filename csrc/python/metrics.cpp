@@ -79,11 +79,18 @@ Tensor count_correct(const Tensor& output, const Tensor& target, const OptionalT
     return (output.argmax(1) == (d.dim() == 1 ? d : d.argmax(1))).sum();
   }
   const auto* labels = target.const_data_ptr<int64_t>();
+  const int64_t classes = output.size(1);
   int64_t correct = 0;
   AT_DISPATCH_FLOATING_TYPES(output.scalar_type(), "count_correct", [&] {
-    const auto* row = output.const_data_ptr<scalar_t>();
-    for (int64_t i = 0; i < output.size(0); ++i, row += output.size(1))
-      correct += std::max_element(row, row + output.size(1)) - row == labels[targets.row(i)];
+    const auto* o = output.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < output.size(0); ++i, o += classes) {
+      const int64_t label = labels[targets.row(i)];
+      // As argmax: of equal outputs the first is the largest. A wrong row ends at the first larger one.
+      correct += label < classes &&
+                 std::all_of(
+                     o, o + label, [=](scalar_t other) { return other < o[label]; }) &&
+                 std::all_of(o + label + 1, o + classes, [=](scalar_t other) { return other <= o[label]; });
+    }
   });
   return at::scalar_tensor(correct, at::kLong);
   END_HANDLE_TH_ERRORS_PYBIND

@@ -69,3 +69,10 @@ def test_mismatched_rows_are_torchs_error():
     for target, order in ((d, None), (torch.randn(5, 3), None), (d, torch.tensor([0]))):
         with pytest.raises(RuntimeError):
             _C.squared_errors(output, target, order)
+
+
+def test_ties_nan_and_labels_beyond_the_outputs():
+    output = torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, torch.nan], [2.0, 1.0]])
+    for label, correct in ((0, 1), (1, 0)):
+        assert _C.count_correct(output[:1], torch.tensor([label]), None) == correct
+    assert _C.count_correct(output, torch.tensor([0, 1, 0, 255]), None) == 1
