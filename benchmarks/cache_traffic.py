@@ -29,8 +29,7 @@ PRODUCTS = ("forward", "dx", "dW")
 REQUESTS = """
 #include <valgrind/callgrind.h>
 void start(void) { CALLGRIND_START_INSTRUMENTATION; }
-void zero(void) { CALLGRIND_ZERO_STATS; }
-void dump(const char* name) { CALLGRIND_DUMP_STATS_AT(name); }
+void stop(void) { CALLGRIND_DUMP_STATS; CALLGRIND_STOP_INSTRUMENTATION; }
 """
 
 
@@ -100,12 +99,11 @@ def multiply(shape: list[int], library: str) -> None:
         lambda: backward(g, x, w, y, *elu, True, [False, True, False]),
     ]
     requests = ctypes.CDLL(library)
-    requests.start()
-    for product, call in zip(PRODUCTS, calls, strict=True):
+    for call in calls:
         call()
-        requests.zero()
+        requests.start()
         call()
-        requests.dump(product.encode())
+        requests.stop()
 
 
 if __name__ == "__main__":
