@@ -37,8 +37,8 @@ gradcheck: .venv/.built    ## derivatives against finite differences, alone
 	$(TEST) -m gradcheck
 accuracy: .venv/.built     ## errors over float32 on each instruction set, to docs/accuracy.md
 	$(V)/python tests/accuracy.py $(if $(STRIDE),--stride $(STRIDE))
-bench: .venv/.built        ## every benchmark; results in benchmarks/results
-	set -e; for file in $(filter-out %/harness.py %/calls.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
+bench: .venv/.built        ## every benchmark; results in benchmarks/results/CPU
+	set -e; for file in $(filter-out %/harness.py %/calls.py %/cache_traffic.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
 readme: .venv/.built       ## the tables of README.md and docs/benchmarks.md, from benchmarks/results
 	$(V)/python tools/readme.py
 check: .venv/.built        ## ruff, mypy, clang-format, clang-tidy, C++ with warnings as errors, CUDA by nvcc if it is there

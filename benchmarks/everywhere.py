@@ -9,12 +9,14 @@ than torch by more than 3 %, and which are the slowest.
 """
 
 import functools
+import json
 import math
 import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ import mlpext
 import mlpext.functional as MF
 from calls import eager, ours
 from fuse import models, training_step
-from harness import OURS, Case, run
+from harness import OURS, Case, measure
 from linear import eager as eager_linear
 from linear import tensors
 
@@ -39,8 +41,10 @@ def activations() -> Iterator[Case]:
             for name in mlpext.activations()[1:]:
                 calls = {"eager": eager(name), OURS: ours(name)}
                 label = f"{name}, {str(dtype)[6:]}, {size}"
-                yield Case(f"forward: {label}", {who: partial(f, x) for who, f in calls.items()})
-                yield Case(f"backward: {label}", {who: gradient(f, [x], 0) for who, f in calls.items()})
+                yield Case(f"activation, forward: {label}", {who: partial(f, x) for who, f in calls.items()})
+                yield Case(
+                    f"activation, backward: {label}", {who: gradient(f, [x], 0) for who, f in calls.items()}
+                )
 
 
 def products() -> Iterator[Case]:
@@ -55,11 +59,11 @@ def products() -> Iterator[Case]:
         inputs = tensors((rows, n_in, n_out), torch.float32)
         flops = 2.0 * math.prod(shape)
         yield Case(
-            f"product: forward {shape}", {who: partial(f, *inputs) for who, f in calls.items()}, flops=flops
+            f"linear, forward: {shape}", {who: partial(f, *inputs) for who, f in calls.items()}, flops=flops
         )
         for which, of in enumerate(("dx", "dW")):
             steps = {who: gradient(f, inputs, which) for who, f in calls.items()}
-            yield Case(f"product: {of} {shape}", steps, flops=flops)
+            yield Case(f"linear, {of}: {shape}", steps, flops=flops)
 
 
 def linear_elu(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -99,17 +103,30 @@ def cases() -> Iterator[Case]:
 def main() -> None:
     argv = sys.argv[1:]
     rounds = [] if "--rounds" in argv else ["--rounds", "9"]
-    record = run(cases(), "Everywhere", [*rounds, *argv])
+    record, stem, _ = measure(cases(), "Everywhere", [*rounds, *argv])
     groups: dict[str, dict[str, float]] = {}
-    for case in record["cases"]:
+    for case in record.pop("cases"):
         group, _, label = case["name"].partition(": ")
         groups.setdefault(group, {})[label] = case["ratios"]["eager"]["median"]
-    for group, ratios in groups.items():
-        slower = sorted((ratio, label) for label, ratio in ratios.items() if ratio < SLOWER)
-        middle = median(ratios.values())
-        print(f"{group}: {len(slower)} of {len(ratios)} slower than torch, median ratio {middle:.2f}")
-        for ratio, label in slower[:12]:
+    record["groups"] = {group: summary(ratios) for group, ratios in groups.items()}
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    for group, found in record["groups"].items():
+        print(
+            f"{group}: {found['slower']} of {found['cases']} slower than torch, median {found['median']:.2f}"
+        )
+        for label, ratio in found["lowest"].items():
             print(f"  {ratio:.2f} {label}")
+
+
+def summary(ratios: dict[str, float]) -> dict[str, Any]:
+    """How many cases there are, how many are slower than torch, the median and the twelve lowest ratios."""
+    lowest = sorted(ratios, key=lambda label: ratios[label])[:12]
+    return {
+        "cases": len(ratios),
+        "slower": sum(ratio < SLOWER for ratio in ratios.values()),
+        "median": median(ratios.values()),
+        "lowest": {label: ratios[label] for label in lowest},
+    }
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ the median reaches it, and missed when the whole middle half lies below; between
 difference is smaller than the noise. The machine's limits (multiply-adds of a compiled loop in registers,
 speed of Tensor.copy_ in memory) are measured in the same run.
 
-Results go to benchmarks/results: JSON with everything, a table in Markdown, a picture.
+Results go to benchmarks/results/CPU: JSON with everything, a table in Markdown, a picture.
 """
 
 from __future__ import annotations
@@ -41,8 +41,22 @@ from typing import Any
 
 import torch
 
+from mlpext import _C, _choices
+
 OURS = "mlpext"
 RESULTS = Path(__file__).parent / "results"
+
+
+# How a CPU is called in folders and tables, by vendor, family and model; another one is called by these.
+CPUS = {
+    "zen-2": ("AuthenticAMD", 23, (49, 96, 104, 113, 144)),
+    "zen-3": ("AuthenticAMD", 25, (1, 8, 33, 64, 68, 80)),
+    "zen-4": ("AuthenticAMD", 25, (17, 24, 97, 116, 117, 120, 160)),
+    "zen-5": ("AuthenticAMD", 26, range(256)),
+    "cascade-lake": ("GenuineIntel", 6, (85,)),
+    "ice-lake": ("GenuineIntel", 6, (106, 108)),
+    "sapphire-rapids": ("GenuineIntel", 6, (143,)),
+}
 
 
 @dataclass
@@ -77,8 +91,27 @@ class Elsewhere:
         self.measure(1)
 
 
-def run(cases: Iterable[Case], title: str, argv: Sequence[str] | None = None) -> dict[str, Any]:
+def run(cases: Iterable[Case], title: str, argv: Sequence[str] | None = None) -> None:
     """Measure the cases, print and write the results; with `--gate`, a missed target is exit status 1."""
+    record, stem, gate = measure(cases, title, argv)
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(_table(record))
+    _picture(record, stem.with_suffix(".png"))
+    verdicts = [
+        _verdict(ratio, case["target"].get(name))
+        for case in record["cases"]
+        for name, ratio in case["ratios"].items()
+    ]
+    met, level, missed = (verdicts.count(word) for word in ("met", "level", "missed"))
+    print(f"targets: {met} met, {level} level, {missed} missed; written: {stem}.json, .md, .png")
+    if gate and missed:
+        sys.exit(1)
+
+
+def measure(
+    cases: Iterable[Case], title: str, argv: Sequence[str] | None = None
+) -> tuple[dict[str, Any], Path, bool]:
+    """What was measured; the file to write it to, without a suffix; whether `--gate` was given."""
     options = _options(title, argv)
     cpus = _pin(options.threads)
     setting = _setting(cpus)
@@ -90,22 +123,19 @@ def run(cases: Iterable[Case], title: str, argv: Sequence[str] | None = None) ->
             _print_progress(measured[-1])
     setting["load_after"] = os.getloadavg()[0]
     record = {"title": title, "rounds": options.rounds, "setting": setting, "cases": measured}
-
-    stem = Path(options.out) / (title.lower().replace(" ", "-"))
+    stem = Path(options.out or folder(options.threads)) / (title.lower().replace(" ", "-"))
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(_table(record))
-    _picture(record, stem.with_suffix(".png"))
-    verdicts = [
-        _verdict(ratio, case["target"].get(name))
-        for case in measured
-        for name, ratio in case["ratios"].items()
-    ]
-    met, level, missed = (verdicts.count(word) for word in ("met", "level", "missed"))
-    print(f"targets: {met} met, {level} level, {missed} missed; written: {stem}.json, .md, .png")
-    if options.gate and missed:
-        sys.exit(1)
-    return record
+    return record, stem, options.gate
+
+
+def folder(threads: int = 1) -> Path:
+    """Results of one kind of CPU, instruction set (where it is not the best) and number of threads."""
+    cpu = _choices.cpu()
+    unnamed = f"{cpu.vendor}-{cpu.family}-{cpu.model}"
+    known = (name for name, (*kind, models) in CPUS.items() if [*cpu[:2]] == kind and cpu.model in models)
+    name = next(known, unnamed if cpu.vendor else "unknown")
+    other = "" if _C.cpu_isa() == _C.cpu_isas()[-1] else _C.cpu_isa()
+    return RESULTS / name / other / (f"{threads}-threads" if threads > 1 else "")
 
 
 def _options(title: str, argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,7 +144,7 @@ def _options(title: str, argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample-us", type=float, default=200, help="shortest sample (default 200)")
     parser.add_argument("--threads", type=int, default=1, help="threads, each on its own CPU (default 1)")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases with TEXT in their name")
-    parser.add_argument("--out", default=str(RESULTS), metavar="FOLDER", help="where the results go")
+    parser.add_argument("--out", metavar="FOLDER", help="where the results go (results/CPU)")
     parser.add_argument("--gate", action="store_true", help="fail if a target is missed")
     return parser.parse_args(argv)
 
@@ -217,7 +247,9 @@ def _setting(cpus: list[int]) -> dict[str, Any]:
             continue
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
+        "cpu": _choices.cpu().name or platform.processor() or "unknown",
+        "isa": _C.cpu_isa(),
+        "torch_serves": _choices.in_use.source,
         "cpus_in_machine": os.cpu_count(),
         "pinned_to": cpus,
         "threads": torch.get_num_threads(),
@@ -227,14 +259,6 @@ def _setting(cpus: list[int]) -> dict[str, Any]:
         "limits": {"gflops": _fma_peak(), "copy_gbps": _copy_speed()},
         "load_before": load,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 # Twelve independent chains of vector multiply-adds, enough to keep two pipes of latency four to five full.
@@ -296,6 +320,7 @@ def _setting_in_words(setting: Mapping[str, Any]) -> str:
         load += f" before, {setting['load_after']:.1f} after"
     return (
         f"{setting['date']}, {setting['cpu']} ({setting['torch_isa']}), "
+        f"torch serves {setting['torch_serves']}, "
         f"{setting['threads']} pinned thread(s) of {setting['cpus_in_machine']} CPUs, load {load}; "
         f"float32 multiply-add peak of one core {peak}, copy {limits['copy_gbps']:.0f} GB/s; {versions}"
     )

@@ -1,63 +1,82 @@
-"""Writes the tables of README.md and docs/benchmarks.md from benchmarks/results/*.json: `make readme`.
+"""Writes the tables of README.md and docs/benchmarks.md from benchmarks/results: `make readme`.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and TABLES below says what is in it.
-tests/packaging/test_readme.py fails where the pages and the results differ: no figure there is typed by hand.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, and TABLES below says what is in it. What
+was measured on several kinds of CPU, each in a folder of its own, stands side by side. No figure there is
+typed by hand: tests/packaging/test_readme.py fails where the pages and the results differ.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/benchmarks.md")
-Case = dict[str, Any]
+Record = dict[str, Any]
 
 
-def results(name: str) -> dict[str, Any]:
-    read: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-    return read
+class Column(NamedTuple):
+    """What a table says of a case; in a column for each CPU, unless it is the same on all of them."""
+
+    head: str
+    cell: Callable[[Record], str]
+    everywhere: bool = False
 
 
-def cases(name: str, pattern: str) -> Iterator[tuple[re.Match[str], Case]]:
-    """The cases whose whole name the pattern matches."""
-    for case in results(name)["cases"]:
-        if found := re.fullmatch(pattern, case["name"]):
-            yield found, case
+def results(name: str) -> dict[str, Record]:
+    """One record for each kind of CPU, by its name in tables."""
+    return {
+        path.parent.name.replace("-", " ").title(): json.loads(path.read_text())
+        for path in sorted(RESULTS.glob(f"*/{name}.json"))
+    }
 
 
-def ratio(peer: str, case: Case) -> str:
+def cases(name: str, pattern: str) -> Iterator[tuple[re.Match[str], dict[str, Record]]]:
+    """The cases whose whole name the pattern matches, each by CPU."""
+    found: dict[str, dict[str, Record]] = {}
+    for cpu, record in results(name).items():
+        for case in record["cases"]:
+            found.setdefault(case["name"], {})[cpu] = case
+    for label, by_cpu in found.items():
+        if match := re.fullmatch(pattern, label):
+            yield match, by_cpu
+
+
+def ratio(peer: str, head: str = "ratio") -> Column:
     """The peer's time by ours: the median over the rounds."""
-    return f"{case['ratios'][_full(peer, case)]['median']:.2f}"
+    return Column(head, lambda case: f"{case['ratios'][_full(peer, case)]['median']:.2f}")
 
 
-def target(peer: str, case: Case) -> str:
-    wanted: float | None = case["target"][_full(peer, case)]
-    return "" if wanted is None else f"{wanted:g}"
+def target(peer: str) -> Column:
+    def cell(case: Record) -> str:
+        wanted: float | None = case["target"][_full(peer, case)]
+        return "" if wanted is None else f"{wanted:g}"
+
+    return Column("target", cell, everywhere=True)
 
 
-def _full(peer: str, case: Case) -> str:
+def _full(peer: str, case: Record) -> str:
     """A peer by how its name begins; "": the first."""
     names: list[str] = list(case["ratios"])
     return next(name for name in names if name.startswith(peer))
 
 
-def share(case: Case) -> str:
-    """Of the multiply-add peak: that of float32, which pairs of bfloat16 double."""
+def kept(who: str, head: str) -> Column:
+    return Column(head, lambda case: f"{case['kept'][who] / 1024:.0f}", everywhere=True)
+
+
+def _share(case: Record) -> str:
     return f"{case['reached']['gflops'] / (2 if 'bfloat16' in case['name'] else 1):.2f}"
 
 
-def kept(who: str, case: Case) -> str:
-    return f"{case['kept'][who] / 1024:.0f}"
-
-
-def microseconds(case: Case) -> str:
-    return f"{case['contenders']['mlpext']['cpu_us']['median']:.2f}"
+# Of the multiply-add peak: that of float32, which pairs of bfloat16 double.
+SHARE = Column("share of the peak", _share)
+MICROSECONDS = Column("us a sample", lambda case: f"{case['contenders']['mlpext']['cpu_us']['median']:.2f}")
 
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -66,38 +85,63 @@ def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("".join(f"| {cell} " if cell else "| " for cell in line) + "|" for line in lines)
 
 
-def listed(name: str, head: str, pattern: str, *cells: Callable[[Case], str]) -> str:
-    """A row for each case: what the groups of the pattern hold, then the cells."""
-    rows = ([*found.groups(), *(cell(case) for cell in cells)] for found, case in cases(name, pattern))
-    return f"{markdown(head.split(' | '), rows)}\n\n{measured(name)}"
+def listed(name: str, head: str, pattern: str, *columns: Column) -> str:
+    """A row for each case: what the groups of the pattern hold, then the columns."""
+    cpus = list(results(name))
+
+    def cells(column: Column, by_cpu: dict[str, Record]) -> list[str]:
+        if column.everywhere:
+            return [column.cell(next(iter(by_cpu.values())))]
+        return [column.cell(by_cpu[cpu]) if cpu in by_cpu else "" for cpu in cpus]
+
+    heads = head.split(" | ")
+    for column in columns:
+        one = column.everywhere or len(cpus) == 1
+        heads += [column.head] if one else [f"{column.head}, {cpu}" for cpu in cpus]
+    rows = (
+        [*found.groups(), *(cell for column in columns for cell in cells(column, by_cpu))]
+        for found, by_cpu in cases(name, pattern)
+    )
+    return f"{markdown(heads, rows)}\n\n{measured(name)}"
 
 
 def crossed(name: str, head: str, pattern: str) -> str:
     """Ratios: a row for each value of the pattern's group, a column for what is left of the case's name."""
     rows: dict[str, dict[str, str]] = {}
-    for found, case in cases(name, pattern):
-        rest = case["name"].replace(found[1], "").replace(", ,", ",").strip(", ")
-        rows.setdefault(found[1], {})[rest] = ratio("", case)
-    columns = [head, *next(iter(rows.values()))]
-    return f"{markdown(columns, ([row, *cells.values()] for row, cells in rows.items()))}\n\n{measured(name)}"
+    several = len(results(name)) > 1
+    for found, by_cpu in cases(name, pattern):
+        rest = found[0].replace(found[1], "").replace(", ,", ",").strip(", ")
+        for cpu, case in by_cpu.items():
+            column = f"{rest}, {cpu}" if several else rest
+            rows.setdefault(found[1], {})[column] = ratio("").cell(case)
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ([label, *(row.get(column, "") for column in columns)] for label, row in rows.items())
+    return f"{markdown([head, *columns], lines)}\n\n{measured(name)}"
 
 
-def slower() -> str:
-    """The activations on which torch is faster by more than the noise."""
-    text = [
-        f"at {size} "
-        + ", ".join(
-            f"{found[1]} {ratio('eager', case)}"
-            for found, case in cases("activations", rf"float32 {size}, (\w+)")
-            if case["ratios"]["eager"]["q3"] < 1
-        )
-        for size in ("1 M", "16 K")
-    ]
-    return textwrap.fill(f"Where torch is faster (ratio): {'; '.join(text)}.", 110)
+def everywhere() -> str:
+    """For each group of cases on each CPU, instruction set and number of threads: how many are slower than
+    torch, the lowest ratio and the median."""
+    settings = {
+        path.parent.relative_to(RESULTS).as_posix(): json.loads(path.read_text())
+        for path in sorted(RESULTS.glob("**/everywhere.json"))
+    }
+    groups = list(dict.fromkeys(group for record in settings.values() for group in record["groups"]))
+    rows = []
+    for setting, record in settings.items():
+        found = [record["groups"][group] for group in groups]
+        cells = [f"{each['slower']} of {each['cases']}, {_lowest(each)}" for each in found]
+        rows.append([setting, *cells])
+    table = markdown(["slower than torch, lowest ratio", *groups], rows)
+    return f"{table}\n\n" + "\n".join(_sentence("everywhere", *each) for each in settings.items())
+
+
+def _lowest(group: Record) -> str:
+    return f"{min(group['lowest'].values()):.2f}"
 
 
 def memory() -> str:
-    kept = results("memory")["bytes_kept"].items()
+    kept = json.loads((RESULTS / "memory.json").read_text())["bytes_kept"].items()
     rows = [
         [f"linear + {name}", *(f"{bytes_[who]:g}" for who in ("eager", "mlpext"))]
         for name, bytes_ in kept
@@ -107,16 +151,22 @@ def memory() -> str:
 
 
 def measured(name: str) -> str:
-    setting = results(name)["setting"]
+    return "\n".join(_sentence(name, *each) for each in results(name).items())
+
+
+def _sentence(name: str, where: str, record: Record) -> str:
+    setting = record["setting"]
+    cpu, threads = f"{setting['cpu']}, {setting['torch_isa']}", setting["threads"]
+    load = f"{setting['load_before']:.1f} on {setting['cpus_in_machine']} CPUs"
     return (
-        f"`benchmarks/{name}.py` on {setting['date'][:10]}: {setting['cpu']} ({setting['torch_isa']}), "
-        f"one thread,\nload {setting['load_before']:.1f} on {setting['cpus_in_machine']} CPUs, "
-        f"torch {setting['versions']['torch']}."
+        f"`benchmarks/{name}.py` on {setting['date'][:10]}: {where} ({cpu}), "
+        f"{'one thread' if threads == 1 else f'{threads} threads'},\n"
+        f"load {load}, torch {setting['versions']['torch']}."
     )
 
 
 SHAPE = r"(\(\d+, \d+, \d+\))"
-EAGER = (partial(ratio, "eager"), partial(target, "eager"))
+EAGER = (ratio("eager"), target("eager"))
 FUSE = "(PPO.*|DLRM.*|3 x Linear .*(?:Tanh|ReLU)|MLP-Mixer.*|autoencoder.*|SIREN.*|maxout.*)"
 TABLES: dict[str, Callable[[], str]] = {
     "overhead": partial(
@@ -124,45 +174,45 @@ TABLES: dict[str, Callable[[], str]] = {
         r"((?:linear_activation|LinearActivation) \(\d+, 64\)x\(64, 64\)), .*",
     ),
     "linear": partial(
-        listed, "linear", "dtype | work | (batch, in, out) | ratio | target | share of the peak",
-        rf"(\w+) (\w+) {SHAPE}, eager", *EAGER, share,
+        listed, "linear", "dtype | work | (batch, in, out)",
+        rf"(\w+) (\w+) {SHAPE}, eager", *EAGER, SHARE,
     ),
     "linear, large": partial(
-        listed, "linear", "linear + elu | (batch, in, out) | ratio | share of the peak",
-        r"(\w+ \w+) (\(\d+, (?!64)\d+, \d+\)), eager", partial(ratio, "eager"), share,
+        listed, "linear", "linear + elu | (batch, in, out)",
+        r"(\w+ \w+) (\(\d+, (?!64)\d+, \d+\)), eager", ratio("eager"), SHARE,
     ),
     "linear peers": partial(
-        listed, "linear", "work | (batch, in, out) | peer | ratio | target",
-        rf"float32 (\w+) {SHAPE}, (oneDNN|JAX)", partial(ratio, ""), partial(target, ""),
+        listed, "linear", "work | (batch, in, out) | peer",
+        rf"float32 (\w+) {SHAPE}, (oneDNN|JAX)", ratio(""), target(""),
     ),
     "linear maxout": partial(
-        listed, "linear", "linear + maxout, training | amax | max(dim) | maximum of chunks",
+        listed, "linear", "linear + maxout, training",
         r"float32 training (.*, maxout of \d)",
-        *(partial(ratio, peer) for peer in ("amax", "max(dim)", "maximum of chunks")),
+        *(ratio(peer, peer) for peer in ("amax", "max(dim)", "maximum of chunks")),
     ),
     "activations": partial(
-        listed, "activations", "1 M float32 values | ratio",
-        r"float32 1 M, (tanh|mish|elu|gelu_tanh|sigmoid|silu)", partial(ratio, "eager"),
+        listed, "activations", "1 M float32 values",
+        r"float32 1 M, (tanh|mish|elu|gelu_tanh|sigmoid|silu)", ratio("eager"),
     ),
     "all activations": partial(
         crossed, "activations", "activation",
         r"(?!bf.*backward)\w+ (?:1 M|16 K), (\w+)(?:, forward \+ backward)?",
     ),
-    "slower": slower,
+    "everywhere": everywhere,
     "large": partial(
-        listed, "activations", "fresh output | torch | target | torch, huge pages | target",
+        listed, "activations", "fresh output",
         r"float32 (16 M, \w+), fresh output",
-        *EAGER, partial(ratio, "eager, "), partial(target, "eager, "),
+        ratio("eager", "torch"), target("eager"), ratio("eager, ", "torch, huge pages"), target("eager, "),
     ),
     "fuse": partial(
-        listed, "fuse", "a step of training | ratio | target | KiB kept, torch | KiB kept, mlpext",
-        FUSE, *EAGER, partial(kept, "eager"), partial(kept, "mlpext"),
+        listed, "fuse", "a step of training",
+        FUSE, *EAGER, kept("eager", "KiB kept, torch"), kept("mlpext", "KiB kept, mlpext"),
     ),
     "memory": memory,
     "training": partial(
-        listed, "training", "network | samples a step | us a sample | PyTorch loop | target | JAX | target",
-        r"([\d-]+-10), (\w+) a step", microseconds,
-        *(cell for peer in ("naive", "JAX") for cell in (partial(ratio, peer), partial(target, peer))),
+        listed, "training", "network | samples a step",
+        r"([\d-]+-10), (\w+) a step", MICROSECONDS,
+        ratio("naive", "PyTorch loop"), target("naive"), ratio("JAX", "JAX"), target("JAX"),
     ),
 }  # fmt: skip
 

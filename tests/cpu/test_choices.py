@@ -4,14 +4,17 @@ serves has torch's bits, which differ from the package's in some of many values.
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mlpext.functional as MF
+from common import assert_same_bits
 from mlpext import _C, _choices, _tune
 
 INTEL = _choices.SHIPPED / "GenuineIntel-6-85-avx512.json"
@@ -80,6 +83,31 @@ def test_the_intel_table_leaves_large_tanh_and_gelu_to_torch(intel, name, n, dty
 def test_the_intel_table_leaves_large_gradients_to_torch(intel):
     assert served_products(2048, 1000, 1000) == [False, True, True]
     assert served_products(500, 300, 300) == [False] * 3
+
+
+def test_results_repeat_in_any_order_of_calls(intel):
+    rng = random.Random(0)
+    calls = []
+    for _ in range(60):
+        dtype = rng.choice([torch.float32, torch.bfloat16])
+        if rng.random() < 0.5:
+            f = getattr(MF, rng.choice(["tanh", "gelu", "elu"]))
+            x = torch.randn(round(4 ** rng.uniform(0, 10)), dtype=dtype, requires_grad=True)
+            calls.append((f, (x,)))
+        else:
+            rows, n_in, n_out = (round(4 ** rng.uniform(0, 4.5)) for _ in range(3))
+            inputs = torch.randn(rows, n_in), torch.randn(n_out, n_in), torch.randn(n_out)
+            f = partial(MF.linear_activation, activation=rng.choice(["tanh", "gelu", "elu"]))
+            calls.append((f, [t.to(dtype).requires_grad_() for t in inputs]))
+
+    def results(f, inputs):
+        y = f(*inputs)
+        return [y, *torch.autograd.grad(y, inputs, torch.ones_like(y))]
+
+    first = [results(*call) for call in calls]
+    for i in rng.sample(range(len(calls)), len(calls)):
+        for a, b in zip(first[i], results(*calls[i]), strict=True):
+            assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("cell", [3, 5, 8])

@@ -21,6 +21,7 @@ constexpr int64_t group_rows = 17 * unpacked_rows;  // of A that meet one packin
 constexpr int64_t sum_rows = 60;                    // of dz that are added up before they are added to db
 constexpr int64_t packs_from = 128;  // columns of C that pay for packing A where its terms lie apart
 constexpr int64_t packs_terms = 64;  // terms of A from which it pays: so many pages may stay open
+constexpr int64_t most_panels = 16;  // of b that are packed together: 2 MiB
 constexpr int64_t few_rows = 6, few_terms = 8;  // of A and of B, below which memory is what takes the time
 
 // The element types: M in memory, T in the loops.
@@ -162,12 +163,24 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     }
   }
 
-  // What `gemm_block` is given at a time. `packs_a`: a is packed in strips, in blocks that the L2 cache
-  // holds.
+  // What `gemm_block` is given at a time, of b in `panels` that are packed together. `packs_a`: a is packed
+  // too, in strips.
   struct Blocks {
-    int64_t columns = panel_columns, rows = unpacked_rows, terms = block_terms;
+    int64_t columns = panel_columns, rows = unpacked_rows, terms = block_terms, panels = 1;
     bool packs_a = false;
   };
+
+  // Where a does not fit the L2 cache: as few blocks of it as do, all of one height, each of which meets up
+  // to 16 panels of b.
+  static Blocks blocks_in_l2(int64_t rows, bool packs_a) {
+    const int64_t count = std::max<int64_t>(1, (rows + block_rows() - 1) / block_rows());
+    const int64_t height = round_up((rows + count - 1) / count, strip_rows);
+    return {.rows = height, .panels = most_panels, .packs_a = packs_a};
+  }
+  static Blocks blocks_of(int64_t rows, int64_t columns) {
+    const bool large = !widens && rows > 4 * block_rows() && columns > 2 * panel_columns;
+    return large ? blocks_in_l2(rows, false) : Blocks{};
+  }
 
   // A product of a whose terms lie half a page or more apart, as in dW = dz' x, would open a page of memory
   // for each of them, at every panel anew.
@@ -179,11 +192,12 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   // A product that reads b only a few times, or writes more than it reads, is as fast as memory: it goes
   // along the rows of b, or of the result, where strips of 64 columns would touch a page of memory each.
   static Blocks blocks_of(const Matrix& a, const Matrix& b) {
-    if (packs(a, b.columns)) return {.rows = block_rows(), .packs_a = true};
-    if (widens || b.column_stride != 1) return {};
-    if (a.rows <= few_rows) return {.columns = 2048, .terms = 16};
-    if (b.rows <= few_terms) return {.columns = 8192 / std::max<int64_t>(1, b.rows), .rows = 6};
-    return {};
+    if (packs(a, b.columns)) return blocks_in_l2(a.rows, true);
+    if (!widens && b.column_stride == 1) {
+      if (a.rows <= few_rows) return {.columns = 2048, .terms = 16};
+      if (b.rows <= few_terms) return {.columns = 8192 / std::max<int64_t>(1, b.rows), .rows = 6};
+    }
+    return blocks_of(a.rows, b.columns);
   }
 
   // The sums of the product of a (rows, terms) and b (terms, columns), block by block.
@@ -191,11 +205,10 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
   //   sums(i, j)            where they are kept; null to keep them in scratch memory
   //   finish(OutputTile, SumRows)
-  // Columns are those of the product; the panel has `pieces` sums for each. A panel of b is packed once for a
-  // group of rows of a, which the caches hold: the other way round a came from memory once for 64 columns,
-  // which at (4096, 1024, 1024) cost 18 % of the time. Where a is packed as well, both are packed once for a
-  // block of terms, b in up to 16 panels, then block after block of a, which meets them all (Goto and van de
-  // Geijn, 2008).
+  // Columns are those of the product; the panel has `pieces` sums for each. A panel of b is packed once for all
+  // rows of a that the L2 cache about holds. Of a larger a a block at a time is there and meets up to 16
+  // panels (Goto and van de Geijn, 2008): panel by panel all of a would come from L3 for each 64 columns, at
+  // (2048, 1000, 1000) 131 MB. What is packed is packed once for a block of terms.
   template <class LoadA, class LoadB, class Start, class Sums, class Finish>
   static void multiply(int64_t rows, int64_t columns, int64_t terms, int64_t pieces, Blocks blocks,
                        LoadA load_a, LoadB load_b, Start start, Sums sums, Finish finish) {
@@ -203,23 +216,23 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     const int64_t step = pieces == 1   ? blocks.columns
                          : pieces <= 4 ? panel_columns / pieces / 16 * 16
                                        : panel_columns / pieces;
-    constexpr int64_t most_panels = 16, few_terms_at_once = 32;
-    const int64_t together = blocks.packs_a ? most_panels : 1;
+    constexpr int64_t few_terms_at_once = 32;
+    const bool together = blocks.panels > 1;
     const int64_t packed_terms =
         blocks.packs_a ? few_terms_at_once : blocks.terms;  // of b: few pages at once
     in_rectangles(
         rows, columns, rows * columns * pieces * terms,
         [&](int64_t first_row, int64_t last_row, int64_t first_column, int64_t last_column) {
-          const int64_t panels = std::min(together, (last_column - first_column + step - 1) / step);
+          const int64_t panels = std::min(blocks.panels, (last_column - first_column + step - 1) / step);
           const int64_t block_size = blocks.packs_a ? block_rows() / strip_rows * strip_stride
                                                     : unpacked_rows * block_terms * widens;
           // Of sums that have no place in the result: those of a group of rows and a panel.
-          const int64_t group_size = blocks.packs_a ? 0 : group_rows * panel_columns;
+          const int64_t group_size = together ? 0 : group_rows * panel_columns;
           T* const panel =
               reinterpret_cast<T*>(scratch<0>((panels * panel_stride + block_size + group_size) * sizeof(T)));
           T* const block = panel + panels * panel_stride;
           T* const group = block + block_size;
-          const int64_t group_step = blocks.packs_a ? last_row - first_row : group_rows;
+          const int64_t group_step = together ? last_row - first_row : group_rows;
           for (int64_t g = first_row; g < last_row; g += group_step) {
             const int64_t end = std::min(g + group_step, last_row);
             for (int64_t j0 = first_column; j0 < last_column; j0 += panels * step) {
@@ -286,7 +299,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
       return;
     }
     multiply(
-        rows, columns, terms_of(terms), 1, {},
+        rows, columns, terms_of(terms), 1, blocks_of(rows, columns),
         [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
         [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
           pack_panel(w.transposed(), t, j, n, width, space);
