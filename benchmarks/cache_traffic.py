@@ -26,8 +26,17 @@ CPUS = {
 }
 PRODUCTS = ("forward", "dx", "dW")
 
+# The program under valgrind sees the sizes of valgrind's own CPU: here it is told of those simulated.
 REQUESTS = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <unistd.h>
 #include <valgrind/callgrind.h>
+long sysconf(int name) {
+  if (name == _SC_LEVEL2_CACHE_SIZE) return atol(getenv("SIMULATED_L2"));
+  return ((long (*)(int))dlsym(RTLD_NEXT, "sysconf"))(name);
+}
 void start(void) { CALLGRIND_START_INSTRUMENTATION; }
 void stop(void) { CALLGRIND_DUMP_STATS; CALLGRIND_STOP_INSTRUMENTATION; }
 """
@@ -38,6 +47,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="2048,1000,1000", help="rows,in,out (2048,1000,1000)")
+    parser.add_argument("--cpu", choices=CPUS, help="that one alone")
     parser.add_argument("--simulated", metavar="LIBRARY", help=argparse.SUPPRESS)
     options = parser.parse_args()
     shape = [int(side) for side in options.shape.split(",")]
@@ -50,7 +60,8 @@ def main() -> None:
     once = {"forward": 4e-6 * forward, "dx": 4e-6 * backward, "dW": 4e-6 * backward}
     print(f"{rows} x {n_in} x {n_out}, float32, elu: MB that miss, reading + writing")
     print("| CPU | product | operands, once | miss L1 | miss L2 |\n| --- | --- | --- | --- | --- |")
-    for cpu, (l1, l2) in CPUS.items():
+    for cpu in [options.cpu] if options.cpu else CPUS:
+        l1, l2 = CPUS[cpu]
         for product, (d1, ll) in simulate(options.shape, l1, l2).items():
             print(f"| {cpu} | {product} | {once[product]:.0f} | {d1:.0f} | {ll:.0f} |", flush=True)
 
@@ -59,11 +70,12 @@ def simulate(shape: str, l1: str, l2: str) -> dict[str, tuple[float, float]]:
     """MB that miss L1 and L2, by product."""
     with tempfile.TemporaryDirectory() as folder:
         library, out = f"{folder}/requests.so", f"{folder}/out"
-        compile_ = ["cc", "-O1", "-shared", "-fPIC", "-o", library, "-x", "c", "-"]
+        compile_ = ["cc", "-O1", "-shared", "-fPIC", "-o", library, "-x", "c", "-", "-ldl"]
         subprocess.run(compile_, input=REQUESTS.encode(), check=True)
         command = ["valgrind", "--tool=callgrind", "--cache-sim=yes", "--instr-atstart=no", f"--D1={l1}"]
         command += [f"--LL={l2}", f"--callgrind-out-file={out}", sys.executable, __file__]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MLPEXT_TUNE": "0"}
+        environment |= {"LD_PRELOAD": library, "SIMULATED_L2": l2.partition(",")[0]}
         subprocess.run(
             [*command, "--shape", shape, "--simulated", library],
             env=environment,
@@ -82,7 +94,7 @@ def misses(path: Path) -> tuple[float, float]:
 
 
 def multiply(shape: list[int], library: str) -> None:
-    """The part that runs under valgrind: each product twice, of which the second counts."""
+    """The part that runs under valgrind: each product twice, of which the second is simulated."""
     import torch
 
     import mlpext
