@@ -7,7 +7,7 @@ scikit-learn's is a call of partial_fit.
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ def networks() -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
     yield (784, 256, 128, 10), x, (x @ torch.randn(784, 10)).argmax(1)
 
 
-def adam(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def adam(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=LR)
 
 
