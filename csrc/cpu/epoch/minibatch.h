@@ -76,13 +76,14 @@ template <class T> struct PanelLayer : Values<T> {
   // W' with the bias as row `in`, and of the same layout dE/dW and the optimizer's buffers; W, for dx.
   Panels<T> weight, gradient, state[2], transposed;
 
-  PanelLayer(const EpochLayer& layer, int64_t rows, bool needs_dx, bool fused, int states, Arena& arena)
+  PanelLayer(const EpochLayer& layer, int64_t rows, bool needs_dx, bool stores_gradient, int states,
+             Arena& arena)
       : Values<T>(layer, rows, padded<T>(layer.out), arena), needs_dx(needs_dx) {
     auto panels = [&](int64_t rows, int64_t columns, bool wanted) {
       return Panels<T>{wanted ? arena.take<T>(rows * columns) : nullptr, rows, columns};
     };
     weight = panels(in + 1, columns, true);
-    gradient = panels(in + 1, columns, this->trained && !fused);
+    gradient = panels(in + 1, columns, this->trained && stores_gradient);
     for (int i = 0; i < 2; ++i) state[i] = panels(in + 1, columns, this->trained && i < states);
     transposed = panels(columns, padded<T>(in), needs_dx && rows > 1);
   }
@@ -185,31 +186,75 @@ template <class T> struct PanelLayer : Values<T> {
     }
   }
 
-  // The optimizer's rule, element by element: W from dE/dW and the optimizer's buffers of the same places.
-  // What is the same for all elements is computed once, pow above all: 100 ns a call, once for 16 weights,
-  // had taken most of Adam's time at batch size 1.
+  // The optimizer's step, element by element: W from dE/dW and the optimizer's buffers of the same places.
   void update(const UpdateRule& rule, int64_t step) const {
-    update_by(rule, step, [&](int64_t p, int64_t r) MLPEXT_LAMBDA {
-      const T* row = gradient.panel(p) + r * gradient.width(p);
-      return [=](int64_t v) MLPEXT_LAMBDA { return load<V>(row + v); };
+    with_rule(rule, step, [&](auto move) MLPEXT_LAMBDA {
+      for (int64_t p = 0; p < weight.count(); ++p) {
+        const int64_t width = weight.width(p), start = p * panel_width<T> * (in + 1);
+        const int64_t first = start + (job->weight.trained ? 0 : in * width);
+        const int64_t end = start + (job->bias.trained ? in + 1 : in) * width;
+        for (int64_t i = first; i < end; i += V::size) move(i, load<V>(gradient.data + i));
+      }
     });
   }
-  // After a step of one sample, whose dE/dW = dz' x need not be stored.
-  void update(const UpdateRule& rule, int64_t step, const T* x) const {
-    update_by(rule, step, [&](int64_t p, int64_t r) MLPEXT_LAMBDA {
-      const V factor = broadcast(r < in ? x[r] : T(1));
-      const T* slopes = dz + p * panel_width<T>;
-      return [=](int64_t v) MLPEXT_LAMBDA { return factor * load<V>(slopes + v); };
+
+  // The same after one sample, whose dE/dW = dz' x need not be stored; and in the same pass, so that the
+  // weights come from memory once a step, z of the `next` sample where that is known.
+  void update(const UpdateRule& rule, int64_t step, const T* x, const T* next) const {
+    with_rule(rule, step, [&, inputs = in](auto move) MLPEXT_LAMBDA {
+      for (int64_t p = 0; p < weight.count(); ++p) {
+        const int64_t width = weight.width(p), panel = p * panel_width<T> * (inputs + 1);
+        const bool trained[] = {job->weight.trained, job->bias.trained};
+        auto some = [&]<int registers>(int64_t first, std::integral_constant<int, registers>) MLPEXT_LAMBDA {
+          const int64_t column = p * panel_width<T> + first * V::size;
+          V slope[registers], sum[registers];
+#pragma GCC unroll 4
+          for (int v = 0; v < registers; ++v) slope[v] = load<V>(dz + column + v * V::size), sum[v] = V(0);
+          for (int64_t r = 0; r <= inputs; ++r) {
+            const bool bias = r == inputs;
+            const V input = broadcast(bias ? T(1) : x[r]),
+                    next_input = broadcast(bias || !next ? T(1) : next[r]);
+            const int64_t i = panel + r * width + first * V::size;
+#pragma GCC unroll 4
+            for (int v = 0; v < registers; ++v) {
+              const int64_t place = i + v * V::size;
+              const V w = trained[bias] ? move(place, input * slope[v]) : load<V>(weight.data + place);
+              sum[v] = madd(next_input, w, sum[v]);
+            }
+          }
+          if (!next) return;
+#pragma GCC unroll 4
+          for (int v = 0; v < registers; ++v) store(z + column + v * V::size, sum[v]);
+        };
+        if constexpr (panel_vectors > 2) in_steps<4, 2, 1>(0, width / V::size, some);
+        else in_steps<2, 1>(0, width / V::size, some);
+      }
     });
   }
 
  private:
-  template <class Slopes> void update_by(const UpdateRule& rule, int64_t step, Slopes slopes) const {
+  // Calls run(move), where move(i, g) changes the register of weights at place i, given dE/dW, and the
+  // optimizer's buffers there, and returns it. What is the same for all elements is computed once, pow above
+  // all: 100 ns a call, once for 16 weights, had taken most of Adam's time at batch size 1.
+  template <class Run> void with_rule(const UpdateRule& rule, int64_t step, Run run) const {
+    auto run_with = [&]<int states>(std::integral_constant<int, states>, auto changed) MLPEXT_LAMBDA {
+      run([=, w = weight.data, s0 = state[0].data, s1 = state[1].data](int64_t i, V g) MLPEXT_LAMBDA {
+        V s[2];
+        if (states > 0) s[0] = load<V>(s0 + i);
+        if (states > 1) s[1] = load<V>(s1 + i);
+        const V moved = changed(load<V>(w + i), g, s);
+        store(w + i, moved);
+        if (states > 0) store(s0 + i, s[0]);
+        if (states > 1) store(s1 + i, s[1]);
+        return moved;
+      });
+    };
     const V lr(rule.lr), decay(rule.weight_decay), momentum(rule.momentum);
     if (rule.kind == UpdateRule::descent && !state[0].data) {
-      update_each(slopes, [=](V w, V g, V*) MLPEXT_LAMBDA { return madd(-lr, madd(decay, w, g), w); });
+      run_with(std::integral_constant<int, 0>(),
+               [=](V w, V g, V*) MLPEXT_LAMBDA { return madd(-lr, madd(decay, w, g), w); });
     } else if (rule.kind == UpdateRule::descent) {
-      update_each(slopes, [=, nesterov = rule.nesterov](V w, V g, V* s) MLPEXT_LAMBDA {
+      run_with(std::integral_constant<int, 1>(), [=, nesterov = rule.nesterov](V w, V g, V* s) MLPEXT_LAMBDA {
         g = madd(decay, w, g);
         s[0] = madd(momentum, s[0], g);
         return madd(-lr, nesterov ? madd(momentum, s[0], g) : s[0], w);
@@ -220,35 +265,14 @@ template <class T> struct PanelLayer : Values<T> {
       const V root_scale(1 / std::sqrt(1 - std::pow(rule.beta2, n)));
       const V step_size(rule.lr / (1 - std::pow(rule.beta1, n)));
       const V kept(1 - rule.lr * rule.weight_decay);
-      update_each(slopes, [=, decoupled = rule.kind == UpdateRule::adamw](V w, V g, V* s) MLPEXT_LAMBDA {
-        if (decoupled) w = w * kept;
-        else g = madd(decay, w, g);
-        s[0] = madd(new_mean, g - s[0], s[0]);
-        s[1] = madd(new_square * g, g, beta2 * s[1]);
-        return w - step_size * (s[0] / madd(sqrt(s[1]), root_scale, eps));
-      });
-    }
-  }
-
-  // W = rule(W, dE/dW, the optimizer's buffers, which it changes), for weights and biases that are trained:
-  // slopes(p, r)(v) is dE/dW in row r of panel p, a register from column v on.
-  template <class Slopes, class Rule> void update_each(Slopes slopes, Rule rule) const {
-    for (int64_t p = 0; p < weight.count(); ++p) {
-      const int64_t width = weight.width(p), last = job->bias.trained ? in + 1 : in;
-      for (int64_t r = job->weight.trained ? 0 : in; r < last; ++r) {
-        const auto slope = slopes(p, r);
-        T* const w = weight.panel(p) + r * width;
-        T* const s0 = state[0].data ? state[0].panel(p) + r * width : nullptr;
-        T* const s1 = state[1].data ? state[1].panel(p) + r * width : nullptr;
-        for (int64_t v = 0; v < width; v += V::size) {
-          V s[2];
-          if (s0) s[0] = load<V>(s0 + v);
-          if (s1) s[1] = load<V>(s1 + v);
-          store(w + v, rule(load<V>(w + v), slope(v), s));
-          if (s0) store(s0 + v, s[0]);
-          if (s1) store(s1 + v, s[1]);
-        }
-      }
+      run_with(std::integral_constant<int, 2>(),
+               [=, decoupled = rule.kind == UpdateRule::adamw](V w, V g, V* s) MLPEXT_LAMBDA {
+                 if (decoupled) w = w * kept;
+                 else g = madd(decay, w, g);
+                 s[0] = madd(new_mean, g - s[0], s[0]);
+                 s[1] = madd(new_square * g, g, beta2 * s[1]);
+                 return w - step_size * (s[0] / madd(sqrt(s[1]), root_scale, eps));
+               });
     }
   }
 };
@@ -272,7 +296,7 @@ template <class T> class Minibatches : EpochBase<T> {
     layers = arena.take<PanelLayer<T>>(count);
     bool needs_dx = false;
     for (int64_t l = 0; l < count; ++l) {
-      const PanelLayer<T> layer(job.layers[l], rows, needs_dx, fused, states, arena);
+      const PanelLayer<T> layer(job.layers[l], rows, needs_dx, !fused && rows > 1, states, arena);
       if (layers) layers[l] = layer;
       needs_dx |= layer.trained;
     }
@@ -299,7 +323,6 @@ template <class T> class Minibatches : EpochBase<T> {
  private:
   // One update from `size` samples. False, and no update made: the epoch was stopped between two chunks.
   bool take_step(int64_t size) {
-    const UpdateRule& rule = job.rule;
     const T scale = job.mean ? T(1.0 / static_cast<double>(size)) : T(1);
     error = 0;
     for (int64_t l = 0; l < count; ++l)
@@ -311,14 +334,9 @@ template <class T> class Minibatches : EpochBase<T> {
       forward(n);
       const PanelLayer<T>& last = layers[count - 1];
       error += this->loss(n, scale, last.y, last.dy, last.outputs);
-      backward(n, first == 0, size);
       done += n;
+      backward(n, first == 0, first + n == size);
       first += n;
-    }
-    for (int64_t l = 0; l < count && !fused; ++l) {
-      const int64_t number = rule.steps + report.steps + 1;
-      if (layers[l].trained && size == 1) layers[l].update(rule, number, l ? layers[l - 1].y : x);
-      else if (layers[l].trained) layers[l].update(rule, number);
     }
     return true;
   }
@@ -329,7 +347,8 @@ template <class T> class Minibatches : EpochBase<T> {
     const T* input = x;
     int64_t input_row = x_row;
     for (int64_t l = 0; l < count; ++l) {
-      layers[l].forward(n, input, input_row);
+      if (l > 0 || !z_made) layers[l].forward(n, input, input_row);
+      z_made = false;
       layers[l].activate(0, n);
       input = layers[l].y;
       input_row = layers[l].outputs;
@@ -337,9 +356,10 @@ template <class T> class Minibatches : EpochBase<T> {
   }
 
   // From dE/dy of the last layer down to the lowest that is trained: dz, then dx for the layer below while W
-  // is still the one that made y, then dE/dW: applied at once (`fused`), added to the step's (chunks), or
-  // left to the update (a step of one sample: `size` is 1).
-  void backward(int64_t n, bool first_chunk, int64_t size) {
+  // is still the one that made y, then dE/dW: added to the step's, or with the last chunk used to move W.
+  void backward(int64_t n, bool first_chunk, bool last_chunk) {
+    const UpdateRule& rule = job.rule;
+    const int64_t number = rule.steps + report.steps + 1;
     for (int64_t l = count - 1; l >= 0; --l) {
       const PanelLayer<T>& layer = layers[l];
       layer.activate_backward(0, n);
@@ -347,17 +367,25 @@ template <class T> class Minibatches : EpochBase<T> {
       else if (layer.needs_dx) layer.input_gradient(layers[l - 1].dy);
       const T* input = l ? layers[l - 1].y : x;
       const int64_t input_row = l ? layers[l - 1].outputs : x_row;
-      if (fused)
-        layer.weight_gradient(n, input, input_row, layer.weight, T(-job.rule.lr),
-                              T(1 - job.rule.lr * job.rule.weight_decay));
-      else if (layer.trained && size > 1)
+      if (!layer.trained) {
+      } else if (fused) {
+        layer.weight_gradient(n, input, input_row, layer.weight, T(-rule.lr),
+                              T(1 - rule.lr * rule.weight_decay));
+      } else if (rows == 1) {
+        const T* next = l == 0 ? this->next_input() : nullptr;
+        z_made = next != nullptr;
+        layer.update(rule, number, input, next);
+      } else {
         layer.weight_gradient(n, input, input_row, layer.gradient, 1, first_chunk ? T(0) : T(1));
+        if (last_chunk) layer.update(rule, number);
+      }
       if (!layer.needs_dx) break;
     }
   }
 
   int64_t steps, rows, x_row;
   bool fused;
+  bool z_made = false;  // of the first layer, of the next sample
   PanelLayer<T>* layers;
   T* x;
   double error = 0;  // sum of E over the step under way
