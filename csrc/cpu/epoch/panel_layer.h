@@ -172,8 +172,8 @@ template <class T> struct PanelLayer : Values<T> {
     }
   }
 
-  // C = beta C + alpha dE/dW, and the same of the bias, for those that are trained; beta 0 does not read C. At
-  // most chunk_rows rows.
+  // C = beta C + alpha dE/dW, and the same of the bias, for those that are trained; beta 0 does not read C.
+  // At most chunk_rows rows.
   void weight_gradient(int64_t rows, const T* x, int64_t x_row, const Panels<T>& c, T alpha, T beta) const {
     static constexpr T one = 1;
     alignas(64) T dense[chunk_rows * panel_width<T>];
