@@ -78,6 +78,12 @@ template <class T> class EpochBase {
 
   int64_t row_of(int64_t i) const { return block.order ? block.order[i - block_first] : i - block_first; }
 
+  // The next input, or null at the end of a block.
+  const T* next_input() const {
+    const bool here = done < job.samples && done < block_first + block_count;
+    return here ? static_cast<const T*>(block.x) + row_of(done) * in : nullptr;
+  }
+
   // The next n inputs, as rows `x_row` apart.
   void gather(int64_t n, T* x, int64_t x_row) const {
     for (int64_t r = 0; r < n; ++r)

@@ -58,6 +58,14 @@ template <int rows, int vectors, class T> void panel_tile(int64_t depth, const T
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) sum[m][v] = V(0);
   const int64_t a_row = s.a_row, a_depth = s.a_depth, b_row = s.b_row;
+  // Asked for at the end only, it would be waited for, from the L3 cache where W is large. A short sum cannot
+  // hide that.
+  if (init && depth > 8) {
+#pragma GCC unroll 12
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < vectors; ++v) __builtin_prefetch(init + m * s.init_row + v * V::size, 1);
+  }
   for (int64_t k = 0; k < depth; ++k, a += a_depth, b += b_row) {
     V row[vectors];
 #pragma GCC unroll 4

@@ -10,7 +10,7 @@
 // where W x_i is a product of the whole block, and the block's dz move W in one product at its end. Nothing
 // but rounding differs from step after step.
 #pragma once
-#include "cpu/epoch/minibatch.h"
+#include "cpu/epoch/panel_layer.h"
 
 namespace mlpext::MLPEXT_ISA {
 namespace {
@@ -120,7 +120,8 @@ template <class T> class SingleSampleSgd : EpochBase<T> {
       : EpochBase<T>(job),
         rate(static_cast<T>(-job.rule.lr)),
         decay(static_cast<T>(1 - job.rule.lr * job.rule.weight_decay)),
-        first(job.layers[0], sgd_block, /*needs_dx=*/false, /*fused=*/true, /*states=*/0, arena) {
+        first(job.layers[0], sgd_block, /*needs_dx=*/false, /*one_chunk=*/true, /*stores_gradient=*/false,
+              /*states=*/0, arena) {
     // Where only one of weight and bias decays, their sum cannot.
     const auto& [weight, bias] = std::tie(job.layers[0].weight, job.layers[0].bias);
     most = decay == 1 || !bias.value || weight.trained == bias.trained ? sgd_block : 1;
