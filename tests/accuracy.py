@@ -37,7 +37,7 @@ VALUE = {
     **dict.fromkeys(("leaky_relu", "elu", "celu", "hardsigmoid"), (1.0, 1.0)),
     **dict.fromkeys(("selu", "softplus", "logsigmoid", "tanh", "softsign"), (1.7, 1.8)),
     **dict.fromkeys(("gelu_tanh", "hardswish", "tanhshrink"), (2.0, 3.0)),
-    "gelu": (2.4, 3.0),
+    "gelu": (2.1, 3.0),
     **dict.fromkeys(("sigmoid", "silu"), (2.41, 2.41)),
     "mish": (2.8, 3.0),
     "sine": (1.3, 2.5),
