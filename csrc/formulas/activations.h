@@ -2,11 +2,11 @@
 // every device, is made from this page. docs/adding-an-activation.md says how to add one.
 //
 // V is a plain float or double on a GPU (scalar_lanes.h), a register of them on a CPU (simd_lanes.h). A
-// formula uses only the lane operations that every V has: + - * /, comparisons, select, abs, sqrt, madd(a, b,
-// c) = a b + c, at_least and at_most (a NaN passes), exp(x), exp(x, c) = c e^x, expm1(x), expm1(x, c), log1p,
-// tanh, tanhshrink, sin, cos, normal_cdf, times_normal_cdf, normal_pdf, odd_cubic (elementary.h). There is no
-// `if`: with select(condition, a, b) a NaN takes the same side in every lane, at every length, on every
-// machine.
+// formula uses only the lane operations that every V has: + - * /, comparisons, select, abs, minus_abs, sqrt,
+// madd(a, b, c) = a b + c, at_least and at_most (a NaN passes), exp(x), exp(x, c) = c e^x, expm1(x),
+// expm1(x, c), log1p, tanh, tanhshrink, sin, cos, times_normal_cdf and its slope, odd_cubic (elementary.h).
+// There is no `if`: with select(condition, a, b) a NaN takes the same side in every lane, at every length, on
+// every machine.
 //
 // A struct has
 //
@@ -69,11 +69,11 @@ struct Sigmoid : Formula {  // 1 / (1 + e^-x), without overflow on either side
   static constexpr std::string_view name = "sigmoid";
   static constexpr bool keeps_output = true;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    V e = exp(-abs(x));
+    V e = exp(minus_abs(x));
     return select(x < V(0), e, V(1)) / (V(1) + e);
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    V e = exp(-abs(x));
+    V e = exp(minus_abs(x));
     return e / ((V(1) + e) * (V(1) + e));
   }
   template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const { return y * (V(1) - y); }
@@ -187,9 +187,7 @@ struct CELU : Formula {  // x, and alpha (e^(x / alpha) - 1) below 0 (Barron, 20
 struct GELU : Formula {  // x P(X <= x), X normal (Hendrycks and Gimpel, 2016, arXiv 1606.08415)
   static constexpr std::string_view name = "gelu";
   template <class V> MLPEXT_FORMULA V forward(V x) const { return times_normal_cdf(x); }
-  template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    return madd(at_most(at_least(x, V(-1000)), V(1000)), normal_pdf(x), normal_cdf(x));
-  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return times_normal_cdf_slope(x); }
 };
 
 // The derivative of x sigmoid(v), from minus = -|v|, where v has the sign of x, and slope = v'. exp
@@ -202,11 +200,11 @@ template <class V, class Exponent> MLPEXT_FORMULA V times_sigmoid_derivative(V x
 struct SiLU : Formula {  // x sigmoid(x) (Elfwing et al., 2017, arXiv 1702.03118)
   static constexpr std::string_view name = "silu";
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    V e = exp(-abs(x)), n = select(x < V(0), exp(-abs(x), at_least(x, V(-1000))), x);
+    V e = exp(minus_abs(x)), n = select(x < V(0), exp(minus_abs(x), at_least(x, V(-1000))), x);
     return madd(-at_most(n, V(1000)), e / (V(1) + e), n);  // n / (1 + e), rounded less often
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    return times_sigmoid_derivative(at_most(at_least(x, V(-1000)), V(1000)), -abs(x), V(1));
+    return times_sigmoid_derivative(at_most(at_least(x, V(-1000)), V(1000)), minus_abs(x), V(1));
   }
 };
 
@@ -236,15 +234,15 @@ struct Mish : Formula {  // x tanh(log(1 + e^x)) (Misra, 2019, arXiv 1908.08681)
     return madd(select(x > V(0), V(2), V(0.5)) * t, t, select(x > V(0), t + t, t));
   }
   template <class V> MLPEXT_FORMULA V forward(V x) const {
-    V t = exp(-abs(x)), xt = exp(-abs(x), at_most(at_least(x, V(-1000)), V(1000)));
+    V t = exp(minus_abs(x)), xt = exp(minus_abs(x), at_most(at_least(x, V(-1000)), V(1000)));
     V xn = madd(select(x > V(0), V(2), V(0.5)) * xt, t, select(x > V(0), V(0), xt));
     V q = over_one_plus(xn, rest(x, t));
     return select(x > V(0), x - q, q);
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
-    V t = exp(-abs(x)), bounded = at_most(at_least(x, V(-1000)), V(1000)), d = V(1) + rest(x, t);
+    V t = exp(minus_abs(x)), bounded = at_most(at_least(x, V(-1000)), V(1000)), d = V(1) + rest(x, t);
     V above = madd(V(4) * t * t, bounded * (V(1) + t), madd(V(2), t, V(1)) * d);
-    V below = exp(-abs(x), madd(madd(V(0.5), t, V(1)), d, bounded * (V(1) + t)));
+    V below = exp(minus_abs(x), madd(madd(V(0.5), t, V(1)), d, bounded * (V(1) + t)));
     return select(x > V(0), above, below) / (d * d);
   }
 };
@@ -255,7 +253,7 @@ struct Softplus : Formula {  // log(1 + e^(beta x)) / beta, and x where beta x >
   double beta, threshold;
   template <class V> MLPEXT_FORMULA V forward(V x) const {
     V u = V(beta) * x;
-    return select(u > V(threshold), x, (at_least(u, V(0)) + log1p(exp(-abs(u)))) / V(beta));
+    return select(u > V(threshold), x, (at_least(u, V(0)) + log1p(exp(minus_abs(u)))) / V(beta));
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     V u = V(beta) * x;
@@ -285,8 +283,13 @@ struct Hardswish : Formula {  // x hardsigmoid(x) (Howard et al., 2019, arXiv 19
 
 struct LogSigmoid : Formula {  // log(1 / (1 + e^-x))
   static constexpr std::string_view name = "logsigmoid";
-  template <class V> MLPEXT_FORMULA V forward(V x) const { return at_most(x, V(0)) - log1p(exp(-abs(x))); }
-  template <class V> MLPEXT_FORMULA V derivative(V x) const { return Sigmoid().forward(-x); }
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    return at_most(x, V(0)) - log1p(exp(minus_abs(x)));
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {  // sigmoid(-x)
+    V e = exp(minus_abs(x));
+    return select(x > V(0), e, V(1)) / (V(1) + e);
+  }
 };
 
 struct Softsign : Formula {  // x / (1 + |x|)

@@ -110,6 +110,10 @@ template <class T> MLPEXT_INLINE Lanes<T> abs(Lanes<T> x) {
   return from_bits<Lanes<T>>(bits_of(x) & ~sign_bit<T>);
 }
 
+template <class T> MLPEXT_INLINE Lanes<T> minus_abs(Lanes<T> x) {
+  return from_bits<Lanes<T>>(bits_of(x) | sign_bit<T>);
+}
+
 // Magnitude of x, sign of y.
 template <class T> MLPEXT_INLINE Lanes<T> copysign(Lanes<T> x, Lanes<T> y) {
   return from_bits<Lanes<T>>((bits_of(x) & ~sign_bit<T>) | (bits_of(y) & sign_bit<T>));

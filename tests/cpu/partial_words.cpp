@@ -1,4 +1,4 @@
-// Loads and stores of parts of registers (formulas/simd_lanes.h) against memcpy, of every n in 0..size, on one
+// Loads and stores of parts of registers (formulas/simd_memory.h) against memcpy, of every n in 0..size, on one
 // instruction set: MLPEXT_VECTOR_BYTES says which. Buffers end where a page ends behind which nothing may be
 // touched, so that a byte too many is a crash. With an argument, a store of that many floats, which
 // MLPEXT_DEBUG stops where they are no part of a register.
@@ -20,7 +20,7 @@
 #endif
 
 #define MLPEXT_ISA words
-#include "formulas/simd_lanes.h"
+#include "formulas/simd_memory.h"
 
 using namespace mlpext;
 using namespace mlpext::words;

@@ -1,4 +1,4 @@
-"""Loads and stores of parts of registers (csrc/formulas/simd_lanes.h), by partial_words.cpp: compiled for
+"""Loads and stores of parts of registers (csrc/formulas/simd_memory.h), by partial_words.cpp: compiled for
 each instruction set, and for AVX-512 once more on tests/cpu/avx512_emulator."""
 
 import os
@@ -56,7 +56,7 @@ def test_a_mask_that_is_empty_for_a_whole_register_is_seen(tmp_path):
     sources = tmp_path / "csrc"
     for folder in ("formulas", "cpu"):
         shutil.copytree(CSRC / folder, sources / folder)
-    words = sources / "formulas" / "simd_lanes.h"
+    words = sources / "formulas" / "simd_memory.h"
     mask = "_bzhi_u64(~uint64_t(0), static_cast<unsigned>(n * sizeof(M)))"
     text = words.read_text()
     assert text.count(mask) == 1

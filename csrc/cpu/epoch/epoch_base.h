@@ -7,6 +7,7 @@
 #include "cpu/epoch/panels.h"
 #include "cpu/kernels.h"
 #include "formulas/elementary.h"
+#include "formulas/simd_memory.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif

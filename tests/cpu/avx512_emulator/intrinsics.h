@@ -52,6 +52,19 @@ template <int predicate> EMULATED __mmask8 compare(__m512d a, __m512d b) {
   return static_cast<__mmask8>(bits(0) | bits(1) << 4);
 }
 
+// Lane i is number index[i] % (lanes of all tables) of the tables, one after the other.
+template <class... Tables> EMULATED __m512 look_up(__m512i index, Tables... tables) {
+  const __m512 table[] = {tables...};
+  int at[16];
+  float numbers[16 * sizeof...(tables)], y[16];
+  std::memcpy(at, &index, sizeof(at));
+  std::memcpy(numbers, table, sizeof(numbers));
+  for (int i = 0; i < 16; ++i) y[i] = numbers[at[i] & (16 * sizeof...(tables) - 1)];
+  __m512 found;
+  std::memcpy(&found, y, sizeof(found));
+  return found;
+}
+
 // b where a bit of the mask is set, else a.
 EMULATED __m512 blend(__mmask16 mask, __m512 a, __m512 b) {
   auto half = [&](int h) __attribute__((always_inline)) {
@@ -129,6 +142,9 @@ template <class Vector> EMULATED void store_bytes(void* p, uint64_t mask, const 
 #define _mm512_maskz_max_pd(all, a, b) BY_HALVES(__m512d, __m256d, _mm256_max_pd, a, b)
 #define _mm512_maskz_min_ps(all, a, b) BY_HALVES(__m512, __m256, _mm256_min_ps, a, b)
 #define _mm512_maskz_min_pd(all, a, b) BY_HALVES(__m512d, __m256d, _mm256_min_pd, a, b)
+#define _mm512_load_ps(p) (*reinterpret_cast<const __m512*>(p))
+#define _mm512_maskz_permutexvar_ps(all, index, table) emulated::look_up(index, table)
+#define _mm512_maskz_permutex2var_ps(all, low, index, high) emulated::look_up(index, low, high)
 #define _mm512_maskz_scalef_ps(all, x, n) emulated::scalef_lanes<__m512>(x, n)
 #define _mm512_maskz_scalef_pd(all, x, n) emulated::scalef_lanes<__m512d>(x, n)
 #undef _mm512_cmp_ps_mask
