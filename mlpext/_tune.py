@@ -6,7 +6,9 @@ what is compared is what there is to choose from. One thread, CPU time.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,7 +28,9 @@ MOST_MULTIPLY_ADDS = 4**15  # 20 ms
 MOST_VALUES = 4**11  # of a matrix
 
 SAMPLE_NS = 200_000
+HOPELESS_NS = 5_000_000
 ROUNDS = 5
+NEAR = 0.15  # of the ratio that decides: measured three times
 
 
 class Case(NamedTuple):
@@ -40,13 +44,22 @@ class Case(NamedTuple):
 def measure() -> dict[str, Any]:
     """The table of this machine (see `_choices`). Choices and threads are afterwards what they were."""
     ratios: dict[str, Any] = {}
+    hopeless: set[tuple[str, str]] = set()  # operations and dtypes of which torch need not be asked for more
     choice, threads, state = _choices.in_use, torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         for case in tqdm(_cases(), total=_count(), unit=" cases", leave=False, disable=None):
+            if (case.operation, case.dtype) in hopeless:
+                continue
+            if (ratio := _hopeless_ratio(case)) is not None:
+                hopeless.add((case.operation, case.dtype))
+            else:
+                ratio = _ratio(case)
+                if abs(ratio - _choices.SLOWER) < NEAR:
+                    ratio = median([ratio, _ratio(case), _ratio(case)])
             by_dtype = ratios.setdefault(case.operation, {}).setdefault(case.dtype, {})
-            (by_dtype.setdefault(case.name, {}) if case.name else by_dtype)[case.size] = _ratio(case)
+            (by_dtype.setdefault(case.name, {}) if case.name else by_dtype)[case.size] = ratio
     finally:
         _choices.use(choice)
         torch.set_num_threads(threads)
@@ -61,23 +74,45 @@ def measure() -> dict[str, Any]:
 
 def _ratio(case: Case) -> float:
     """torch's time by the package's."""
+    repeats: dict[str, int] = {}
+    times: dict[str, list[float]] = {"mlpext": [], "torch": []}
+    for round_ in range(ROUNDS + 1):
+        for who in sorted(times, reverse=round_ % 2 == 1):
+            with _served_by(who, case):
+                if round_ == 0:
+                    repeats[who] = max(1, SAMPLE_NS // max(1, _time(case.call, 3) // 3))
+                else:
+                    times[who].append(_time(case.call, repeats[who]) / repeats[who])
+    pairs = zip(times["torch"], times["mlpext"], strict=True)
+    return _rounded(median(theirs / max(ours, 1) for theirs, ours in pairs))
+
+
+def _hopeless_ratio(case: Case) -> float | None:
+    """The ratio, where one call of each tells that torch has no loops of its own for the case: its products
+    of bfloat16 take seconds without AVX-512. Both are called before they are timed."""
+    times = {}
+    for who in ("mlpext", "torch"):
+        with _served_by(who, case):
+            case.call()
+            times[who] = _time(case.call, 1)
+    slow = times["torch"] > max(10 * times["mlpext"], HOPELESS_NS)
+    return _rounded(times["torch"] / times["mlpext"]) if slow else None
+
+
+@contextlib.contextmanager
+def _served_by(who: str, case: Case) -> Iterator[None]:
     operation, dtype = _choices.OPERATIONS.index(case.operation), _choices.DTYPES.index(case.dtype)
     index = list(_C.activations()).index(case.name) if case.name else 0
-    everything = range(_C.SIDE_CELLS**3 if not case.name else _C.VALUE_CELLS)
-    served = {"mlpext": [], "torch": list(everything)}
-    repeats: dict[str, int] = {}
-    times: dict[str, list[float]] = {who: [] for who in served}
-    for round_ in range(ROUNDS + 1):
-        for who in sorted(served, reverse=round_ % 2 == 1):
-            _C.leave_to_torch(operation, dtype, index, served[who])
-            if round_ == 0:
-                case.call()
-                repeats[who] = max(1, SAMPLE_NS // max(1, _time(case.call, 3) // 3))
-            else:
-                times[who].append(_time(case.call, repeats[who]) / repeats[who])
-    _C.leave_to_torch(operation, dtype, index, [])
-    pairs = zip(times["torch"], times["mlpext"], strict=True)
-    return float(f"{median(theirs / max(ours, 1) for theirs, ours in pairs):.3g}")
+    everything = range(_C.VALUE_CELLS if case.name else _C.SIDE_CELLS**3)
+    _C.leave_to_torch(operation, dtype, index, list(everything) if who == "torch" else [])
+    try:
+        yield
+    finally:
+        _C.leave_to_torch(operation, dtype, index, [])
+
+
+def _rounded(ratio: float) -> float:
+    return float(f"{ratio:.3g}")
 
 
 def _time(call: Callable[[], Any], repeats: int) -> int:
@@ -89,7 +124,7 @@ def _time(call: Callable[[], Any], repeats: int) -> int:
 
 
 def _count() -> int:
-    return len(TUNED) * (2 * len(mlpext.activations()[1:]) * len(SIZES) + 3 * len(list(_shapes())))
+    return len(TUNED) * (2 * len(mlpext.activations()[1:]) * len(SIZES) + 3 * len(_shapes()))
 
 
 def _cases() -> Iterator[Case]:
@@ -118,8 +153,13 @@ def _cases() -> Iterator[Case]:
                 yield Case(operation, dtype, "", size, backward)
 
 
-def _shapes() -> Iterator[tuple[int, int, int]]:
-    for rows, n_in, n_out in itertools.product(SIDES, repeat=3):
-        largest = max(rows * n_in, n_in * n_out, rows * n_out)
-        if rows * n_in * n_out <= MOST_MULTIPLY_ADDS and largest <= MOST_VALUES:
-            yield rows, n_in, n_out
+def _shapes() -> list[tuple[int, int, int]]:
+    """Rows, in_features, out_features of the products, the smallest first."""
+    return sorted(
+        (
+            shape
+            for shape in itertools.product(SIDES, repeat=3)
+            if math.prod(shape) <= MOST_MULTIPLY_ADDS and math.prod(shape) <= MOST_VALUES * min(shape)
+        ),
+        key=math.prod,
+    )

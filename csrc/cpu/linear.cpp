@@ -16,8 +16,12 @@ namespace {
 
 // Whether the package's gemm is the faster one (docs/benchmarks.md). Not on the baseline, whose loops are
 // made to run on every machine while torch's product picks its instructions at run time; nor for bfloat16
-// without AVX512_BF16, where the values would be widened to float first.
-bool uses_gemm(Dtype dtype) { return kernels().isa != "baseline" && (dtype != bfloat16 || has_pairs()); }
+// with AVX-512 but without AVX512_BF16: the values would be widened to float first, which torch does better
+// there. On AVX2 torch has no such loops, and takes 4 to 100 times as long.
+bool uses_gemm(Dtype dtype) {
+  if (kernels().isa == "baseline") return false;
+  return dtype != bfloat16 || has_pairs() || kernels().isa == "avx2";
+}
 
 Matrix matrix(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
