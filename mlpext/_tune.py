@@ -44,16 +44,16 @@ class Case(NamedTuple):
 def measure() -> dict[str, Any]:
     """The table of this machine (see `_choices`). Choices and threads are afterwards what they were."""
     ratios: dict[str, Any] = {}
-    hopeless: set[tuple[str, str]] = set()  # operations and dtypes of which torch need not be asked for more
+    hopeless: set[tuple[object, ...]] = set()  # operation, dtype and name that need no larger sizes
     choice, threads, state = _choices.in_use, torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
         for case in tqdm(_cases(), total=_count(), unit=" cases", leave=False, disable=None):
-            if (case.operation, case.dtype) in hopeless:
+            if case[:3] in hopeless:
                 continue
             if (ratio := _hopeless_ratio(case)) is not None:
-                hopeless.add((case.operation, case.dtype))
+                hopeless.add(case[:3])
             else:
                 ratio = _ratio(case)
                 if abs(ratio - _choices.SLOWER) < NEAR:
