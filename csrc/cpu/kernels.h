@@ -47,7 +47,8 @@ using MaxoutBackward = void (*)(const void* grad_output, const void* index, void
 // types are float.
 using CopyRows = void (*)(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows,
                           int64_t columns);
-inline constexpr int64_t strip_rows = 6;  // of A: those whose sums fill the registers
+inline constexpr int64_t strip_rows = 6;      // of A: those whose sums fill the registers
+inline constexpr int64_t strip_columns = 16;  // of B
 
 struct GemmKernels {
   PerDtype<CopyRows> transpose;  // to[j, i] = from[i, j]
@@ -59,11 +60,13 @@ struct GemmKernels {
   // c[i] = start[i] + sum over t of a[i a_row + t a_term] b[t], where c, start and b are rows; start may be
   // null, for 0, or c. For float and double.
   // a may also be packed in strips of strip_rows rows, `a_strip` apart: row i is row i % strip_rows of strip
-  // i / strip_rows. As it lies, a_strip is strip_rows a_row.
+  // i / strip_rows. As it lies, a_strip is strip_rows a_row. So may the columns of b, in strips of
+  // strip_columns; as they lie, b_strip is strip_columns.
   using GemmBlock = void (*)(const void* a, int64_t a_row, int64_t a_term, int64_t a_strip, const void* b,
-                             int64_t b_stride, const void* start, int64_t start_stride, void* c,
-                             int64_t c_stride, int64_t rows, int64_t columns, int64_t terms);
+                             int64_t b_stride, int64_t b_strip, const void* start, int64_t start_stride,
+                             void* c, int64_t c_stride, int64_t rows, int64_t columns, int64_t terms);
   PerDtype<GemmBlock> block;
+  int64_t columns_at_once;  // of b, that a block takes where there are as many: 64, or a strip
   // For dx of a maxout, whose gradient g[i, t] belongs to the winning piece index[i, t] alone, in float and
   // double: c[i, :] = (or, with `add`, +=) sum over t of factors[i, t] b[t, index[i, t], :], where the rows
   // of b lie `b_term` apart by t and `b_piece` by index.

@@ -51,7 +51,7 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   static constexpr bool widens = sizeof(M) != sizeof(T);
   static constexpr Dtype sum_dtype = dtype == float64 ? float64 : float32;
 
-  // Part of an operand as the loops take it; with a `strip`, of A packed in strips (kernels.h).
+  // Part of an operand as the loops take it; with a `strip`, packed in strips (kernels.h).
   struct Operand {
     const T* data;
     int64_t row_stride, column_stride, strip = 0;
@@ -81,8 +81,25 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     return static_cast<const M*>(m.data) + i * m.row_stride + j * m.column_stride;
   }
 
-  // A panel of b: terms t... along its rows, columns j....
-  static void pack_panel(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t columns, T* to) {
+  // A panel of b, or from its row `first` on some rows of one: dense rows of 64 columns where the loops take
+  // all of them at once, else strips of 16 columns, which a loop can go along without a gap: at 256 bytes from
+  // row to row they would share a quarter of the L1 cache.
+  static Operand pack_panel(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t columns, T* to,
+                            int64_t first = 0) {
+    if (kernels().gemm.columns_at_once == panel_columns) {
+      pack_columns(b, t, j, terms, columns, to + first * panel_columns);
+      return {to, panel_columns, 1};
+    }
+    for (int64_t c = 0; c < columns; c += strip_columns) {
+      const int64_t n = std::min(strip_columns, columns - c);
+      widen({at(b, t, j + c), terms, n, b.row_stride, b.column_stride},
+            to + c * block_terms + first * strip_columns, strip_columns);
+    }
+    return {to, strip_columns, 1, strip_columns * block_terms};
+  }
+
+  // Terms t... along the rows of b and columns j..., to rows 64 apart.
+  static void pack_columns(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t columns, T* to) {
     const GemmKernels& kernel = kernels().gemm;
     if constexpr (!pairs) {
       widen({at(b, t, j), terms, columns, b.row_stride, b.column_stride}, to, panel_columns);
@@ -201,7 +218,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   }
 
   // The sums of the product of a (rows, terms) and b (terms, columns), block by block.
-  //   load_a(i, t, rows, terms, space) and load_b(t, j, terms, columns, space)  an Operand; space to pack it
+  //   load_a(i, t, rows, terms, space) and load_b(t, j, terms, columns, space, first)  an Operand; space to pack
+  //     it, of b from row `first` of a panel on
   //   start(i, j, columns)  what the sums start from, rows a stride apart; null for 0
   //   sums(i, j)            where they are kept; null to keep them in scratch memory
   //   finish(OutputTile, SumRows)
@@ -244,9 +262,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
                 std::array<Operand, most_panels> b;
                 for (int64_t done = 0; done == 0 || done < depth; done += packed_terms)
                   for (int64_t j = j0, p = 0; j < j_end; j += step, ++p) {
-                    const Operand part =
-                        load_b(t + done, j, std::min(packed_terms, depth - done), std::min(step, j_end - j),
-                               panel + p * panel_stride + done * panel_columns);
+                    const Operand part = load_b(t + done, j, std::min(packed_terms, depth - done),
+                                                std::min(step, j_end - j), panel + p * panel_stride, done);
                     if (done == 0) b[p] = part;
                   }
                 for (int64_t i = g; i < end; i += blocks.rows) {
@@ -258,8 +275,10 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
                     SumRows c = sums(i, j);
                     if (!c.data) c = {group + (first && last ? 0 : (i - g) * panel_columns), panel_columns};
                     const SumRows from = first ? start(i, j, width) : c;
+                    const int64_t b_strip = b[p].strip ? b[p].strip : strip_columns;
                     gemm_block(a.data, a.row_stride, a.column_stride, strip, b[p].data, b[p].row_stride,
-                               from.data, from.stride, c.data, c.stride, height, width * pieces, depth);
+                               b_strip, from.data, from.stride, c.data, c.stride, height, width * pieces,
+                               depth);
                     if (last) finish(OutputTile{i, j, height, width}, c);
                   }
                 }
@@ -301,9 +320,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     multiply(
         rows, columns, terms_of(terms), 1, blocks_of(rows, columns),
         [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
-        [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
-          pack_panel(w.transposed(), t, j, n, width, space);
-          return Operand{space, panel_columns, 1};
+        [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space, int64_t first) {
+          return pack_panel(w.transposed(), t, j, n, width, space, first);
         },
         [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, 1, 0); },
         [&](int64_t i, int64_t j) { return in_result(z, i, j, columns); },
@@ -324,9 +342,9 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
     multiply(
         x.rows, columns, terms_of(x.columns), pieces, {},
         [&](int64_t i, int64_t t, int64_t m, int64_t n, T* space) { return block_of(x, i, t, m, n, space); },
-        [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
+        [&](int64_t t, int64_t j, int64_t n, int64_t width, T* space, int64_t) {
           for (int64_t piece = 0; piece < pieces; ++piece)
-            pack_panel(w.transposed(), t, piece * columns + j, n, width, space + piece * width);
+            pack_columns(w.transposed(), t, piece * columns + j, n, width, space + piece * width);
           return Operand{space, panel_columns, 1};
         },
         [&](int64_t, int64_t j, int64_t width) { return bias_row(b, j, width, pieces, columns); },
@@ -434,8 +452,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
       };
     };
     const auto panels = [](const Matrix& b, int64_t uses) {
-      return [&b, uses](int64_t t, int64_t j, int64_t n, int64_t width, T* space) {
-        return panel_of(b, t, j, n, width, uses, space);
+      return [&b, uses](int64_t t, int64_t j, int64_t n, int64_t width, T* space, int64_t first) {
+        return panel_of(b, t, j, n, width, uses, space, first);
       };
     };
     if (dx)
@@ -475,11 +493,10 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
 
   // A panel of B: as it lies where few rows of A will read it, else packed.
   static Operand panel_of(const Matrix& b, int64_t t, int64_t j, int64_t terms, int64_t width, int64_t uses,
-                          T* space) {
+                          T* space, int64_t first) {
     if constexpr (!widens)
       if (b.column_stride == 1 && (uses < 48 || b.rows <= few_terms)) return {at(b, t, j), b.row_stride, 1};
-    pack_panel(b, t, j, terms, width, space);
-    return {space, panel_columns, 1};
+    return pack_panel(b, t, j, terms, width, space, first);
   }
 
   // The bias of the sums of a panel: that of each piece, one after the other.

@@ -267,18 +267,19 @@ MLPEXT_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_term, const T*
 // smaller tiles and partial loads; b is never read beyond its columns.
 template <class T, bool pairs = false>
 void gemm_block(const void* a_, int64_t a_row, int64_t a_term, int64_t a_strip, const void* b_,
-                int64_t b_stride, const void* start_, int64_t start_stride, void* c_, int64_t c_stride,
-                int64_t rows, int64_t columns, int64_t terms) {
+                int64_t b_stride, int64_t b_strip, const void* start_, int64_t start_stride, void* c_,
+                int64_t c_stride, int64_t rows, int64_t columns, int64_t terms) {
   using V = Lanes<T>;
   const T* a = static_cast<const T*>(a_);
   const T* b = static_cast<const T*>(b_);
   const T* start = static_cast<const T*>(start_);
   T* c = static_cast<T*>(c_);
   auto block = [&](int64_t j, auto registers, auto load_some, auto store_some) MLPEXT_LAMBDA {
+    const T* const columns_of_b = b + j / cpu::strip_columns * b_strip + j % cpu::strip_columns;
     in_steps<6, 5, 4, 3, 2, 1>(
         0, rows, [&]<int count>(int64_t i, std::integral_constant<int, count>) MLPEXT_LAMBDA {
           gemm_tile<pairs, count, registers>(a + i / cpu::strip_rows * a_strip + i % cpu::strip_rows * a_row,
-                                             a_row, a_term, b + j, b_stride,
+                                             a_row, a_term, columns_of_b, b_stride,
                                              start ? start + i * start_stride + j : nullptr, start_stride,
                                              c + i * c_stride + j, c_stride, terms, load_some, store_some);
         });
@@ -435,6 +436,7 @@ template <class... M> constexpr cpu::GemmKernels gemm_kernels() {
   return {{transpose<M>...},
           {gemm_few_rows<M>...},
           {gemm_block<double>, gemm_block<float>, nullptr, nullptr},
+          MLPEXT_VECTOR_BYTES == 64 ? 64 : cpu::strip_columns,
           {gemm_by_index<double>, gemm_by_index<float>, nullptr, nullptr},
           {gemm_by_bitmask<double>, gemm_by_bitmask<float>, nullptr, nullptr},
 #if MLPEXT_VECTOR_BYTES == 64 && !defined(MLPEXT_EMULATED_AVX512)
