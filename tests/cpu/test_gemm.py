@@ -16,7 +16,7 @@ from common import FLOATS, assert_same_bits, eager, eager_linear_maxout, every_f
 # Relative to the largest value: rounding of inputs is not counted, that of sums and of the results is.
 TOLERANCE = {torch.float64: 3e-14, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
-# (rows, in, out): one value, few rows (dot products), strips of 6 rows and 16 columns, panels of 64 columns,
+# (rows, in, out): one value, few rows (dot products, up to 48 on AVX-512, 12 on AVX2), strips of 6 rows and 16 columns, panels of 64 columns,
 # 4 and 16 of them together, blocks of 512 terms (1024 in pairs of bfloat16) and of 252 rows (half of an L2
 # cache of 1 MiB; 126 in float64), more than 4 of these, A packed from 128 columns on, groups of 1020 rows,
 # wide strips for 6 rows (2048 columns, 16 terms) and for 8 terms (8192 values), weights of 2, 4 and 8
@@ -32,6 +32,7 @@ SHAPES = [
     *((63, 129, 520), (64, 128, 513), (65, 130, 496), (66, 127, 512), (1, 854, 555)),
     *((20, 1023, 256), (21, 1024, 257), (22, 1025, 255), (23, 40, 1023), (24, 40, 1024), (25, 40, 1025)),
     *((1008, 513, 129), (1009, 512, 128), (1009, 513, 129), (1010, 20, 1024), (1011, 21, 1025)),
+    *((12, 192, 20), (13, 208, 21), (12, 191, 22), (48, 768, 70), (49, 784, 71), (48, 767, 72)),
     *((504, 513, 129), (505, 514, 130), (1261, 514, 130), (0, 3, 4), (3, 0, 5), (4, 5, 0), (0, 0, 0)),
 ]
 

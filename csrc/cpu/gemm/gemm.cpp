@@ -292,8 +292,9 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
   // Few rows of x, or few columns of the result: dot products with the rows of w as they lie, a panel of w at
   // a time. That saves packing w, and columns that do not fill a register of `gemm_block`.
   static bool by_few_rows(const Matrix& x, const Matrix& w) {
+    const int64_t most = kernels().gemm.columns_at_once == panel_columns ? 48 : 12;
     return x.column_stride == 1 && w.column_stride == 1 &&
-           (x.rows * 16 <= x.columns || (w.rows <= 8 && x.columns >= 32));
+           (x.rows <= std::min(most, x.columns / 16) || (w.rows <= 8 && x.columns >= 32));
   }
 
   // z = x w' + bias, where B is w': a panel of it is 64 rows of w, transposed as they are packed. The bias is
