@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import mlpext.functional as MF
-from common import assert_same_bits
+from common import FLOATS, assert_same_bits
 from mlpext import _C, _choices, _tune
 
 INTEL = _choices.SHIPPED / "GenuineIntel-6-85-avx512.json"
@@ -132,6 +132,26 @@ def test_products_count_rows_in_and_out_apart(use, product):
         for i, terms in enumerate((n_in, n_out, rows)):
             if i == product or terms > 300:  # sums of few terms have the same bits
                 assert served[i] == (i == product), (rows, n_in, n_out)
+
+
+@pytest.mark.parametrize("served", [("linear_dx",), ("linear_dw",), ("linear_dx", "linear_dw")])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("activation", ["elu", "identity"])
+def test_one_gradient_by_torch_and_the_others_not(use, served, dtype, activation):
+    everything = frozenset(range(_C.SIDE_CELLS**3))
+    inputs = [torch.randn(shape, dtype=dtype) for shape in ((300, 70), (90, 70), (90,))]
+    g = torch.randn(300, 90, dtype=dtype)
+
+    def gradients():
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        y = MF.linear_activation(*leaves, activation)
+        return torch.autograd.grad(y, leaves, g)
+
+    use({})
+    expected = gradients()
+    use({(product, str(dtype)[6:], ""): everything for product in served})
+    for own, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(own, other, atol=0.1 if dtype.itemsize == 2 else 1e-3, rtol=2e-2)
 
 
 def test_the_nearest_size_measured_decides(tmp_path):

@@ -16,11 +16,11 @@ from common import FLOATS, assert_same_bits, eager, eager_linear_maxout, every_f
 # Relative to the largest value: rounding of inputs is not counted, that of sums and of the results is.
 TOLERANCE = {torch.float64: 3e-14, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
-# (rows, in, out): one value, few rows (dot products, up to 48 on AVX-512, 12 on AVX2), strips of 6 rows and 16 columns, panels of 64 columns,
-# 4 and 16 of them together, blocks of 512 terms (1024 in pairs of bfloat16) and of 252 rows (half of an L2
-# cache of 1 MiB; 126 in float64), more than 4 of these, A packed from 128 columns on, groups of 1020 rows,
-# wide strips for 6 rows (2048 columns, 16 terms) and for 8 terms (8192 values), weights of 2, 4 and 8
-# columns, nothing at all.
+# (rows, in, out): one value, few rows (dot products, up to 48 on AVX-512, 12 on AVX2), strips of 6 rows and
+# 16 columns, panels of 64 columns, 4 and 16 of them together, blocks of 512 terms (1024 in pairs of bfloat16)
+# and of 252 rows (half of an L2 cache of 1 MiB; 126 in float64), more than 4 of these, A packed from 128
+# columns on, groups of 1020 rows, wide strips for 6 rows (2048 columns, 16 terms) and for 8 terms (8192
+# values), weights of 2, 4 and 8 columns, nothing at all.
 SHAPES = [
     *((1, 1, 1), (1, 64, 64), (2, 1, 3), (3, 17, 5), (4, 100, 16), (5, 8, 15), (6, 6, 17), (7, 129, 31)),
     *((8, 513, 33), (11, 66, 63), (12, 65, 64), (13, 64, 65), (59, 31, 127), (60, 32, 128), (61, 33, 129)),

@@ -45,11 +45,11 @@ struct Winners {
   int64_t pieces;
 };
 
-// dz, which is either a matrix as it lies in memory, or formed rows at a time: form(i, n, to, stride) writes
-// rows i to i + n.
+// dz, formed rows at a time: form(i, n, to, stride) writes rows i to i + n. Or read where it lies in memory,
+// but in 16 bits, which are formed all the same.
 struct PreactivationGradient {
   int64_t rows, columns;
-  const Matrix* matrix;  // null: form it
+  const Matrix* matrix;  // null: it does not lie anywhere
   c10::function_ref<void(int64_t row, int64_t rows, void* to, int64_t stride)> form;
   const Winners* winners = nullptr;
 };
