@@ -120,24 +120,21 @@ def crossed(name: str, head: str, pattern: str) -> str:
 
 
 def everywhere() -> str:
-    """For each group of cases on each CPU, instruction set and number of threads: how many are slower than
-    torch, the lowest ratio and the median."""
+    """For each group of cases how many are slower than torch and the lowest ratio, by CPU, instruction set
+    (where it is not the best) and number of threads."""
+    folders = sorted(path.parent for path in RESULTS.glob("**/everywhere.json"))
     settings = {
-        path.parent.relative_to(RESULTS).as_posix(): json.loads(path.read_text())
-        for path in sorted(RESULTS.glob("**/everywhere.json"))
+        folder.relative_to(RESULTS).as_posix(): json.loads((folder / "everywhere.json").read_text())
+        for folder in folders
     }
     groups = list(dict.fromkeys(group for record in settings.values() for group in record["groups"]))
-    rows = []
-    for setting, record in settings.items():
-        found = [record["groups"][group] for group in groups]
-        cells = [f"{each['slower']} of {each['cases']}, {_lowest(each)}" for each in found]
-        rows.append([setting, *cells])
-    table = markdown(["slower than torch, lowest ratio", *groups], rows)
+    rows = [[group, *(_slower(record["groups"][group]) for record in settings.values())] for group in groups]
+    table = markdown(["slower than torch, lowest ratio", *settings], rows)
     return f"{table}\n\n" + "\n".join(_sentence("everywhere", *each) for each in settings.items())
 
 
-def _lowest(group: Record) -> str:
-    return f"{min(group['lowest'].values()):.2f}"
+def _slower(group: Record) -> str:
+    return f"{group['slower']} of {group['cases']}, {min(group['lowest'].values()):.2f}"
 
 
 def memory() -> str:
@@ -159,7 +156,7 @@ def _sentence(name: str, where: str, record: Record) -> str:
     cpu, threads = f"{setting['cpu']}, {setting['torch_isa']}", setting["threads"]
     load = f"{setting['load_before']:.1f} on {setting['cpus_in_machine']} CPUs"
     return (
-        f"`benchmarks/{name}.py` on {setting['date'][:10]}: {where} ({cpu}), "
+        f"`benchmarks/{name.replace('-', '_')}.py` on {setting['date'][:10]}: {where} ({cpu}), "
         f"{'one thread' if threads == 1 else f'{threads} threads'},\n"
         f"load {load}, torch {setting['versions']['torch']}."
     )
@@ -213,6 +210,10 @@ TABLES: dict[str, Callable[[], str]] = {
         listed, "training", "network | samples a step",
         r"([\d-]+-10), (\w+) a step", MICROSECONDS,
         ratio("naive", "PyTorch loop"), target("naive"), ratio("JAX", "JAX"), target("JAX"),
+    ),
+    "scikit-learn": partial(
+        listed, "scikit-learn", "network | optimizer | samples a step",
+        r"([\d-]+-10), (\w+), (\d+) a step", MICROSECONDS, ratio("scikit-learn"), target("scikit-learn"),
     ),
 }  # fmt: skip
 
