@@ -48,6 +48,17 @@ def _same_start():
 
 
 @pytest.fixture
+def own_loops():
+    """For what is promised of the package's own loops alone: torch's run nowhere, whatever table is used."""
+    from mlpext import _choices
+
+    before = _choices.in_use
+    _choices.use(_choices.Choice({}, "own_loops"))
+    yield
+    _choices.use(before)
+
+
+@pytest.fixture
 def fresh_dynamo():
     torch._dynamo.reset()
     yield

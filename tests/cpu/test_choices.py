@@ -113,6 +113,7 @@ def test_results_repeat_in_any_order_of_calls(intel):
 @pytest.mark.parametrize("cell", [3, 5, 8])
 def test_a_cell_is_the_nearest_power_of_4(use, cell):
     """From 4^cell / 2 to 2 4^cell - 1; one below and one above are the neighbours'."""
+    use({})
     x = torch.linspace(-9, 9, 2 * 4**cell)
     first, last = 4**cell // 2, 2 * 4**cell - 1
     for low, high in ((first, last), (first - 1, last + 1)):

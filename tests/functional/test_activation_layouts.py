@@ -45,6 +45,7 @@ def _together(f, tensors):
 
 @pytest.mark.thorough
 @pytest.mark.isa
+@pytest.mark.usefixtures("own_loops")
 @every_float
 @every_case
 def test_specials_at_every_position_of_every_length(name, parameters, dtype):
@@ -54,6 +55,7 @@ def test_specials_at_every_position_of_every_length(name, parameters, dtype):
         assert_same_bits(*_together(lambda x: derivative(name, parameters, x), tensors), "derivative")
 
 
+@pytest.mark.usefixtures("own_loops")
 @pytest.mark.isa
 @every_float
 @every_functional_case
@@ -103,6 +105,7 @@ def cotangents(x):
 
 
 @pytest.mark.isa
+@pytest.mark.usefixtures("own_loops")
 @every_functional_case
 def test_bits_do_not_depend_on_threads(name, parameters):
     x = torch.linspace(-9, 9, 2**18 + 3)
