@@ -28,10 +28,10 @@ from fuse import models, training_step
 from harness import OURS, Case, measure
 from linear import eager as eager_linear
 from linear import tensors
+from mlpext import _choices
 
 SIZES = {"100": 100, "20 K": 20_000, "1 M": 1 << 20, "16 M": 16 << 20}
 SHAPES = 200
-SLOWER = 0.97  # below this ratio a case counts as slower than torch
 
 
 def activations() -> Iterator[Case]:
@@ -123,7 +123,7 @@ def summary(ratios: dict[str, float]) -> dict[str, Any]:
     lowest = sorted(ratios, key=lambda label: ratios[label])[:12]
     return {
         "cases": len(ratios),
-        "slower": sum(ratio < SLOWER for ratio in ratios.values()),
+        "slower": sum(ratio < _choices.SLOWER for ratio in ratios.values()),
         "median": median(ratios.values()),
         "lowest": {label: ratios[label] for label in lowest},
     }

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import mlpext
 from harness import Case, run
-from mlpext import data
 from mlpext.training import fit
+from training import SIZES, samples
 
 TARGETS = {1: 25, 32: 8, 200: 4}  # by samples a step
 FEW = {1: 200, 32: 640, 200: 1600}  # scikit-learn is given as many samples as take tens of milliseconds
@@ -27,10 +27,9 @@ LR = 1e-3
 
 def networks() -> Iterator[tuple[tuple[int, ...], Tensor, Tensor]]:
     """Sizes, inputs, class numbers."""
-    digits = data.load("digits")
-    yield (64, 100, 10), digits.x.float(), digits.target
-    x = torch.rand(2000, 784)
-    yield (784, 256, 128, 10), x, (x @ torch.randn(784, 10)).argmax(1)
+    for name, sizes in (("digits", (64, 100, 10)), ("synthetic", SIZES["synthetic"])):
+        x, d = samples(name)
+        yield sizes, x[:2000], d[:2000].argmax(1)
 
 
 def adam(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
