@@ -49,6 +49,7 @@ using CopyRows = void (*)(const void* from, int64_t from_stride, void* to, int64
                           int64_t columns);
 inline constexpr int64_t strip_rows = 6;      // of A: those whose sums fill the registers
 inline constexpr int64_t strip_columns = 16;  // of B
+inline constexpr int64_t panel_columns = 64;  // of B, packed: four registers of AVX-512
 
 struct GemmKernels {
   PerDtype<CopyRows> transpose;  // to[j, i] = from[i, j]
@@ -66,7 +67,7 @@ struct GemmKernels {
                              int64_t b_stride, int64_t b_strip, const void* start, int64_t start_stride,
                              void* c, int64_t c_stride, int64_t rows, int64_t columns, int64_t terms);
   PerDtype<GemmBlock> block;
-  int64_t columns_at_once;  // of b, that a block takes where there are as many: 64, or a strip
+  int64_t columns_at_once;  // of b, that a block takes where there are as many: a panel, or a strip
   // For dx of a maxout, whose gradient g[i, t] belongs to the winning piece index[i, t] alone, in float and
   // double: c[i, :] = (or, with `add`, +=) sum over t of factors[i, t] b[t, index[i, t], :], where the rows
   // of b lie `b_term` apart by t and `b_piece` by index.

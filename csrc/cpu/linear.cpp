@@ -132,14 +132,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(
     auto [dx, dw, db] = torch_linear_backward(dz, input, weight, torchs);
     const Mask rest{output_mask[0] && !torchs[0], output_mask[1] && !torchs[1], output_mask[2] && !torchs[2]};
     if (any(rest)) {
-      const Matrix formed = matrix(dz);
-      const auto copy = [&](int64_t row, int64_t rows, void* to, int64_t stride) {
-        const auto* from =
-            static_cast<const char*>(formed.data) + row * formed.row_stride * dz.element_size();
-        copy_rows(dtype, {from, rows, formed.columns, formed.row_stride, formed.column_stride}, to, stride);
-      };
-      auto [own_dx, own_dw, own_db] = gemm_gradients(
-          dtype, dz.scalar_type(), {formed.rows, formed.columns, &formed, copy}, input, weight, rest);
+      auto [own_dx, own_dw, own_db] = linear_activation_backward(
+          dz, input, weight, std::nullopt, Identity::name, {}, /*from_output=*/true, rest);
       if (rest[0]) dx = own_dx;
       if (rest[1]) dw = own_dw;
       if (rest[2]) db = own_db;

@@ -8,9 +8,9 @@
 #include <memory>
 #include <new>
 
-namespace mlpext::cpu {
+#include "cpu/kernels.h"
 
-constexpr int64_t panel_columns = 64;  // of B: four registers of AVX-512
+namespace mlpext::cpu {
 
 // What backward forms of a gradient's rows at a time, so that memory does not grow with them.
 constexpr std::size_t gradient_bytes = std::size_t(8) << 20;

@@ -436,7 +436,7 @@ template <class... M> constexpr cpu::GemmKernels gemm_kernels() {
   return {{transpose<M>...},
           {gemm_few_rows<M>...},
           {gemm_block<double>, gemm_block<float>, nullptr, nullptr},
-          MLPEXT_VECTOR_BYTES == 64 ? 64 : cpu::strip_columns,
+          MLPEXT_VECTOR_BYTES == 64 ? cpu::panel_columns : cpu::strip_columns,
           {gemm_by_index<double>, gemm_by_index<float>, nullptr, nullptr},
           {gemm_by_bitmask<double>, gemm_by_bitmask<float>, nullptr, nullptr},
 #if MLPEXT_VECTOR_BYTES == 64 && !defined(MLPEXT_EMULATED_AVX512)
