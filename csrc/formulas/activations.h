@@ -65,13 +65,16 @@ struct Identity : Formula {
   template <class V> MLPEXT_FORMULA V derivative_from_output(V) const { return V(1); }
 };
 
+// 1 / (1 + e^|x|) where `small`, else 1 / (1 + e^-|x|).
+template <class V, class Condition> MLPEXT_FORMULA V sigmoid_of_abs(V x, Condition small) {
+  V e = exp(minus_abs(x));
+  return select(small, e, V(1)) / (V(1) + e);
+}
+
 struct Sigmoid : Formula {  // 1 / (1 + e^-x), without overflow on either side
   static constexpr std::string_view name = "sigmoid";
   static constexpr bool keeps_output = true;
-  template <class V> MLPEXT_FORMULA V forward(V x) const {
-    V e = exp(minus_abs(x));
-    return select(x < V(0), e, V(1)) / (V(1) + e);
-  }
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return sigmoid_of_abs(x, x < V(0)); }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {
     V e = exp(minus_abs(x));
     return e / ((V(1) + e) * (V(1) + e));
@@ -287,8 +290,7 @@ struct LogSigmoid : Formula {  // log(1 / (1 + e^-x))
     return at_most(x, V(0)) - log1p(exp(minus_abs(x)));
   }
   template <class V> MLPEXT_FORMULA V derivative(V x) const {  // sigmoid(-x)
-    V e = exp(minus_abs(x));
-    return select(x > V(0), e, V(1)) / (V(1) + e);
+    return sigmoid_of_abs(x, x > V(0));
   }
 };
 

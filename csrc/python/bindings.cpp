@@ -2,6 +2,8 @@
 // torch.ops. Anything else (a subclass with __torch_function__, a function mode, an fx proxy, an argument of
 // the wrong type) goes to mlpext/_torch_fallback.py, which calls torch's own functions, so that it
 // behaves, or is refused, as torch does.
+#include "python/bindings.h"
+
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -13,8 +15,6 @@
 #include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 #include "ops/switches.h"
-#include "python/epoch.h"
-#include "python/metrics.h"
 #include "python/network_module.h"
 
 namespace {

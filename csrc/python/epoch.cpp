@@ -1,8 +1,6 @@
 // Python's way into an epoch of the native engine: layers, rule and data from the records of
 // mlpext/training/engines/native.py to an EpochJob of plain pointers (cpu/epoch/job.h), and its calls back
 // into Python, for the next block of rows and for progress. The GIL is held in those calls only.
-#include "python/epoch.h"
-
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -12,6 +10,7 @@
 #include <memory>
 
 #include "cpu/tensors.h"
+#include "python/bindings.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif

@@ -1,8 +1,6 @@
 // What an epoch's losses, weights and outputs add up to (mlpext/training/_loop.py, _metrics.py). Float32 and
 // float64 in the CPU's memory are read by loops, 1 us for a few samples where torch's operators take 20. All
 // else goes through torch's operators.
-#include "python/metrics.h"
-
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/core/grad_mode.h>
@@ -13,6 +11,8 @@
 #include <cmath>
 #include <numeric>
 #include <span>
+
+#include "python/bindings.h"
 
 namespace mlpext::python {
 namespace {

@@ -1,4 +1,4 @@
-// The metrics' place in the Python module.
+// The parts of the Python module that have files of their own.
 #pragma once
 
 namespace pybind11 {
@@ -7,6 +7,7 @@ class module_;
 
 namespace mlpext::python {
 
+void bind_epoch(pybind11::module_& m);
 void bind_metrics(pybind11::module_& m);
 
 }  // namespace mlpext::python
