@@ -111,6 +111,37 @@ def test_parameters_that_16_bits_round(case):
     check(case)
 
 
+@examples(
+    Case(
+        "mlp",
+        (Layer(4, "squareplus"), Layer(15, "softsign")),
+        (48, 64),
+        bias=False,
+        entry="module",
+        dtype="bfloat16",
+        layouts=("contiguous", "channels last", "contiguous", "contiguous"),
+        masks=(True,) * 3,
+        way="hessian product",
+        seed=477839884,
+    ),
+    _layer(
+        "sine",
+        params={"omega": 30.0},
+        width=47,
+        shape=(9, 3, 8),
+        entry="module",
+        dtype="float16",
+        values="grid",
+        masks=(True,) * 3,
+        way="twice",
+        seed=1605788751,
+    ),
+)
+def test_roundings_that_decide(case):
+    """The sign of z near 0, where softsign'' jumps; 65533, to float16 65504 or inf."""
+    check(case)
+
+
 ON_PURPOSE = (
     _layer("mish", shape=(49,), layouts=("contiguous", "overlapping", "offset"), masks=(True, True, False)),
     _alone("leaky_relu", shape=(12, 12, 5), layouts=("transposed", "contiguous")),
