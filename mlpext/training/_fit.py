@@ -14,6 +14,7 @@ from torch import nn
 from mlpext.training._arguments import Arguments, MakeOptimizer, anywhere, check_same_run, count
 from mlpext.training._callbacks import Callback
 from mlpext.training._early_stopping import EarlyStopping
+from mlpext.training._evaluate import TRAINED_WITH
 from mlpext.training._loop import Run, loop
 from mlpext.training._losses import Loss, check_parts, loss_sum_of
 from mlpext.training._metrics import MetricsArgument, metrics_for
@@ -193,6 +194,8 @@ def _train(arguments: Arguments, context: Context) -> History:
         arguments.check()
         with contextlib.ExitStack() as cleanup:
             run = _prepare(arguments, context, device, cleanup)
+            loss = arguments.loss if isinstance(arguments.loss, str) else ""
+            TRAINED_WITH[arguments.model] = loss, arguments.classes
             loop(run)
         if run.state.stopping.weights:
             run.state.stopping.restore_best(run.state.weights())
