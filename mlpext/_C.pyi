@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
@@ -45,9 +46,16 @@ def run_epoch(
     x: Tensor | None,
     d: Tensor | None,
     order: Tensor,
-    fetch: Callable[[int, int], tuple[Tensor, Tensor]] | None,
+    fetch: Callable[[int, int], tuple[Tensor, ...]] | None,  # (x, d) or (x, d, sample_weight)
     block_size: int,
     losses: Tensor,
     outputs: Tensor | None,
     poll: Callable[[int, float], bool],
+    sample_weight: Tensor | None = None,
+    seed: int = 0,
+    epoch: int = 1,
 ) -> tuple[int, bool]: ...
+def losses() -> list[str]: ...
+def dropout_mask(
+    p: float, seed: int, epoch: int, layer: int, first: int, rows: int, units: int, dtype: torch.dtype
+) -> Tensor: ...

@@ -46,6 +46,7 @@ class LayerRecord(NamedTuple):
     params: tuple[float, ...]
     weight_states: tuple[Tensor, ...]
     bias_states: tuple[Tensor, ...]
+    dropout: float = 0.0  # probability of a unit's output to be 0; 0: none
 
 
 def _functions(kind: type) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class NativeEngine:
         layers = layers_of(model, torch.device("cpu"))
         check_rows(samples, plan, layers[0])
         self._rule, states = rule_and_states(optimizer, trained_of(layers))
+        self._rule.l2 = getattr(plan, "l2", 0.0)
+        self._rule.clip_grad_norm = getattr(plan, "clip_grad_norm", None) or 0.0
         self._layers = [describe(layer, states) for layer in layers]
         self._dtype = layers[0].weight.dtype
         self._dense = samples.dense_tensors(self._dtype)
@@ -49,7 +51,7 @@ class NativeEngine:
         return NativeEngine(self._model, samples, self._plan, self._optimizer)
 
     def run_epoch(
-        self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
+        self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress, epoch: int = 1
     ) -> tuple[Tensor, Tensor]:
         plan, count, outputs = self._plan, len(order), self._outputs
         losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64, device="cpu")
@@ -63,11 +65,15 @@ class NativeEngine:
                     metric_sum = metric_sum + plan.metric.sum(outputs[: len(d)], d)
             targets.clear()
 
-        def fetch(first: int, rows: int) -> tuple[Tensor, Tensor]:
+        weights: Tensor | None = getattr(self._samples, "weights", None)
+        weights_of = getattr(self._samples, "weights_of", None)
+
+        def fetch(first: int, rows: int) -> tuple[Tensor, ...]:
             add_metric()
-            x, d = self._samples[order[first : first + rows]]
+            block = order[first : first + rows]
+            x, d = self._samples[block]
             targets.append(d)
-            return x, d
+            return (x, d) if weights_of is None or weights is None else (x, d, weights_of(block))
 
         reported, total = 0, 0.0
 
@@ -96,6 +102,9 @@ class NativeEngine:
             losses=losses,
             outputs=outputs,
             poll=poll,
+            sample_weight=weights,
+            seed=getattr(plan, "seed", 0),
+            epoch=epoch,
         )
         count_steps(self._optimizer, self._rule, steps)
         if stopped:
