@@ -11,56 +11,59 @@
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-// A counter a lane, each word in the lower half of 64 bits: what products leave in the upper is ignored.
+// Several counters at once, that of unit j and the three after it in a lane. A word is the lower half of 64
+// bits: what the products leave in the upper is ignored.
 struct Philox {
-  static constexpr int size = MLPEXT_VECTOR_BYTES / 8;
-  using Words = Packed<uint64_t, size>;
+  static constexpr int size = MLPEXT_VECTOR_BYTES / 8, words = 4 * size;
+  using Lane = Packed<uint64_t, size>;
 
-  static MLPEXT_INLINE Words product(Words a, uint32_t b) {  // of the lower halves
+  static MLPEXT_INLINE Lane product(Lane a, uint32_t b) {  // of the lower halves
 #if MLPEXT_VECTOR_BYTES == 64
-    return (Words)_mm512_mul_epu32((__m512i)a, (__m512i)(Words{} + b));
+    return (Lane)_mm512_mul_epu32((__m512i)a, (__m512i)(Lane{} + b));
 #elif MLPEXT_VECTOR_BYTES == 32
-    return (Words)_mm256_mul_epu32((__m256i)a, (__m256i)(Words{} + b));
+    return (Lane)_mm256_mul_epu32((__m256i)a, (__m256i)(Lane{} + b));
 #elif defined(__SSE2__)
-    return (Words)_mm_mul_epu32((__m128i)a, (__m128i)(Words{} + b));
+    return (Lane)_mm_mul_epu32((__m128i)a, (__m128i)(Lane{} + b));
 #else
     return (a & 0xffffffff) * b;
 #endif
   }
 
-  // The counter becomes the four words that it stands for.
-  static MLPEXT_INLINE void ten_rounds(Words (&counter)[4], uint64_t seed) {
-    uint32_t key[] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  // to[4 i + k] = word k that stands for counter i.
+  static MLPEXT_INLINE void generate(Lane c0, Lane c1, Lane c2, Lane c3, uint64_t seed, uint32_t* to) {
+    auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
-    for (int round = 0; round < 10; ++round) {
-      const Words even = product(counter[0], 0xD2511F53), odd = product(counter[2], 0xCD9E8D57);
-      counter[0] = (odd >> 32) ^ counter[1] ^ key[0];
-      counter[1] = odd;
-      counter[2] = (even >> 32) ^ counter[3] ^ key[1];
-      counter[3] = even;
-      key[0] += 0x9E3779B9;
-      key[1] += 0xBB67AE85;
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
+      const Lane even = product(c0, 0xD2511F53), odd = product(c2, 0xCD9E8D57);
+      c0 = (odd >> 32) ^ c1 ^ key0;
+      c1 = odd;
+      c2 = (even >> 32) ^ c3 ^ key1;
+      c3 = even;
     }
+    const Lane first = (c0 & 0xffffffff) | c1 << 32, second = (c2 & 0xffffffff) | c3 << 32;
+    [&]<int... i>(std::integer_sequence<int, i...>) MLPEXT_LAMBDA {  // lane by lane in turn
+      write(to, __builtin_shufflevector(first, second, (i / 2 + i % 2 * size)...));
+      write(to + words / 2, __builtin_shufflevector(first, second, (size / 2 + i / 2 + i % 2 * size)...));
+    }(std::make_integer_sequence<int, size>());
   }
 };
 
 template <class T> void dropout_mask(const cpu::Dropout& dropout, int64_t first, int64_t rows, int64_t units,
                                      int64_t stride, void* mask_) {
-  using Words = Philox::Words;
-  constexpr int64_t at_once = 4 * Philox::size;
-  const auto threshold = static_cast<uint32_t>(dropout.p * 0x1p32);  // its units are dropped: u below it
+  const auto threshold = static_cast<uint32_t>(dropout.p * 0x1p32);  // a unit is dropped where u is below it
   const T kept = static_cast<T>(1 / (1 - dropout.p));
-  Words lanes;
-  for (int i = 0; i < Philox::size; ++i) lanes[i] = i;
+  Philox::Lane numbers;
+  for (int i = 0; i < Philox::size; ++i) numbers[i] = i;
   for (int64_t r = 0; r < rows; ++r) {
     T* mask = static_cast<T*>(mask_) + r * stride;
-    for (int64_t j = 0; j < units; j += at_once) {
-      Words u[4] = {Words{} + static_cast<uint64_t>(first + r), Words{} + dropout.epoch,
-                    Words{} + dropout.layer, lanes + static_cast<uint64_t>(j / 4)};
-      Philox::ten_rounds(u, dropout.seed);
-      const int64_t n = units - j < at_once ? units - j : at_once;
-      for (int64_t i = 0; i < n; ++i)
-        mask[j + i] = static_cast<uint32_t>(u[i % 4][i / 4]) < threshold ? T(0) : kept;
+    for (int64_t j = 0; j < units; j += Philox::words) {
+      alignas(64) uint32_t u[Philox::words];
+      alignas(64) T m[Philox::words];
+      Philox::generate(Philox::Lane{} + static_cast<uint64_t>(first + r), Philox::Lane{} + dropout.epoch,
+                       Philox::Lane{} + dropout.layer, numbers + static_cast<uint64_t>(j / 4), dropout.seed,
+                       u);
+      for (int i = 0; i < Philox::words; ++i) m[i] = u[i] < threshold ? T(0) : kept;
+      std::memcpy(mask + j, m, (units - j < Philox::words ? units - j : Philox::words) * sizeof(T));
     }
   }
 }

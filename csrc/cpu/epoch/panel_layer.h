@@ -19,7 +19,7 @@ template <class T> struct Values {
   int64_t in, out, outputs, columns;  // `columns`: of z, `outputs` of each piece
   bool identity, keeps_z, drops, trained;
   T *z, *y, *dz, *dy;  // (rows, columns) and (rows, outputs)
-  T* mask;          // (rows, outputs), of dropout: y is then f(z) m; where f(z) is all that f' needs, z is it
+  T* mask;  // (rows, outputs), of dropout: y = f(z) m; where f' follows from f(z), that takes z's place
   int32_t* winner;  // (rows, outputs), of maxout
 
   Values(const EpochLayer& layer, int64_t rows, int64_t outputs, Arena& arena)
@@ -345,7 +345,9 @@ template <class T> struct PanelLayer : Values<T> {
       });
     } else {
       const double n = static_cast<double>(step);
-      const V new_mean(1 - rule.beta1), new_square(1 - rule.beta2), beta2(rule.beta2), eps(rule.eps);
+      const V new_mean(1 - rule.beta1), new_square(1 - rule.beta2), beta2(rule.beta2);
+      // Also with eps 0 a gradient that has always been 0 moves nothing: padding stays 0.
+      const V eps = at_least(V(rule.eps), V(std::numeric_limits<T>::min()));
       const V root_scale(1 / std::sqrt(1 - std::pow(rule.beta2, n)));
       const V step_size(rule.lr / (1 - std::pow(rule.beta1, n)));
       const V kept(1 - rule.lr * rule.weight_decay);
