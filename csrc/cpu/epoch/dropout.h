@@ -17,7 +17,7 @@ struct Philox {
   static constexpr int size = MLPEXT_VECTOR_BYTES / 8, words = 4 * size;
   using Lane = Packed<uint64_t, size>;
 
-  static MLPEXT_INLINE Lane product(Lane a, uint32_t b) {  // of the lower halves
+  static MLPEXT_INLINE Lane product(const Lane& a, uint32_t b) {  // of the lower halves
 #if MLPEXT_VECTOR_BYTES == 64
     return (Lane)_mm512_mul_epu32((__m512i)a, (__m512i)(Lane{} + b));
 #elif MLPEXT_VECTOR_BYTES == 32
@@ -30,7 +30,8 @@ struct Philox {
   }
 
   // to[4 i + k] = word k that stands for counter i.
-  static MLPEXT_INLINE void generate(Lane c0, Lane c1, Lane c2, Lane c3, uint64_t seed, uint32_t* to) {
+  static MLPEXT_INLINE void generate(const Lane (&counter)[4], uint64_t seed, uint32_t* to) {
+    Lane c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
     auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma GCC unroll 10
     for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9, key1 += 0xBB67AE85) {
@@ -59,9 +60,9 @@ template <class T> void dropout_mask(const cpu::Dropout& dropout, int64_t first,
     for (int64_t j = 0; j < units; j += Philox::words) {
       alignas(64) uint32_t u[Philox::words];
       alignas(64) T m[Philox::words];
-      Philox::generate(Philox::Lane{} + static_cast<uint64_t>(first + r), Philox::Lane{} + dropout.epoch,
-                       Philox::Lane{} + dropout.layer, numbers + static_cast<uint64_t>(j / 4), dropout.seed,
-                       u);
+      const Philox::Lane zero{}, counter[] = {zero + static_cast<uint64_t>(first + r), zero + dropout.epoch,
+                                              zero + dropout.layer, numbers + static_cast<uint64_t>(j / 4)};
+      Philox::generate(counter, dropout.seed, u);
       for (int i = 0; i < Philox::words; ++i) m[i] = u[i] < threshold ? T(0) : kept;
       std::memcpy(mask + j, m, (units - j < Philox::words ? units - j : Philox::words) * sizeof(T));
     }

@@ -163,11 +163,12 @@ template <class T> class EpochBase {
   // Of the next n samples, from rows of y and of dE/dy that lie `stride` apart: dE/dy times `scale` and the
   // sample's weight, and the weighted sum of E.
   double loss(int64_t n, double scale, const T* y, T* dy, int64_t stride) {
-    double total = 0;
+    double total = 0, weights = 0;
     with_loss(job.loss, [&](auto formula) {
       for (int64_t r = 0; r < n; ++r) {
         const int64_t row = row_of(done + r);
         const double weight = weight_of(row);
+        weights += weight;
         total += weight *
                  formula.error(LossRow<T>{
                      y + r * stride, block.classes ? nullptr : static_cast<const T*>(block.d) + row * outputs,
@@ -177,7 +178,7 @@ template <class T> class EpochBase {
     for (int64_t r = 0; r < n && job.outputs; ++r)
       std::memcpy(static_cast<T*>(job.outputs) + (done + r - block_first) * outputs, y + r * stride,
                   outputs * sizeof(T));
-    epoch_error += total;
+    epoch_error += static_cast<double>(n) * mean(total, weights);
     return total;
   }
 
@@ -186,7 +187,7 @@ template <class T> class EpochBase {
   SampleRows block;
   int64_t block_first = 0, block_count = 0;
   int64_t done = 0, polled = 0;
-  double epoch_error = 0;  // weighted sum of E
+  double epoch_error = 0;  // samples done times their mean E
   EpochReport report;
 };
 

@@ -71,7 +71,8 @@ struct EpochJob {
       outputs;  // null, or (block_size, n_last): what the model gave as the steps met the samples of a block
   void* context;  // of the functions below, which return false to stop; either may be null
   bool (*fetch)(void* context, int64_t first, int64_t count, SampleRows* rows);
-  // Every 16 samples or more, between two steps (in batch mode two chunks): samples done, their weighted sum of E.
+  // Every 16 samples or more, between two steps (in batch mode two chunks): samples done, and their number
+  // times their mean E.
   bool (*poll)(void* context, int64_t done, double error);
 };
 

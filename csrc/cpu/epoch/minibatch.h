@@ -7,8 +7,8 @@
 //
 // The gradient of a step is g = share (dW + l2 W), with share 1, or for a mean 1 over the samples' weights.
 // dE/dy has that factor already, but where samples have weights and the step several chunks: what those to
-// come weigh is not known, and dW is multiplied at the end. Where the norm of g is bounded, g is stored, since
-// no weight can be moved before the last is known.
+// come weigh is not known, and dW is multiplied at the end. Where the norm of g is bounded, dW is stored,
+// since no weight can be moved before the last of g is known.
 #pragma once
 #include "cpu/epoch/panel_layer.h"
 
@@ -149,8 +149,8 @@ template <class T> class Minibatches : EpochBase<T> {
   bool z_made = false;  // of the first layer, of the next sample
   PanelLayer<T>* layers;
   T* x;
-  double error = 0,
-         weight = 0;  // of the step under way: sum of E, with l2/2 ||W||^2; sum of the samples' weights
+  // Of the step under way: the sum of E, with l2/2 ||W||^2, and that of the samples' weights.
+  double error = 0, weight = 0;
 };
 
 }  // namespace

@@ -250,8 +250,8 @@ template <class T> struct PanelLayer : Values<T> {
     else return madd(broadcast(l2), load<V>(weight.data + i), broadcast(factor) * gradient);
   }
 
-  // Calls f(first, bias, end): where in panel p the trained weights begin, where the bias does, and the end of
-  // what is trained.
+  // Calls f(first, bias, end) with places of panel p: what is trained lies from first to end, the bias from
+  // `bias` on.
   template <class F> MLPEXT_INLINE void in_panel(int64_t p, F f) const {
     const int64_t width = weight.width(p), start = p * panel_width<T> * (in + 1), bias = start + in * width;
     f(job->weight.trained ? start : bias, bias, job->bias.trained ? bias + width : bias);
