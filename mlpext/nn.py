@@ -416,8 +416,9 @@ class MLP(torch.nn.Sequential):
                 seed, epoch, first = self.mask_origin
                 each = x[0].numel() // x.shape[-1]  # rows of a sample
                 rows = first * each, len(x) * each
-                mask = _C.dropout_mask(self.dropout, seed, epoch, place, *rows, x.shape[-1], x.dtype)
-                x = x * mask.to(x.device).view(x.shape)
+                dtype = torch.promote_types(x.dtype, torch.float32)
+                mask = _C.dropout_mask(self.dropout, seed, epoch, place, *rows, x.shape[-1], dtype)
+                x = x * mask.to(x).view(x.shape)
         return last(x)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:

@@ -118,8 +118,7 @@ class Case:
         # Adam's parameters have then made different numbers of steps.
         uneven = self.optimizer in ("Adam", "AdamW") and self.callback == "alternate" and self.epochs > 2
         return (
-            bool(self.weighed or self.l2 or self.clip_grad_norm or self.dropout or self.loss.startswith("b"))
-            or (later or uneven or self.halved_by != "" or self.dtype == "bfloat16")
+            (later or uneven or self.halved_by != "" or self.dtype == "bfloat16")
             or any(place.again is not None or place.weight_of is not None for place in self.places)
             or any(not usual(place.activation, dict(place.params)) for place in self.places)
         )
@@ -741,7 +740,7 @@ def _options(r: random.Random, case: Case, tied: bool) -> Case:
         case = dataclasses.replace(case, l2=r.choice((1e-3, 0.1, 1.0)))
     if r.random() < 0.15:
         case = dataclasses.replace(case, clip_grad_norm=r.choice((1e-2, 0.3, 100.0)))
-    if r.random() < 0.2 and case.container == "MLP" and not tied and hasattr(mlpext._C, "dropout_mask"):
+    if r.random() < 0.2 and case.container == "MLP" and not tied:
         case = dataclasses.replace(case, dropout=r.choice((0.1, 0.5, 0.8)))
     if r.random() < 0.15 and case.epochs > 1:
         case = dataclasses.replace(case, schedule=r.choice(list(SCHEDULES)))

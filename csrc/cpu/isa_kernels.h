@@ -142,6 +142,7 @@ constinit const cpu::Kernels kernels{
     {maxout_backward_kernels<uint8_t>(), maxout_backward_kernels<int32_t>()},
     gemm_kernels<double, float, BFloat16, Half>(),
     {train<double>, train<float>},
+    {dropout_mask<double>, dropout_mask<float>},
 };
 
 }  // namespace mlpext::MLPEXT_ISA

@@ -100,6 +100,7 @@ struct Kernels {
   GemmKernels gemm;
   // float64 and float32.
   std::array<TrainEpoch, 2> train;
+  std::array<DropoutMask, 2> dropout_mask;
 };
 
 // The table in use: the best that this machine runs, or the one that the environment variable MLPEXT_CPU_ISA

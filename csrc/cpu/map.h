@@ -5,8 +5,6 @@
 #include "formulas/elementary.h"
 #include "formulas/simd_memory.h"
 
-#define MLPEXT_LAMBDA __attribute__((always_inline))
-
 namespace mlpext::MLPEXT_ISA {
 namespace {
 

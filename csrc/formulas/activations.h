@@ -30,6 +30,7 @@
 #else
 #define MLPEXT_FORMULA __attribute__((always_inline)) inline
 #endif
+#define MLPEXT_LAMBDA __attribute__((always_inline))
 
 namespace mlpext {
 

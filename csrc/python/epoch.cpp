@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "cpu/tensors.h"
+#include "formulas/losses.h"
 #include "python/bindings.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -18,11 +19,11 @@
 namespace mlpext::python {
 namespace {
 
+using cpu::Dropout;
 using cpu::EpochJob;
 using cpu::EpochLayer;
 using cpu::EpochParameter;
 using cpu::EpochReport;
-using cpu::Loss;
 using cpu::SampleRows;
 using cpu::TrainEpoch;
 using cpu::UpdateRule;
@@ -66,18 +67,30 @@ void* data(const Tensor& t, at::ScalarType dtype, at::IntArrayRef sizes, const c
   return t.data_ptr();
 }
 
+double probability(double p) {
+  TORCH_CHECK_VALUE(0 <= p && p < 1, "dropout: expected 0 <= p < 1, got ", p);
+  return p;
+}
+
+// Any integer, by its lowest 64 bits.
+uint64_t seed_of(const py::int_& seed) {
+  const uint64_t bits = PyLong_AsUnsignedLongLongMask(seed.ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return bits;
+}
+
 // A job, and the Python objects behind it.
 struct Run {
   std::vector<EpochLayer> layers;
   std::vector<std::array<double, 2>> params;
   EpochJob job{};
   at::ScalarType dtype = at::kFloat;
-  py::object fetch, poll, x, d;  // x and d: of the block under way
+  py::object fetch, poll, x, d, weights;  // x, d and weights: of the block under way
   Clock::time_point polled = Clock::now();
   std::exception_ptr error;
 
-  // A LayerRecord of mlpext/training/engines/_support.py.
-  void add(py::handle layer, std::size_t states) {
+  // A LayerRecord of mlpext/training/engines/_support.py. `dropout`: of the layer, but for its probability.
+  void add(py::handle layer, std::size_t states, Dropout dropout) {
     const py::object weight_ = layer.attr("weight"), bias_ = layer.attr("bias");
     const auto name = py::cast<std::string>(layer.attr("activation"));
     const auto values = py::cast<std::vector<double>>(layer.attr("params"));
@@ -106,6 +119,8 @@ struct Run {
       data(bias, dtype, weight.sizes().slice(0, weight.dim() - 1), "bias");
       own.bias = parameter(bias, bias_states, states);
     }
+    own.dropout = dropout;
+    own.dropout.p = probability(py::cast<double>(layer.attr("dropout")));
     layers.push_back(own);
   }
 
@@ -124,8 +139,8 @@ struct Run {
     job.layer_count = static_cast<int64_t>(layers.size());
   }
 
-  // Takes `count` rows of x and d as the block under way; with `order`, all rows.
-  SampleRows rows(py::object x_, py::object d_, int64_t count) {
+  // Takes `count` rows of x and d, and their weights or None, as the block under way.
+  SampleRows rows(py::object x_, py::object d_, py::object weights_, int64_t count) {
     const Tensor &x_rows = tensor(x_, "x"), &d_rows = tensor(d_, "d");
     const int64_t outputs = layers.back().out;
     SampleRows rows;
@@ -136,8 +151,11 @@ struct Run {
     } else {
       rows.d = data(d_rows, dtype, {count, outputs}, "d");
     }
+    if (!weights_.is_none())
+      rows.weights = data(tensor(weights_, "sample_weight"), dtype, {count}, "sample_weight");
     x = std::move(x_);
     d = std::move(d_);
+    weights = std::move(weights_);
     return rows;
   }
 
@@ -161,7 +179,7 @@ struct Run {
     Run& run = *static_cast<Run*>(context);
     return run.python([&] {
       py::tuple block = run.fetch(first, count);
-      *rows = run.rows(block[0], block[1], count);
+      *rows = run.rows(block[0], block[1], block.size() > 2 ? py::object(block[2]) : py::none(), count);
       return true;
     });
   }
@@ -187,25 +205,32 @@ UpdateRule rule_of(py::handle record) {
   std::tie(rule.beta1, rule.beta2) = py::cast<std::pair<double, double>>(record.attr("betas"));
   rule.eps = py::cast<double>(record.attr("eps"));
   rule.steps = py::cast<int64_t>(record.attr("steps"));
+  rule.l2 = py::cast<double>(record.attr("l2"));
+  rule.clip_norm = py::cast<double>(record.attr("clip_grad_norm"));
   return rule;
 }
 
 py::tuple run_epoch(const py::list& layers, py::handle rule, const std::string& loss, bool mean,
                     int64_t samples, int64_t step_size, const py::object& x, const py::object& d,
                     py::handle order, py::object fetch, int64_t block_size, py::handle losses,
-                    py::handle outputs, py::object poll) {
+                    py::handle outputs, py::object poll, const py::object& sample_weight,
+                    const py::int_& seed, uint32_t epoch) {
   HANDLE_TH_ERRORS
   Run run;
   EpochJob& job = run.job;
   job.rule = rule_of(rule);
   const std::size_t states = job.rule.kind != UpdateRule::descent ? 2 : job.rule.momentum != 0 ? 1 : 0;
   run.params.reserve(layers.size());
-  for (py::handle layer : layers) run.add(layer, states);
+  Dropout dropout{0, seed_of(seed), epoch, 0};
+  for (py::handle layer : layers) {
+    run.add(layer, states, dropout);
+    ++dropout.layer;
+  }
   TORCH_CHECK_VALUE(!layers.empty() && samples > 0 && step_size > 0 && block_size > 0,
                     "layers, samples, step_size and block_size must be at least 1");
   run.finish();
-  TORCH_CHECK_VALUE(loss == "squared_error" || loss == "cross_entropy", "loss: unknown name ", loss);
-  job.loss = loss == "squared_error" ? Loss::squared_error : Loss::cross_entropy;
+  job.loss = std::find(loss_names.begin(), loss_names.end(), loss) - loss_names.begin();
+  TORCH_CHECK_VALUE(job.loss < loss_names.size(), "loss: unknown name ", loss);
   job.mean = mean;
   job.samples = samples;
   job.step_size = step_size;
@@ -219,7 +244,7 @@ py::tuple run_epoch(const py::list& layers, py::handle rule, const std::string& 
     TORCH_CHECK_VALUE(block_size == samples, "block_size: expected all ", samples, " samples, got ",
                       block_size);
     const int64_t rows = tensor(x, "x").size(0);
-    job.rows = run.rows(x, d, rows);
+    job.rows = run.rows(x, d, sample_weight, rows);
     job.rows.order = static_cast<const int64_t*>(data(tensor(order, "order"), at::kLong, {samples}, "order"));
     Run::check_indices(job.rows.order, samples, rows, "row");
   } else {
@@ -244,6 +269,22 @@ py::tuple run_epoch(const py::list& layers, py::handle rule, const std::string& 
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
+at::Tensor dropout_mask(double p, const py::int_& seed, uint32_t epoch, uint32_t layer, int64_t first,
+                        int64_t rows, int64_t units, const py::object& dtype) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(THPDtype_Check(dtype.ptr()), "dtype must be a torch.dtype");
+  const at::ScalarType scalar = reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type;
+  TORCH_CHECK_VALUE(scalar == at::kFloat || scalar == at::kDouble, "dtype: expected float32 or float64, got ",
+                    scalar);
+  const Dropout dropout{probability(p), seed_of(seed), epoch, layer};
+  at::Tensor mask = at::empty({rows, units}, scalar);
+  py::gil_scoped_release no_gil;
+  cpu::kernels().dropout_mask[scalar == at::kDouble ? 0 : 1](dropout, first, rows, units, units,
+                                                             mask.data_ptr());
+  return mask;
+  END_HANDLE_TH_ERRORS_PYBIND
+}
+
 }  // namespace
 
 void bind_epoch(pybind11::module_& m) {
@@ -254,7 +295,15 @@ void bind_epoch(pybind11::module_& m) {
   });
   m.def("run_epoch", run_epoch, py::arg("layers"), py::arg("rule"), py::arg("loss"), py::arg("mean"),
         py::arg("samples"), py::arg("step_size"), py::arg("x"), py::arg("d"), py::arg("order"),
-        py::arg("fetch"), py::arg("block_size"), py::arg("losses"), py::arg("outputs"), py::arg("poll"));
+        py::arg("fetch"), py::arg("block_size"), py::arg("losses"), py::arg("outputs"), py::arg("poll"),
+        py::arg("sample_weight") = py::none(), py::arg("seed") = 0, py::arg("epoch") = 1);
+  m.def(
+      "losses", [] { return std::vector<std::string>(loss_names.begin(), loss_names.end()); },
+      "The names of the losses that run_epoch knows.");
+  m.def("dropout_mask", dropout_mask, py::arg("p"), py::arg("seed"), py::arg("epoch"), py::arg("layer"),
+        py::arg("first"), py::arg("rows"), py::arg("units"), py::arg("dtype"),
+        "0 or 1 / (1 - p) for each unit of a layer and each of the samples at first ... first + rows - 1 of "
+        "an epoch, (rows, units).");
 }
 
 }  // namespace mlpext::python

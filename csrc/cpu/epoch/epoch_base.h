@@ -1,12 +1,12 @@
 // What both kinds of epoch share: scratch memory, the way through the samples (rows brought in block by
-// block, gathered in the epoch's order), progress, and the losses with their gradients dE/dy. To add a loss:
-// its name in job.h, its value and gradient here, beside squared_error and cross_entropy
-// (docs/adding-a-loss.md).
+// block, gathered in the epoch's order), progress, and the loss of a row of outputs, by the formulas of
+// formulas/losses.h.
 #pragma once
 #include "cpu/epoch/job.h"
 #include "cpu/epoch/panels.h"
 #include "cpu/kernels.h"
 #include "formulas/elementary.h"
+#include "formulas/losses.h"
 #include "formulas/simd_memory.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -21,7 +21,6 @@ namespace {
 using cpu::EpochJob;
 using cpu::EpochLayer;
 using cpu::EpochReport;
-using cpu::Loss;
 using cpu::SampleRows;
 using cpu::UpdateRule;
 
@@ -44,6 +43,61 @@ struct Arena {
     return piece;
   }
 };
+
+// What a loss sees of a sample: its outputs y, and d or a class number, which stands for d with a 1 in that
+// place; and where dE/dy goes. y, d and slope are the register of them that begins at i, n of whose lanes
+// count.
+template <class T> struct LossRow {
+  using V = Lanes<T>;
+  const T *outputs, *targets;  // targets null: `target` is the class
+  int64_t target, count;       // count: of the outputs
+  T* slopes;
+  V scale;  // what dE/dy is to be multiplied by
+
+  MLPEXT_INLINE V y(int64_t i, int n) const { return load_partial<V>(outputs + i, n); }
+  MLPEXT_INLINE V d(int64_t i, int n) const {
+    if (targets) return load_partial<V>(targets + i, n);
+    return select(numbers() == V(static_cast<double>(target - i)), V(1), V(0));
+  }
+  MLPEXT_INLINE V slope(int64_t i, int n) const { return load_partial<V>(slopes + i, n); }
+  MLPEXT_INLINE void store_slope(int64_t i, int n, V dy) const { store_partial(slopes + i, dy, n); }
+
+  // Calls f(i, n) for each register of the row.
+  template <class F> MLPEXT_INLINE void along(F f) const {
+    for (int64_t i = 0; i < count; i += V::size)
+      f(i, static_cast<int>(count - i < V::size ? count - i : V::size));
+  }
+  // Calls f(y, d, E) for each register; returns the sum over the lanes of E, to which f adds.
+  template <class F> MLPEXT_INLINE T sum(F f) const {
+    V all(0);
+    along([&](int64_t i, int n) MLPEXT_LAMBDA {
+      V E = all;
+      store_slope(i, n, scale * f(y(i, n), d(i, n), E));
+      all = first(n, E, all);
+    });
+    return total(all);
+  }
+  static MLPEXT_INLINE T total(V v) {
+    T sum = 0;
+    for (int i = 0; i < V::size; ++i) sum += v.v[i];
+    return sum;
+  }
+  // The first n lanes of a, then those of b.
+  static MLPEXT_INLINE V first(int n, V a, V b) { return select(numbers() < V(n), a, b); }
+  static MLPEXT_INLINE V numbers() {  // 0, 1, 2, ...
+    return []<int... i>(std::integer_sequence<int, i...>) MLPEXT_LAMBDA {
+      return V(typename V::Register{T(i)...});
+    }(std::make_integer_sequence<int, V::size>());
+  }
+};
+
+// Calls run(loss) with the loss of that place in the list.
+template <class Run> void with_loss(std::size_t place, Run run) {
+  [&]<class... Loss>(std::tuple<Loss...>*) {
+    std::size_t i = 0;
+    ((i++ == place ? run(Loss()) : void()), ...);
+  }(static_cast<Losses*>(nullptr));
+}
 
 template <class T> class EpochBase {
  protected:
@@ -91,74 +145,42 @@ template <class T> class EpochBase {
       std::memcpy(x + r * x_row, static_cast<const T*>(block.x) + row_of(done + r) * in, in * sizeof(T));
   }
 
-  // Of the next n samples, from rows of y and of dE/dy that lie `stride` apart: dE/dy, and the sum of E.
-  double loss(int64_t n, T scale, const T* y, T* dy, int64_t stride) {
-    double total = 0;
-    for (int64_t r = 0; r < n; ++r, y += stride, dy += stride) {
-      const int64_t row = row_of(done + r);
-      const T* d = block.classes ? nullptr : static_cast<const T*>(block.d) + row * outputs;
-      const int64_t target = block.classes ? block.classes[row] : 0;
-      total += job.loss == Loss::squared_error ? squared_error(y, d, target, dy, scale)
-                                               : cross_entropy(y, d, target, dy, scale);
-      if (job.outputs)
-        std::memcpy(static_cast<T*>(job.outputs) + (done + r - block_first) * outputs, y,
-                    outputs * sizeof(T));
-    }
-    epoch_error += total;
-    return total;
+  double weight_of(int64_t row) const {
+    return block.weights ? static_cast<const T*>(block.weights)[row] : 1;
   }
-
-  // Sum of f(i, lanes) over the registers of a row of outputs, f given how many lanes count.
-  template <class F> MLPEXT_INLINE void along(F f) const {
-    for (int64_t i = 0; i < outputs; i += V::size)
-      f(i, static_cast<int>(outputs - i < V::size ? outputs - i : V::size));
-  }
-  static MLPEXT_INLINE T sum_of(V v) {
-    T sum = 0;
-    for (int i = 0; i < V::size; ++i) sum += v.v[i];
+  // The sum of the weights of the next n samples, which are of one block.
+  double weight_of_next(int64_t n) const {
+    if (!block.weights) return static_cast<double>(n);
+    double sum = 0;
+    for (int64_t r = 0; r < n; ++r) sum += weight_of(row_of(done + r));
     return sum;
   }
+  // A mean over samples that weigh so much together; 0 where they all weigh nothing. Of one that weighs 1
+  // without a division: three of them took 2 % of a step at 64-100-10.
+  static double mean(double sum, double weight) { return weight == 1 ? sum : weight > 0 ? sum / weight : 0; }
+  // What a step of such samples multiplies the gradient of the sum by.
+  double share(double weight) const { return job.mean ? mean(1, weight) : 1; }
 
-  // E = 1/2 ||y - d||^2, dE/dy = y - d; a class number stands for its one-hot d.
-  double squared_error(const T* y, const T* d, int64_t target, T* dy, T scale) const {
-    V squares(0);
-    along([&](int64_t i, int n) __attribute__((always_inline)) {
-      V e = load_partial<V>(y + i, n);
-      if (d) e = e - load_partial<V>(d + i, n);
-      else if (target >= i && target < i + n) e.v[target - i] -= 1;
-      squares = madd(e, e, squares);
-      store_partial(dy + i, broadcast(scale) * e, n);
+  // Of the next n samples, from rows of y and of dE/dy that lie `stride` apart: dE/dy times `scale` and the
+  // sample's weight, and the weighted sum of E.
+  double loss(int64_t n, double scale, const T* y, T* dy, int64_t stride) {
+    double total = 0, weights = 0;
+    with_loss(job.loss, [&](auto formula) {
+      for (int64_t r = 0; r < n; ++r) {
+        const int64_t row = row_of(done + r);
+        const double weight = weight_of(row);
+        weights += weight;
+        total += weight *
+                 formula.error(LossRow<T>{
+                     y + r * stride, block.classes ? nullptr : static_cast<const T*>(block.d) + row * outputs,
+                     block.classes ? block.classes[row] : 0, outputs, dy + r * stride, V(scale * weight)});
+      }
     });
-    return 0.5 * sum_of(squares);
-  }
-
-  // E = -sum d log softmax(y), with d of sum s: dE/dy = s softmax(y) - d.
-  double cross_entropy(const T* y, const T* d, int64_t target, T* dy, T scale) const {
-    // exp(y - largest) cannot overflow; a NaN anywhere becomes the largest, and so the loss.
-    T largest = y[0];
-    for (int64_t i = 1; i < outputs; ++i) largest = y[i] > largest || y[i] != y[i] ? y[i] : largest;
-    V sum(0), weighed(0), weights(0);
-    along([&](int64_t i, int n) __attribute__((always_inline)) {
-      const V shifted = load_partial<V>(y + i, n) - broadcast(largest);
-      V power = exp(shifted);
-      for (int j = n; j < V::size; ++j) power.v[j] = 0;
-      sum = sum + power;
-      store_partial(dy + i, power, n);
-      if (!d) return;
-      const V wanted = load_partial<V>(d + i, n);
-      weights = weights + wanted;
-      weighed = madd(wanted, shifted, weighed);
-    });
-    const T s = d ? sum_of(weights) : 1, powers = sum_of(sum);
-    along([&](int64_t i, int n) __attribute__((always_inline)) {
-      const V softmax = load_partial<V>(dy + i, n) / broadcast(powers);
-      V slope = broadcast(s) * softmax;
-      if (d) slope = slope - load_partial<V>(d + i, n);
-      else if (target >= i && target < i + n) slope.v[target - i] -= 1;
-      store_partial(dy + i, broadcast(scale) * slope, n);
-    });
-    const T mean = d ? sum_of(weighed) : y[target] - largest;
-    return s * std::log(powers) - mean;
+    for (int64_t r = 0; r < n && job.outputs; ++r)
+      std::memcpy(static_cast<T*>(job.outputs) + (done + r - block_first) * outputs, y + r * stride,
+                  outputs * sizeof(T));
+    epoch_error += static_cast<double>(n) * mean(total, weights);
+    return total;
   }
 
   const EpochJob& job;
@@ -166,7 +188,7 @@ template <class T> class EpochBase {
   SampleRows block;
   int64_t block_first = 0, block_count = 0;
   int64_t done = 0, polled = 0;
-  double epoch_error = 0;  // sum of E
+  double epoch_error = 0;  // samples done times their mean E
   EpochReport report;
 };
 

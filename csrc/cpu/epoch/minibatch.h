@@ -4,6 +4,11 @@
 // W' + b, y = f(z) layer by layer, the loss, then backward dz = dy f', dW = dz' x, dx = dz W. Where a step is
 // one chunk under plain descent, W -= eta dW is part of the product that makes dW (`fused`), which then is
 // never stored. At batch size 1 no weight is transposed: dx comes of dot products with the rows as they lie.
+//
+// The gradient of a step is g = share (dW + l2 W), with share 1, or for a mean 1 over the samples' weights.
+// dE/dy has that factor already, but where samples have weights and the step several chunks: what those to
+// come weigh is not known, and dW is multiplied at the end. Where the norm of g is bounded, dW is stored,
+// since no weight can be moved before the last of g is known.
 #pragma once
 #include "cpu/epoch/panel_layer.h"
 
@@ -24,13 +29,15 @@ template <class T> class Minibatches : EpochBase<T> {
     // The update is part of the gradient's product where one chunk is a step, and needs nothing but dE/dW. (A
     // block smaller than a step cuts the step into chunks of its own.)
     const UpdateRule& rule = job.rule;
-    const bool one_chunk = chunks == 1 && job.block_size >= step;
-    fused = one_chunk && rule.kind == UpdateRule::descent && rule.momentum == 0;
+    one_chunk = chunks == 1 && job.block_size >= step;
+    const bool clips = rule.clip_norm != 0;
+    fused = one_chunk && rule.kind == UpdateRule::descent && rule.momentum == 0 && !clips;
+    single = rows == 1 && !clips;
     const int states = rule.kind != UpdateRule::descent ? 2 : rule.momentum != 0 ? 1 : 0;
     layers = arena.take<PanelLayer<T>>(count);
     bool needs_dx = false;
     for (int64_t l = 0; l < count; ++l) {
-      const PanelLayer<T> layer(job.layers[l], rows, needs_dx, one_chunk, !fused && rows > 1, states, arena);
+      const PanelLayer<T> layer(job.layers[l], rows, needs_dx, one_chunk, !fused && !single, states, arena);
       if (layers) layers[l] = layer;
       needs_dx |= layer.trained;
     }
@@ -46,7 +53,7 @@ template <class T> class Minibatches : EpochBase<T> {
       const int64_t left = job.samples - step * job.step_size;
       const int64_t size = left < job.step_size ? left : job.step_size;
       if (!take_step(size)) break;
-      job.losses[step] = error / static_cast<double>(size);
+      job.losses[step] = this->mean(error, weight);
       ++report.steps;
       if (!std::isfinite(job.losses[step])) break;
     }
@@ -57,16 +64,20 @@ template <class T> class Minibatches : EpochBase<T> {
  private:
   // One update from `size` samples. False, and no update made: the epoch was stopped between two chunks.
   bool take_step(int64_t size) {
-    const T scale = job.mean ? T(1.0 / static_cast<double>(size)) : T(1);
-    error = 0;
-    for (int64_t l = 0; l < count; ++l)
+    error = weight = 0;
+    for (int64_t l = 0; l < count; ++l) {
       if (layers[l].transposed.data) layers[l].transpose_weight();
+      if (job.rule.l2 != 0) error += 0.5 * job.rule.l2 * layers[l].squared_weights();
+    }
     for (int64_t first = 0; first < size;) {
       const int64_t left = size - first, chunks = (left + rows - 1) / rows;
       const int64_t n = this->proceed() ? this->bring(left / chunks) : 0;
       if (n == 0) return false;
       forward(n);
       const PanelLayer<T>& last = layers[count - 1];
+      weight += this->weight_of_next(n);
+      const double scale =
+          divides_last() ? 1 : this->share(this->block.weights ? weight : static_cast<double>(size));
       error += this->loss(n, scale, last.y, last.dy, last.outputs);
       done += n;
       backward(n, first == 0, first + n == size);
@@ -83,7 +94,7 @@ template <class T> class Minibatches : EpochBase<T> {
     for (int64_t l = 0; l < count; ++l) {
       if (l > 0 || !z_made) layers[l].forward(n, input, input_row);
       z_made = false;
-      layers[l].activate(0, n);
+      layers[l].activate(0, n, done);
       input = layers[l].y;
       input_row = layers[l].outputs;
     }
@@ -94,6 +105,7 @@ template <class T> class Minibatches : EpochBase<T> {
   void backward(int64_t n, bool first_chunk, bool last_chunk) {
     const UpdateRule& rule = job.rule;
     const int64_t number = rule.steps + report.steps + 1;
+    const double share = this->share(weight), factor = divides_last() ? share : 1, l2 = rule.l2 * share;
     for (int64_t l = count - 1; l >= 0; --l) {
       const PanelLayer<T>& layer = layers[l];
       layer.activate_backward(0, n);
@@ -104,25 +116,41 @@ template <class T> class Minibatches : EpochBase<T> {
       if (!layer.trained) {
       } else if (fused) {
         layer.weight_gradient(n, input, input_row, layer.weight, T(-rule.lr),
-                              T(1 - rule.lr * rule.weight_decay));
-      } else if (rows == 1) {
+                              T(1 - rule.lr * (rule.weight_decay + l2)), T(1 - rule.lr * rule.weight_decay));
+      } else if (single) {
         const T* next = l == 0 ? this->next_input() : nullptr;
         z_made = next != nullptr;
-        layer.update(rule, number, input, next);
+        layer.update(rule, number, T(l2), input, next);
       } else {
-        layer.weight_gradient(n, input, input_row, layer.gradient, 1, first_chunk ? T(0) : T(1));
-        if (last_chunk) layer.update(rule, number);
+        const T kept = first_chunk ? T(0) : T(1);
+        layer.weight_gradient(n, input, input_row, layer.gradient, 1, kept, kept);
+        if (last_chunk && rule.clip_norm == 0) layer.update(rule, number, T(factor), T(l2));
       }
       if (!layer.needs_dx) break;
     }
+    if (last_chunk && rule.clip_norm != 0) update_clipped(number, factor, l2);
   }
 
+  // As torch.nn.utils.clip_grad_norm_, then the optimizer's step.
+  void update_clipped(int64_t number, double factor, double l2) {
+    double squares = 0;
+    for (int64_t l = 0; l < count; ++l)
+      if (layers[l].trained) squares += layers[l].squared_gradient(T(factor), T(l2));
+    const double ratio = job.rule.clip_norm / (std::sqrt(squares) + 1e-6), kept = ratio > 1 ? 1 : ratio;
+    for (int64_t l = 0; l < count; ++l)
+      if (layers[l].trained) layers[l].update(job.rule, number, T(kept * factor), T(kept * l2));
+  }
+
+  bool divides_last() const { return this->block.weights && !one_chunk; }
+
   int64_t steps, rows, x_row;
-  bool fused;
+  bool one_chunk;       // a step is one chunk
+  bool fused, single;   // whether dW is never stored: by the product, or by the update of one sample
   bool z_made = false;  // of the first layer, of the next sample
   PanelLayer<T>* layers;
   T* x;
-  double error = 0;  // sum of E over the step under way
+  // Of the step under way: the sum of E, with l2/2 ||W||^2, and that of the samples' weights.
+  double error = 0, weight = 0;
 };
 
 }  // namespace

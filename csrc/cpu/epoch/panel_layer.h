@@ -1,6 +1,7 @@
 // A layer of an epoch: what it makes of a chunk of rows, its weights as panels, the products on them, and the
 // optimizers' steps.
 #pragma once
+#include "cpu/epoch/dropout.h"
 #include "cpu/epoch/epoch_base.h"
 #include "formulas/activation_info.h"
 
@@ -16,9 +17,10 @@ template <class T> struct Values {
   const EpochLayer* job;
   const cpu::ActivationKernels* activation;
   int64_t in, out, outputs, columns;  // `columns`: of z, `outputs` of each piece
-  bool identity, keeps_z, trained;
+  bool identity, keeps_z, drops, trained;
   T *z, *y, *dz, *dy;  // (rows, columns) and (rows, outputs)
-  int32_t* winner;     // (rows, outputs), of maxout
+  T* mask;  // (rows, outputs), of dropout: y = f(z) m; where f' follows from f(z), that takes z's place
+  int32_t* winner;  // (rows, outputs), of maxout
 
   Values(const EpochLayer& layer, int64_t rows, int64_t outputs, Arena& arena)
       : job(&layer),
@@ -29,29 +31,36 @@ template <class T> struct Values {
         columns(outputs * (layer.pieces ? layer.pieces : 1)),
         identity(!layer.pieces && layer.activation == index_of<Identity>),
         keeps_z(layer.pieces || !layer.output_suffices),
+        drops(layer.dropout.p > 0),
         trained(layer.weight.trained || layer.bias.trained) {
     y = arena.take<T>(rows * padded<T>(outputs));
-    z = keeps_z ? arena.take<T>(rows * padded<T>(columns)) : y;
+    z = keeps_z || drops ? arena.take<T>(rows * padded<T>(columns)) : y;
     dy = arena.take<T>(rows * padded<T>(outputs));
     dz = layer.pieces ? arena.take<T>(rows * padded<T>(columns)) : dy;
+    mask = drops ? arena.take<T>(rows * padded<T>(outputs)) : nullptr;
     winner = layer.pieces ? arena.take<int32_t>(rows * outputs) : nullptr;
   }
 
-  // y = f(z), or the largest piece and its number, for `rows` rows from row `first` on. Rows lie dense, so
-  // that an activation is one run over all of them.
-  void activate(int64_t first, int64_t rows) const {
-    T *z = this->z + first * columns, *y = this->y + first * outputs;
+  // y = f(z), or the largest piece and its number, for `rows` rows from row `first` on, the first of which is
+  // that sample of the epoch. Rows lie dense, so that an activation is one run over all of them.
+  void activate(int64_t first, int64_t rows, int64_t sample) const {
+    T *z = this->z + first * columns, *y = drops && !keeps_z ? z : this->y + first * outputs;
     if (job->pieces) {
       for (int64_t r = 0; r < rows; ++r)
         kernels.maxout_forward[1][dtype<T>](z + r * columns, y + r * outputs, winner + (first + r) * outputs,
                                             job->pieces, outputs, outputs);
     } else if (!identity) activation->forward[dtype<T>](job->params, z, y, rows * columns);
     else if (keeps_z) std::memcpy(y, z, rows * columns * sizeof(T));
+    if (!drops) return;
+    T *const dropped = this->y + first * outputs, *const mask = this->mask + first * outputs;
+    dropout_mask<T>(job->dropout, sample, rows, out, outputs, mask);
+    multiply(rows, y, mask, dropped);
   }
   // dz = dy f'; of a maxout dz has the columns of all pieces, and is 0 but for those that have won.
   void activate_backward(int64_t first, int64_t rows) const {
-    const T *z = this->z + first * columns, *dy = this->dy + first * outputs;
-    T* dz = this->dz + first * columns;
+    const T* z = this->z + first * columns;
+    T *dy = this->dy + first * outputs, *dz = this->dz + first * columns;
+    if (drops) multiply(rows, dy, mask + first * outputs, dy);
     if (job->pieces) {
       for (int64_t r = 0; r < rows; ++r)
         kernels.maxout_backward[1][dtype<T>](dy + r * outputs, winner + (first + r) * outputs,
@@ -59,6 +68,11 @@ template <class T> struct Values {
     } else if (!identity)
       (keeps_z ? activation->backward : activation->backward_from_output)[dtype<T>](job->params, dy, z, dz,
                                                                                     rows * columns);
+  }
+
+ private:
+  void multiply(int64_t rows, const T* values, const T* mask, T* to) const {
+    map(rows * outputs, to, [](Lanes<T> y, Lanes<T> m) MLPEXT_LAMBDA { return y * m; }, values, mask);
   }
 };
 
@@ -172,9 +186,10 @@ template <class T> struct PanelLayer : Values<T> {
     }
   }
 
-  // C = beta C + alpha dE/dW, and the same of the bias, for those that are trained; beta 0 does not read C.
-  // At most chunk_rows rows.
-  void weight_gradient(int64_t rows, const T* x, int64_t x_row, const Panels<T>& c, T alpha, T beta) const {
+  // C = beta C + alpha dE/dW, and the same of the bias with its own beta, for those that are trained; beta 0
+  // does not read C. At most chunk_rows rows.
+  void weight_gradient(int64_t rows, const T* x, int64_t x_row, const Panels<T>& c, T alpha, T beta,
+                       T bias_beta) const {
     static constexpr T one = 1;
     alignas(64) T dense[chunk_rows * panel_width<T>];
     for (int64_t p = 0; p < c.count(); ++p) {
@@ -191,26 +206,84 @@ template <class T> struct PanelLayer : Values<T> {
         panel_gemm<T>(in, width, rows, x, slopes, panel, beta == 0 ? nullptr : panel, alpha, beta,
                       {1, x_row, width, width, width});
       if (job->bias.trained)
-        panel_gemm<T>(1, width, rows, &one, slopes, last, beta == 0 ? nullptr : last, alpha, beta,
+        panel_gemm<T>(1, width, rows, &one, slopes, last, bias_beta == 0 ? nullptr : last, alpha, bias_beta,
                       {0, 0, width, width, width});
     }
   }
 
-  // The optimizer's step, element by element: W from dE/dW and the optimizer's buffers of the same places.
-  void update(const UpdateRule& rule, int64_t step) const {
-    with_rule(rule, step, [&](auto move) MLPEXT_LAMBDA {
-      for (int64_t p = 0; p < weight.count(); ++p) {
-        const int64_t width = weight.width(p), start = p * panel_width<T> * (in + 1);
-        const int64_t first = start + (job->weight.trained ? 0 : in * width);
-        const int64_t end = start + (job->bias.trained ? in + 1 : in) * width;
-        for (int64_t i = first; i < end; i += V::size) move(i, load<V>(gradient.data + i));
-      }
-    });
+  // ||W||^2 of the trained weights, without the biases; and of the whole gradient that `update` would take.
+  double squared_weights() const {
+    double sum = 0;
+    for (int64_t p = 0; job->weight.trained && p < weight.count(); ++p)
+      sum += squares(weight.panel(p), in * weight.width(p), [](V w, int64_t) MLPEXT_LAMBDA { return w; });
+    return sum;
+  }
+  double squared_gradient(T factor, T l2) const {
+    double sum = 0;
+    for (int64_t p = 0; p < weight.count(); ++p)
+      in_panel(p, [&](int64_t first, int64_t bias, int64_t end) MLPEXT_LAMBDA {
+        sum += squares(gradient.data + first, end - first, [&](V g, int64_t i) MLPEXT_LAMBDA {
+          return total<true>(first + i, g, factor, first + i < bias ? l2 : T(0));
+        });
+      });
+    return sum;
+  }
+
+  // The optimizer's step, element by element: W from g = factor dE/dW + l2 W (of the bias, factor dE/db) and
+  // the optimizer's buffers of the same places.
+  void update(const UpdateRule& rule, int64_t step, T factor, T l2) const {
+    if (factor == 1 && l2 == 0) update_with<false>(rule, step, factor, l2);
+    else update_with<true>(rule, step, factor, l2);
   }
 
   // The same after one sample, whose dE/dW = dz' x need not be stored; and in the same pass, so that the
   // weights come from memory once a step, z of the `next` sample where that is known.
-  void update(const UpdateRule& rule, int64_t step, const T* x, const T* next) const {
+  void update(const UpdateRule& rule, int64_t step, T l2, const T* x, const T* next) const {
+    if (l2 == 0) update_with<false>(rule, step, l2, x, next);
+    else update_with<true>(rule, step, l2, x, next);
+  }
+
+ private:
+  // g at place i of the panels.
+  template <bool changes> MLPEXT_INLINE V total(int64_t i, V gradient, T factor, T l2) const {
+    if constexpr (!changes) return gradient;
+    else return madd(broadcast(l2), load<V>(weight.data + i), broadcast(factor) * gradient);
+  }
+
+  // Calls f(first, bias, end) with places of panel p: what is trained lies from first to end, the bias from
+  // `bias` on.
+  template <class F> MLPEXT_INLINE void in_panel(int64_t p, F f) const {
+    const int64_t width = weight.width(p), start = p * panel_width<T> * (in + 1), bias = start + in * width;
+    f(job->weight.trained ? start : bias, bias, job->bias.trained ? bias + width : bias);
+  }
+
+  // The sum of value(x, i)^2 over the registers x of n numbers, i the place of its first.
+  template <class F> static MLPEXT_INLINE double squares(const T* numbers, int64_t n, F value) {
+    V sum[4] = {V(0), V(0), V(0), V(0)};
+    in_steps<4, 1>(0, n / V::size,
+                   [&]<int registers>(int64_t first, std::integral_constant<int, registers>) MLPEXT_LAMBDA {
+#pragma GCC unroll 4
+                     for (int v = 0; v < registers; ++v) {
+                       const int64_t i = (first + v) * V::size;
+                       const V x = value(load<V>(numbers + i), i);
+                       sum[v] = madd(x, x, sum[v]);
+                     }
+                   });
+    return LossRow<T>::total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  }
+
+  template <bool changes> void update_with(const UpdateRule& rule, int64_t step, T factor, T l2) const {
+    with_rule(rule, step, [&](auto move) MLPEXT_LAMBDA {
+      for (int64_t p = 0; p < weight.count(); ++p)
+        in_panel(p, [&](int64_t first, int64_t bias, int64_t end) MLPEXT_LAMBDA {
+          for (int64_t i = first; i < end; i += V::size)
+            move(i, total<changes>(i, load<V>(gradient.data + i), factor, i < bias ? l2 : T(0)));
+        });
+    });
+  }
+
+  template <bool changes>
+  void update_with(const UpdateRule& rule, int64_t step, T l2, const T* x, const T* next) const {
     with_rule(rule, step, [&, inputs = in](auto move) MLPEXT_LAMBDA {
       for (int64_t p = 0; p < weight.count(); ++p) {
         const int64_t width = weight.width(p), panel = p * panel_width<T> * (inputs + 1);
@@ -228,7 +301,9 @@ template <class T> struct PanelLayer : Values<T> {
 #pragma GCC unroll 4
             for (int v = 0; v < registers; ++v) {
               const int64_t place = i + v * V::size;
-              const V w = trained[bias] ? move(place, input * slope[v]) : load<V>(weight.data + place);
+              const V w = trained[bias]
+                              ? move(place, total<changes>(place, input * slope[v], 1, bias ? T(0) : l2))
+                              : load<V>(weight.data + place);
               sum[v] = madd(next_input, w, sum[v]);
             }
           }
@@ -242,7 +317,6 @@ template <class T> struct PanelLayer : Values<T> {
     });
   }
 
- private:
   // Calls run(move), where move(i, g) changes the register of weights at place i, given dE/dW, and the
   // optimizer's buffers there, and returns it. What is the same for all elements is computed once, pow above
   // all: 100 ns a call, once for 16 weights, had taken most of Adam's time at batch size 1.
@@ -271,7 +345,9 @@ template <class T> struct PanelLayer : Values<T> {
       });
     } else {
       const double n = static_cast<double>(step);
-      const V new_mean(1 - rule.beta1), new_square(1 - rule.beta2), beta2(rule.beta2), eps(rule.eps);
+      const V new_mean(1 - rule.beta1), new_square(1 - rule.beta2), beta2(rule.beta2);
+      // Also with eps 0 a gradient that has always been 0 moves nothing: padding stays 0.
+      const V eps = at_least(V(rule.eps), V(std::numeric_limits<T>::min()));
       const V root_scale(1 / std::sqrt(1 - std::pow(rule.beta2, n)));
       const V step_size(rule.lr / (1 - std::pow(rule.beta1, n)));
       const V kept(1 - rule.lr * rule.weight_decay);

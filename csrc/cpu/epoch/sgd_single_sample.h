@@ -45,9 +45,9 @@ template <class T> struct SgdLayer : Values<T> {
     if (job->bias.trained) std::memcpy(job->bias.value, bias, columns * sizeof(T));
   }
 
-  void forward(const T* x) const {
+  void forward(const T* x, int64_t sample) const {
     gemm_few_rows<T>(x, 0, weight, stride, bias, this->z, 0, 1, columns, in);
-    this->activate(0, 1);
+    this->activate(0, 1, sample);
   }
 
   // dx = dz W, then W = decay W + rate dz x', in one pass; and the same of the bias.
@@ -113,7 +113,8 @@ template <class T> class SingleSampleSgd : EpochBase<T> {
 
  public:
   static bool serves(const EpochJob& job) {
-    return job.step_size == 1 && job.rule.kind == UpdateRule::descent && job.rule.momentum == 0;
+    return job.step_size == 1 && job.rule.kind == UpdateRule::descent && job.rule.momentum == 0 &&
+           job.rule.l2 == 0 && job.rule.clip_norm == 0;
   }
 
   SingleSampleSgd(const EpochJob& job, Arena& arena)
@@ -167,15 +168,15 @@ template <class T> class SingleSampleSgd : EpochBase<T> {
 
   bool take_sample(int64_t i) {
     if (i > 0 && first.trained) correct(i);
-    first.activate(i, 1);
+    first.activate(i, 1, done);
     const T* y = first.y + i * first.outputs;
     T* dy = first.dy + i * first.outputs;
     for (int64_t l = 1; l < count; ++l) {
-      layers[l].forward(y);
+      layers[l].forward(y, done);
       y = layers[l].y;
       dy = layers[l].dy;
     }
-    const double error = this->loss(1, T(1), y, dy, 0);
+    const double weight = this->weight_of_next(1), error = this->loss(1, this->share(weight), y, dy, 0);
     for (int64_t l = count - 1; l > 0 && l >= lowest_trained; --l) {
       layers[l].activate_backward(0, 1);
       const bool second = l == 1;
@@ -184,8 +185,8 @@ template <class T> class SingleSampleSgd : EpochBase<T> {
     }
     if (lowest_trained == 0) first.activate_backward(i, 1);
     ++done;
-    job.losses[report.steps++] = error;
-    return std::isfinite(error);
+    job.losses[report.steps] = this->mean(error, weight);
+    return std::isfinite(job.losses[report.steps++]);
   }
 
   // z of sample i of the block, after the steps of those before it.
@@ -206,7 +207,7 @@ template <class T> class SingleSampleSgd : EpochBase<T> {
     T power = 1;
     for (int64_t j = n; decay != 1 && j-- > 0; power *= decay)
       for (int64_t c = 0; c < first.columns; ++c) first.dz[j * first.columns + c] *= power;
-    first.weight_gradient(n, x, x_row, first.weight, rate, power);
+    first.weight_gradient(n, x, x_row, first.weight, rate, power, power);
   }
 
   T rate, decay;

@@ -46,7 +46,7 @@ class LayerRecord(NamedTuple):
     params: tuple[float, ...]
     weight_states: tuple[Tensor, ...]
     bias_states: tuple[Tensor, ...]
-    dropout: float = 0.0  # the probability, of the outputs
+    dropout: float = 0.0  # the probability of an output to become 0
 
 
 def _functions(kind: type) -> dict[str, Any]:

@@ -14,14 +14,7 @@ from torch import Tensor, nn
 from mlpext import _C
 from mlpext.training._losses import NamedLoss
 from mlpext.training._samples import Samples
-from mlpext.training.engines._support import (
-    Unsupported,
-    check_no_options,
-    check_rows,
-    describe,
-    layers_of,
-    trained_of,
-)
+from mlpext.training.engines._support import check_rows, describe, layers_of, trained_of
 from mlpext.training.engines.optimizer import Optimizer, count_steps, rule_and_states
 from mlpext.training.engines.plan import OnProgress, StepPlan
 
@@ -42,13 +35,11 @@ class NativeEngine:
         self._model, self._samples, self._plan, self._optimizer = model, samples, plan, optimizer
         layers = layers_of(model, torch.device("cpu"))
         check_rows(samples, plan, layers[0])
-        check_no_options(samples, plan, model)
         self._rule, states = rule_and_states(optimizer, trained_of(layers))
+        self._rule.l2, self._rule.clip_grad_norm = plan.l2, plan.clip_grad_norm
         self._layers = describe(model, layers, states)
         assert isinstance(plan.loss_sum, NamedLoss)
         self._loss = plan.loss_sum.name
-        if self._loss == "binary_cross_entropy":
-            raise Unsupported("no")
         self._dtype = layers[0].weight.dtype
         self._dense = samples.dense_tensors(self._dtype)
         self._block = len(samples) if self._dense else min(len(samples), plan.block)
@@ -75,11 +66,12 @@ class NativeEngine:
                     metric_sum = metric_sum + plan.metric.sum(outputs[: len(d)], d)
             targets.clear()
 
-        def fetch(first: int, rows: int) -> tuple[Tensor, Tensor]:
+        def fetch(first: int, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
             add_metric()
-            x, d = self._samples[order[first : first + rows]]
+            block = order[first : first + rows]
+            x, d = self._samples[block]
             targets.append(d)
-            return x, d
+            return x, d, self._samples.weights_of(block)
 
         reported, total = 0, 0.0
 
@@ -108,6 +100,9 @@ class NativeEngine:
             losses=losses,
             outputs=outputs,
             poll=poll,
+            sample_weight=None if self._dense is None else self._samples.weights,
+            seed=plan.seed,
+            epoch=epoch,
         )
         count_steps(self._optimizer, self._rule, steps)
         if stopped:

@@ -113,8 +113,9 @@ def needs_closure(optimizer: Optimizer) -> bool:
 class Rule:
     """An update as plain numbers, as torch.optim documents them: SGD ("descent"), "adam" or "adamw".
 
-    `steps` counts the steps that Adam has made; descent needs no count, and its rule has 0. C++ reads the
-    fields by these names.
+    `steps` counts the steps that Adam has made; descent needs no count, and its rule has 0. A step's E has
+    l2/2 ||W||^2 added, ||W||^2 over weights and not biases, and the norm of the gradient, of all parameters
+    together, is held to `clip_grad_norm` (0: not held). C++ reads the fields by these names.
     """
 
     kind: str = "descent"

@@ -142,6 +142,7 @@ template <class Vector> EMULATED void store_bytes(void* p, uint64_t mask, const 
 #define _mm512_maskz_max_pd(all, a, b) BY_HALVES(__m512d, __m256d, _mm256_max_pd, a, b)
 #define _mm512_maskz_min_ps(all, a, b) BY_HALVES(__m512, __m256, _mm256_min_ps, a, b)
 #define _mm512_maskz_min_pd(all, a, b) BY_HALVES(__m512d, __m256d, _mm256_min_pd, a, b)
+#define _mm512_mul_epu32(a, b) BY_HALVES(__m512i, __m256i, _mm256_mul_epu32, a, b)
 #define _mm512_load_ps(p) (*reinterpret_cast<const __m512*>(p))
 #define _mm512_maskz_permutexvar_ps(all, index, table) emulated::look_up(index, table)
 #define _mm512_maskz_permutex2var_ps(all, low, index, high) emulated::look_up(index, low, high)

@@ -1,0 +1,230 @@
+"""An epoch of gradient descent in NumPy, in float64, and the same epoch by the native engine's C++."""
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+
+from mlpext import _C
+from mlpext.training.engines._support import LayerRecord
+
+
+def philox(counter, key):
+    """Philox4x32-10 as in the paper, ten rounds of two products whose halves are crossed over: four arrays of
+    words, of a counter of four arrays and a key of two words."""
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    k0, k1 = key
+    low = np.uint64(2**32 - 1)
+    for _ in range(10):
+        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            b & low,
+            (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            a & low,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+def mask(p, seed, epoch, layer, samples, units):
+    """m of dropout, (len(samples), units)."""
+    samples, units = np.meshgrid(samples, np.arange(units), indexing="ij")
+    counter = samples, 0 * samples + epoch, 0 * samples + layer, units // 4
+    words = philox(counter, (seed % 2**32, seed >> 32))
+    return np.where(np.choose(units % 4, words) < math.floor(p * 2**32), 0.0, 1 / (1 - p))
+
+
+@dataclasses.dataclass
+class Layer:
+    W: np.ndarray  # (out, in), of maxout (pieces, out, in)
+    b: np.ndarray | None
+    activation: str
+    dropout: float = 0.0
+    trained: tuple = (True, True)  # W, b
+
+
+ACTIVATIONS = {  # f, and f' from z
+    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "silu": (lambda z: z / (1 + np.exp(-z)), lambda z: (1 + np.exp(-z) * (1 + z)) / (1 + np.exp(-z)) ** 2),
+    "identity": (lambda z: z, np.ones_like),
+    "sigmoid": (lambda z: 1 / (1 + np.exp(-z)), lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2),
+}
+
+
+def forward(layer, x):
+    """y, and a function from dy to (dx, dW, db)."""
+    if layer.activation == "maxout":
+        z = np.einsum("ni,koi->kno", x, layer.W) + (0 if layer.b is None else layer.b[:, None])
+        winner = z.argmax(0)
+
+        def back(dy):
+            dz = np.where(winner == np.arange(len(z))[:, None, None], dy, 0)
+            return np.einsum("kno,koi->ni", dz, layer.W), np.einsum("kno,ni->koi", dz, x), dz.sum(1)
+
+        return z.max(0), back
+    f, slope = ACTIVATIONS[layer.activation]
+    z = x @ layer.W.T + (0 if layer.b is None else layer.b)
+
+    def back(dy):
+        dz = dy * slope(z)
+        return dz @ layer.W, dz.T @ x, dz.sum(0)
+
+    return f(z), back
+
+
+def loss_of(name, y, d):
+    """E of each sample, (n,), and dE/dy."""
+    if d.ndim == 1:
+        d = np.eye(y.shape[1])[d]
+    if name == "squared_error":
+        return 0.5 * ((y - d) ** 2).sum(1), y - d
+    if name == "cross_entropy":
+        shifted = y - y.max(1, keepdims=True)
+        logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+        return -(d * logs).sum(1), d.sum(1, keepdims=True) * np.exp(logs) - d
+    return (np.logaddexp(0, y) - d * y).sum(1), 1 / (1 + np.exp(-y)) - d
+
+
+def parameters(layers):
+    """(layer, "W" or "b") of what is trained."""
+    for layer in layers:
+        for name, trained in zip("Wb", layer.trained, strict=True):
+            if trained and getattr(layer, name) is not None:
+                yield layer, name
+
+
+def gradient(layers, loss, mean, x, d, w, l2, masks):
+    """What a step minimises, as a mean; and its gradient, one for each of `parameters`."""
+    y, backs = x, []
+    for layer, m in zip(layers, masks, strict=True):
+        y, back = forward(layer, y)
+        y = y if m is None else y * m
+        backs.append(back)
+    errors, dy = loss_of(loss, y, d)
+    total = w.sum()
+    share = (1 / total if total > 0 else 0.0) if mean else 1.0
+    dy = dy * w[:, None] * share
+    found = {}
+    for layer, back, m in reversed(list(zip(layers, backs, masks, strict=True))):
+        dy, found[id(layer), "W"], found[id(layer), "b"] = back(dy if m is None else dy * m)
+    weights = [layer for layer, name in parameters(layers) if name == "W"]
+    for layer in weights:
+        found[id(layer), "W"] = found[id(layer), "W"] + share * l2 * layer.W
+    penalty = l2 / 2 * sum((layer.W**2).sum() for layer in weights)
+    value = ((w * errors).sum() + penalty) / total if total > 0 else 0.0
+    return value, [found[id(layer), name] for layer, name in parameters(layers)]
+
+
+def step(rule, value, g, state, number):
+    """As torch.optim documents SGD, Adam and AdamW. Returns what the parameter becomes."""
+    if rule.kind == "adamw":
+        value = value * (1 - rule.lr * rule.weight_decay)
+    else:
+        g = g + rule.weight_decay * value
+    if rule.kind == "descent":
+        v = state["v"] = rule.momentum * state.get("v", 0.0) + g
+        return value - rule.lr * (g + rule.momentum * v if rule.nesterov else v)
+    b1, b2 = rule.betas
+    m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
+    v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * g * g
+    return value - rule.lr * (m / (1 - b1**number)) / (np.sqrt(v / (1 - b2**number)) + rule.eps)
+
+
+def numpy_epoch(layers, rule, loss, mean, step_size, order, x, d, w, seed, epoch):
+    losses, states = [], [{} for _ in parameters(layers)]
+    for first in range(0, len(order), step_size):
+        rows = order[first : first + step_size]
+        samples = np.arange(first, first + len(rows))
+        masks = [
+            mask(layer.dropout, seed, epoch, number, samples, layer.W.shape[-2]) if layer.dropout else None
+            for number, layer in enumerate(layers)
+        ]
+        weights = np.ones(len(rows)) if w is None else w[rows]
+        value, found = gradient(layers, loss, mean, x[rows], d[rows], weights, rule.l2, masks)
+        if rule.clip_grad_norm:
+            norm = math.sqrt(sum((g**2).sum() for g in found))
+            found = [g * min(1.0, rule.clip_grad_norm / (norm + 1e-6)) for g in found]
+        for (layer, name), g, state in zip(parameters(layers), found, states, strict=True):
+            setattr(layer, name, step(rule, getattr(layer, name), g, state, len(losses) + 1))
+        losses.append(value)
+    return np.array(losses)
+
+
+def native_epoch(layers, rule, loss, mean, step_size, order, x, d, w, seed, epoch, dtype, block=None):
+    """Changes the layers as numpy_epoch does, and returns the losses. With `block` rows are fetched."""
+    kinds = 2 if rule.kind != "descent" else 1 if rule.momentum else 0
+
+    def tensor(value, trained=False):
+        return torch.tensor(value, dtype=dtype, requires_grad=trained)
+
+    def zeros(value, trained):
+        if value is None or not trained:
+            return ()
+        return tuple(torch.zeros(value.shape, dtype=dtype) for _ in range(kinds))
+
+    records = [
+        LayerRecord(
+            tensor(layer.W, layer.trained[0]),
+            None if layer.b is None else tensor(layer.b, layer.trained[1]),
+            layer.activation,
+            (),
+            zeros(layer.W, layer.trained[0]),
+            zeros(layer.b, layer.trained[1]),
+            layer.dropout,
+        )
+        for layer in layers
+    ]
+    rows = tensor(x), torch.tensor(d) if d.ndim == 1 else tensor(d), *(() if w is None else (tensor(w),))
+    count, places = len(order), torch.tensor(order)
+
+    def fetch(first, size):
+        return tuple(part[places[first : first + size]] for part in rows)
+
+    losses = torch.empty(-(-count // step_size), dtype=torch.float64)
+    outputs = torch.empty((block or count, layers[-1].W.shape[-2]), dtype=dtype)
+    steps, stopped = _C.run_epoch(
+        layers=records,
+        rule=rule,
+        loss=loss,
+        mean=mean,
+        samples=count,
+        step_size=step_size,
+        x=None if block else rows[0],
+        d=None if block else rows[1],
+        order=None if block else places,
+        fetch=fetch if block else None,
+        block_size=block or count,
+        losses=losses,
+        outputs=outputs,
+        poll=lambda done, error: True,
+        sample_weight=None if block or w is None else rows[2],
+        seed=seed,
+        epoch=epoch,
+    )
+    assert (steps, stopped) == (len(losses), False)
+    for layer, record in zip(layers, records, strict=True):
+        layer.W = record.weight.detach().double().numpy()
+        layer.b = None if layer.b is None else record.bias.detach().double().numpy()
+    return losses.numpy()
+
+
+def compare(layers, rule, loss, mean, step_size, order, x, d, w, seed, epoch, dtype, blocks):
+    def copies():
+        return [dataclasses.replace(layer) for layer in layers]
+
+    expected, theirs = copies(), (rule, loss, mean, step_size, order, x, d, w, seed, epoch)
+    losses = numpy_epoch(expected, *theirs)
+    bound = 1e-9 if dtype == torch.float64 else 2e-3
+    for block in blocks:
+        got = copies()
+        measured = native_epoch(got, *theirs, dtype, block)
+        np.testing.assert_allclose(measured, losses, rtol=bound, atol=bound, err_msg=f"block {block}")
+        for ours, other in zip(got, expected, strict=True):
+            np.testing.assert_allclose(ours.W, other.W, rtol=bound, atol=bound, err_msg=f"W, block {block}")
+            if other.b is not None:
+                np.testing.assert_allclose(
+                    ours.b, other.b, rtol=bound, atol=bound, err_msg=f"b, block {block}"
+                )
+    return losses, expected
