@@ -339,15 +339,22 @@ class MLP(torch.nn.Sequential):
         sizes: n0, n1, ..., the width of the input and of every layer.
         activation: of the hidden layers, one of `mlpext.activations()` or "maxout", or one for each.
         output_activation: the last layer's.
+        dropout: in train() mode each hidden unit's output is 0 with this probability, else divided by 1 minus
+            it (torch.nn.Dropout; arXiv:1207.0580).
         params: of the hidden layers (`alpha=...`, `pieces=...`); each takes those that it has.
 
     Raises:
-        ValueError: fewer than two sizes, an unknown activation, or a sequence of the wrong length.
+        ValueError: fewer than two sizes, an unknown activation, a sequence of the wrong length, or a dropout
+            that is not at least 0 and below 1.
         TypeError: no hidden layer has one of `params`.
 
     >>> mlpext.nn.MLP([64, 32, 10], activation="maxout", pieces=3)(torch.randn(8, 64)).shape
     torch.Size([8, 10])
     """
+
+    dropout: float = 0.0
+    # (seed, epoch, place of the first row) of the next masks where `fit` trains this; else torch draws them.
+    mask_origin: tuple[int, int, int] | None = None
 
     def __init__(
         self,
@@ -357,9 +364,12 @@ class MLP(torch.nn.Sequential):
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        dropout: float = 0.0,
         **params: float,
     ) -> None:
         sizes = list(sizes)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: {dropout}, expected at least 0 and below 1")
         if len(sizes) < 2:
             raise ValueError(f"sizes: {sizes}, expected at least an input and an output width")
         if isinstance(activation, (list, tuple)):
@@ -385,12 +395,33 @@ class MLP(torch.nn.Sequential):
         *pairs, last = pairwise(sizes)
         layers = [layer(*pair, name, params) for pair, name in zip(pairs, hidden, strict=True)]
         super().__init__(*layers, layer(*last, output_activation, {}))
+        if dropout:
+            self.dropout = float(dropout)
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.dropout and self.training:
+            return self._forward_with_dropout(input)
         output: Tensor = _C.mlp(self, input)
         if output is NotImplemented:
             output = super().forward(input)  # type: ignore[no-untyped-call]
         return output
+
+    def _forward_with_dropout(self, x: Tensor) -> Tensor:
+        *hidden, last = self
+        for place, layer in enumerate(hidden):
+            x = layer(x)
+            if self.mask_origin is None:
+                x = torch.nn.functional.dropout(x, self.dropout)
+            else:
+                seed, epoch, first = self.mask_origin
+                each = x[0].numel() // x.shape[-1]  # rows of a sample
+                rows = first * each, len(x) * each
+                mask = _C.dropout_mask(self.dropout, seed, epoch, place, *rows, x.shape[-1], x.dtype)
+                x = x * mask.to(x.device).view(x.shape)
+        return last(x)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}" if self.dropout else ""
 
     def __getitem__(self, idx: slice | int) -> Any:
         # Sequential would make a slice by calling this class's __init__.

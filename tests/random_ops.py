@@ -552,6 +552,8 @@ def _margins(case: Case, tensors: Tensors) -> float:
         gaps = gaps[~gaps.isnan()] / (1 + z[z.isfinite()].abs().amax() if z.isfinite().any() else 1)
         nearest = min(nearest, float(gaps.amin()) if gaps.numel() else math.inf)
         exact = exact and layer.name in GRID
+        if i + 1 < count and not tensors[2 + i].isfinite().all():  # inf y has the sign of y
+            nearest = min(nearest, *x.abs()[x != 0].flatten().tolist(), math.inf)
     return nearest
 
 

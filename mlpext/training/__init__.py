@@ -16,6 +16,7 @@ The mean, not the lecture's sum, so that one eta suits all three; `reduction="su
 """
 
 from mlpext.training._arguments import ENGINES, MODES, REDUCTIONS
+from mlpext.training._callbacks import CSV, TensorBoard
 from mlpext.training._evaluate import evaluate
 from mlpext.training._fit import fit
 from mlpext.training._fit_many import fit_many
@@ -24,6 +25,7 @@ from mlpext.training.engines.optimizer import GradientDescent
 from mlpext.training.history import Epoch, History
 
 __all__ = [
+    "CSV",
     "ENGINES",
     "LOSSES",
     "MODES",
@@ -31,6 +33,7 @@ __all__ = [
     "Epoch",
     "GradientDescent",
     "History",
+    "TensorBoard",
     "evaluate",
     "fit",
     "fit_many",

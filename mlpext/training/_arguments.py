@@ -19,12 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlpext.training._callbacks import Callback, as_calls
 from mlpext.training._losses import Loss, loss_sum_of, shape_targets
+from mlpext.training._metrics import MetricsArgument
 from mlpext.training._modules import device_of, dtype_and_device
 from mlpext.training._samples import Array, Samples
+from mlpext.training._schedule import Schedule, ScheduleArgument, name_of
+from mlpext.training._tables import Data, as_inputs, as_targets
+from mlpext.training._weights import ClassWeight, weights_for
 from mlpext.training.engines.optimizer import GradientDescent, Optimizer
 from mlpext.training.engines.plan import StepPlan
-from mlpext.training.history import Epoch
 
 MODES = ("stochastic", "mini-batch", "batch")
 REDUCTIONS = ("mean", "sum")
@@ -38,8 +42,8 @@ class Arguments:
     """The arguments of one `fit`, by its names; see there."""
 
     model: nn.Module
-    x: Array
-    target: Array
+    x: Data
+    target: Data
     mode: str
     batch_size: int
     lr: float
@@ -49,18 +53,27 @@ class Arguments:
     momentum: float
     weight_decay: float
     nesterov: bool
+    l2: float
+    clip_grad_norm: float | None
+    schedule: ScheduleArgument | None
+    sample_weight: Data | None
+    class_weight: ClassWeight | None
     optimizer: torch.optim.Optimizer | MakeOptimizer | None
-    validation: tuple[Array, Array] | float | None
+    validation: tuple[Data, Data] | float | None
+    metrics: MetricsArgument | None
     shuffle: bool
     seed: int | None
     early_stopping: int | None
-    callbacks: Sequence[Callable[[Epoch], object]]
+    callbacks: Sequence[Callback]
     checkpoint: str | os.PathLike[str] | None
     resume: bool
     log_dir: str | os.PathLike[str] | None
     progress: bool
     device: torch.device | str | None
     engine: str
+
+    def __post_init__(self) -> None:
+        self.classes: list[str] | None = None  # the labels of class numbers that came as text
 
     def check(self) -> None:
         """Refuses what can be seen to be wrong without the data; integers become plain ones."""
@@ -77,18 +90,25 @@ class Arguments:
                 )
         if self.resume and self.checkpoint is None:
             raise ValueError("resume=True needs checkpoint, the folder to continue from")
-        for callback in self.callbacks:
-            if not callable(callback):
-                raise TypeError(f"callbacks must be functions of an Epoch, got {type(callback).__name__}")
+        self.calls = as_calls(self.callbacks)
         loss_sum_of(self.loss)
+        self.l2 = _at_least_zero("l2", self.l2)
+        if self.clip_grad_norm is not None:
+            self.clip_grad_norm = _at_least_zero("clip_grad_norm", self.clip_grad_norm)
+            if self.clip_grad_norm == 0:
+                raise ValueError("clip_grad_norm must be above 0: the longest that a gradient may be, got 0")
 
     def make_samples(self, generator: torch.Generator) -> tuple[Samples, Samples | None]:
         """The data to train on, and those to validate with."""
-        samples = samples_for(self.model, self.x, self.target, self.loss)
+        target, self.classes = as_targets(self.target)
+        samples = samples_for(self.model, self.x, target, self.loss)
+        samples.weights = weights_for(samples, self.sample_weight, self.class_weight, self.classes)
         if self.validation is None:
             return samples, None
         if isinstance(self.validation, (tuple, list)) and len(self.validation) == 2:
-            return samples, samples_for(self.model, *self.validation, self.loss, "validation ")
+            x, target = self.validation
+            target, _ = as_targets(target, "validation target", self.classes)
+            return samples, samples_for(self.model, x, target, self.loss, "validation ")
         return _hold_out(self.validation, samples, generator)
 
     def make_optimizer(self) -> tuple[Optimizer, dict[str, Any]]:
@@ -104,7 +124,9 @@ class Arguments:
         optimizer = self.optimizer
         if optimizer is None:
             config = {"optimizer": None, **rates, **({"nesterov": True} if self.nesterov else {})}
-            return GradientDescent(parameters, **rates, nesterov=bool(self.nesterov)), config
+            # torch's schedulers take torch's optimizers.
+            descent: Any = GradientDescent if self.schedule is None else torch.optim.SGD
+            return descent(parameters, **rates, nesterov=bool(self.nesterov)), config
         if self.momentum or self.weight_decay:
             raise ValueError(
                 "momentum and weight_decay belong to the optimizer when one is given: set them there"
@@ -125,11 +147,25 @@ class Arguments:
             raise ValueError("optimizer holds none of the model's parameters")
         return optimizer, {"optimizer": type(optimizer).__name__}
 
+    def make_schedule(self, optimizer: Optimizer) -> Schedule | None:
+        """What changes the learning rate after each epoch."""
+        if self.schedule is None:
+            return None
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        return Schedule(self.schedule, optimizer, self.epochs)
+
     def make_config(
         self, samples: Samples, held_out: Samples | None, plan: StepPlan, optimizer: dict[str, Any]
     ) -> dict[str, Any]:
         """What `history.config` says of the run. A run that resumes another must have the same."""
         loss, model = self.loss, self.model
+        rest: dict[str, Any] = {
+            "l2": self.l2,
+            "clip_grad_norm": self.clip_grad_norm,
+            "schedule": None if self.schedule is None else name_of(self.schedule),
+            "weighted": samples.weights is not None,
+            "classes": self.classes,
+        }
         return {
             "mode": self.mode,
             "samples_per_update": plan.step_size,
@@ -149,6 +185,7 @@ class Arguments:
             ),  # an address is another in another process
             "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
             "dtype": str(samples.dtype),
+            **{name: value for name, value in rest.items() if value},  # so that older checkpoints go on
         }
 
 
@@ -177,10 +214,11 @@ def anywhere(model: nn.Module, device: torch.device | str | None = None) -> Iter
         yield device
 
 
-def samples_for(model: nn.Module, x: Array, target: Array, loss: Loss, name: str = "") -> Samples:
+def samples_for(model: nn.Module, x: Data, target: Array, loss: Loss, name: str = "") -> Samples:
     """The data as the model takes it: in the dtype and on the device of its first floating-point weight."""
     dtype, device = dtype_and_device(model)
-    samples = Samples(x, target, dtype=dtype, device=device, name=name)
+    x, classes = as_inputs(x, f"{name}x"), loss != "binary_cross_entropy"
+    samples = Samples(x, target, dtype=dtype, device=device, name=name, classes=classes)
     shape_targets(model, samples, loss, name)
     return samples
 

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from mlpext.training._arguments import anywhere, samples_for
 from mlpext.training._losses import FunctionSum, Loss, LossSum, loss_sum_of, widened
-from mlpext.training._metrics import Metric, metric_for
+from mlpext.training._metrics import Metrics, MetricsArgument, metrics_for
 from mlpext.training._modules import in_mode
-from mlpext.training._samples import Array, Samples
+from mlpext.training._samples import Samples
+from mlpext.training._tables import Data, as_targets
 
 
-def evaluate(model: nn.Module, x: Array, target: Array, *, loss: Loss = "squared_error") -> dict[str, float]:
+def evaluate(
+    model: nn.Module,
+    x: Data,
+    target: Data,
+    *,
+    loss: Loss = "squared_error",
+    metrics: MetricsArgument | None = None,
+    classes: Sequence[str] | None = None,
+) -> dict[str, float]:
     """The samples' mean E ("loss") and their "accuracy" (classes) or "r2" (numbers), in eval() mode.
 
         evaluate(model, x_test, labels)["accuracy"]
 
-    Takes x, target and loss as `fit` does, a block at a time, and raises the same errors.
+    Takes x, target, loss and metrics as `fit` does, a block at a time, and raises the same errors. `classes`
+    are the labels in the order of the outputs, where the target holds text: `history.config["classes"]`.
     """
     with anywhere(model):
         loss_sum = loss_sum_of(loss)
-        samples = samples_for(model, x, target, loss)
-        return evaluate_samples(model, samples, loss_sum, metric_for(samples, loss))
+        samples = samples_for(model, x, as_targets(target, "target", classes)[0], loss)
+        return evaluate_samples(model, samples, loss_sum, metrics_for(samples, loss, metrics))
 
 
 def evaluate_samples(
-    model: nn.Module, samples: Samples, loss_sum: LossSum, metric: Metric | None
+    model: nn.Module, samples: Samples, loss_sum: LossSum, metrics: Metrics | None
 ) -> dict[str, float]:
-    """Mean E ("loss") and metric of the samples under the model as it is, in eval() mode."""
+    """Mean E ("loss") and metrics of the samples under the model as it is, in eval() mode."""
     error, metric_sum = 0.0, torch.zeros((), dtype=torch.float64, device="cpu")
     averaged: list[tuple[Tensor, Tensor]] = []  # by a function, whose mean of all need not be that of blocks
     with torch.no_grad(), in_mode(model, training=False):
         for rows in samples.blocks():
             x, target = samples[rows]
             output = model(x)
-            if metric is not None:
-                metric_sum = metric_sum + metric.sum(output, target).cpu()
+            if metrics is not None:
+                metric_sum = metric_sum + metrics.sum(output, target).cpu()
             value = (loss_sum.value if isinstance(loss_sum, FunctionSum) else loss_sum)(output, target)
             if isinstance(loss_sum, FunctionSum) and value.ndim == 0:
                 averaged.append((output, target))
@@ -46,4 +58,4 @@ def evaluate_samples(
             output, target = (torch.cat(parts) for parts in zip(*averaged, strict=True))
             error = loss_sum(output, target).item()
     result = {"loss": error / len(samples)}
-    return result if metric is None else result | {metric.name: metric.value(metric_sum, len(samples))}
+    return result if metrics is None else result | metrics.values(metric_sum, len(samples))

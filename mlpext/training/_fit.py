@@ -11,13 +11,17 @@ import torch
 from torch import nn
 
 from mlpext.training._arguments import Arguments, MakeOptimizer, anywhere, check_same_run, count
+from mlpext.training._callbacks import Callback
 from mlpext.training._early_stopping import EarlyStopping
 from mlpext.training._loop import Run, loop
 from mlpext.training._losses import Loss, check_parts, loss_sum_of
-from mlpext.training._metrics import metric_for
+from mlpext.training._metrics import MetricsArgument, metrics_for
 from mlpext.training._ranks import Ranks
-from mlpext.training._samples import Array, Samples
+from mlpext.training._samples import Samples
+from mlpext.training._schedule import ScheduleArgument
 from mlpext.training._state import State
+from mlpext.training._tables import Data
+from mlpext.training._weights import ClassWeight
 from mlpext.training.checkpoint import Checkpoint
 from mlpext.training.engines import choose
 from mlpext.training.engines.cuda_graphs import RunJob
@@ -28,8 +32,8 @@ from mlpext.training.history import Epoch, History, Log
 
 def fit(
     model: nn.Module,
-    x: Array,
-    target: Array,
+    x: Data,
+    target: Data,
     *,
     mode: str = "mini-batch",
     batch_size: int = 32,
@@ -40,12 +44,18 @@ def fit(
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
+    l2: float = 0.0,
+    clip_grad_norm: float | None = None,
+    schedule: ScheduleArgument | None = None,
+    sample_weight: Data | None = None,
+    class_weight: ClassWeight | None = None,
     optimizer: torch.optim.Optimizer | MakeOptimizer | None = None,
-    validation: tuple[Array, Array] | float | None = None,
+    validation: tuple[Data, Data] | float | None = None,
+    metrics: MetricsArgument | None = None,
     shuffle: bool = True,
     seed: int | None = None,
     early_stopping: int | None = None,
-    callbacks: Sequence[Callable[[Epoch], object]] = (),
+    callbacks: Sequence[Callback] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     log_dir: str | os.PathLike[str] | None = None,
@@ -135,6 +145,7 @@ class Context:
     """What a fit shares with those beside it under fit_many."""
 
     stop: Sequence[object] = ()  # not empty once all have to stop, after the step that they are in
+    after_epoch: Callable[[Epoch, Run], bool] | None = None
     run_job: RunJob | None = None  # how an epoch in CUDA graphs runs together with those of the others
 
 
@@ -142,7 +153,7 @@ ALONE = Context()
 
 
 def fit_beside(
-    context: Context, model: nn.Module, x: Array, target: Array, options: Mapping[str, Any]
+    context: Context, model: nn.Module, x: Data, target: Data, options: Mapping[str, Any]
 ) -> History:
     """`fit(model, x, target, **options)` as one of several."""
     defaults: dict[str, Any] = fit.__kwdefaults__ or {}
@@ -176,14 +187,24 @@ def _prepare(arguments: Arguments, context: Context, device: torch.device) -> Ru
     if arguments.device is not None:
         model.to(arguments.device)
     samples, held_out = arguments.make_samples(generator)
-    held_out_metric = None if held_out is None else metric_for(held_out, loss)
+    held_out_metrics = None if held_out is None else metrics_for(held_out, loss, arguments.metrics)
     optimizer, optimizer_config = arguments.make_optimizer()
     plan = _step_plan(arguments, samples, optimizer, ranks)
     engine = choose(arguments.engine, model, samples, plan, optimizer, run_job=context.run_job)
     history = History(arguments.make_config(samples, held_out, plan, optimizer_config))
-    state = State(model, loss, optimizer, generator, history, EarlyStopping(arguments.early_stopping))
+    schedule, stopping = arguments.make_schedule(optimizer), EarlyStopping(arguments.early_stopping)
+    state = State(model, loss, optimizer, generator, history, stopping, schedule)
     run = Run(
-        arguments, state, samples, held_out, held_out_metric, plan, engine, store=store, stop=context.stop
+        arguments,
+        state,
+        samples,
+        held_out,
+        held_out_metrics,
+        plan,
+        engine,
+        store=store,
+        stop=context.stop,
+        after_epoch=context.after_epoch,
     )
 
     if ranks.size > 1:
@@ -227,8 +248,11 @@ def _step_plan(arguments: Arguments, samples: Samples, optimizer: Optimizer, ran
         step_size=step_size,
         mean=arguments.reduction == "mean",
         loss_sum=loss_sum_of(arguments.loss),
-        metric=metric_for(samples, arguments.loss),
+        metric=metrics_for(samples, arguments.loss, arguments.metrics),
         ranks=ranks,
+        l2=arguments.l2,
+        clip_grad_norm=arguments.clip_grad_norm or 0.0,
+        seed=arguments.seed or 0,
     )
 
 

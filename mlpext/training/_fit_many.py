@@ -85,7 +85,7 @@ def fit_many(
                         own[folder] = os.path.join(options[folder], str(index))
                 with contextlib.nullcontext() if group is None else group.member(index) as run_job:
                     if not stop:
-                        context = Context(stop, run_job)
+                        context = Context(stop, run_job=run_job)
                         histories[index] = fit_beside(context, models[index], x, target, own)
         except BaseException as error:
             errors.append(error)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -20,10 +20,11 @@ from mlpext import _C
 from mlpext.training._arguments import Arguments
 from mlpext.training._evaluate import evaluate_samples
 from mlpext.training._interrupts import Interrupts
-from mlpext.training._metrics import Metric
+from mlpext.training._metrics import Metrics
 from mlpext.training._modules import copy_all, dtype_and_device
 from mlpext.training._progress import Progress
 from mlpext.training._samples import Samples
+from mlpext.training._schedule import learning_rate
 from mlpext.training._state import State
 from mlpext.training.checkpoint import Checkpoint
 from mlpext.training.engines import Engine, choose
@@ -40,12 +41,14 @@ class Run:
     state: State
     samples: Samples
     held_out: Samples | None
-    held_out_metric: Metric | None
+    held_out_metrics: Metrics | None
     plan: StepPlan
     engine: Engine
     store: Checkpoint | None  # store and log: of rank 0 alone
     stop: Sequence[object]  # not empty once fit_many wants the run to end
     log: Log | None = None
+    # Called after each epoch as callbacks are; it may change the learning rate, and else nothing.
+    after_epoch: Callable[[Epoch, Run], bool] | None = None
 
     def rebuild_engine(self) -> None:
         """The engine for model and optimizer as they are now."""
@@ -59,6 +62,7 @@ def loop(run: Run) -> None:
     samples = len(run.samples)
     shuffled = arguments.shuffle and plan.mode != "batch"
     order: Tensor | None = None
+    lr = learning_rate(state.optimizer)
     weights: list[Tensor] = []
     before: list[Tensor] = []  # what they were when the epoch under way began
     show = arguments.progress and plan.ranks.rank == 0
@@ -71,6 +75,9 @@ def loop(run: Run) -> None:
                 order = torch.arange(samples, device="cpu")
             if arguments.callbacks:
                 _follow_callbacks(run)
+            elif lr != learning_rate(state.optimizer):
+                run.rebuild_engine()
+            lr = learning_rate(state.optimizer)
             if arguments.callbacks or run.engine.replaces_buffers or not weights:
                 weights = state.weights()
                 before = [weight.clone() for weight in weights]
@@ -79,7 +86,9 @@ def loop(run: Run) -> None:
             started = time.perf_counter()
             try:
                 with interrupts.defer_interrupt() as interrupted:
-                    losses, metric_sum = run.engine.run_epoch(order, interrupted, progress.on_progress)
+                    losses, metric_sum = run.engine.run_epoch(
+                        order, len(history) + 1, interrupted, progress.on_progress
+                    )
             except BaseException as error:
                 # Ctrl-C comes between two steps, and the complete ones stay; but not within a closure's step.
                 if not isinstance(error, KeyboardInterrupt) or needs_closure(state.optimizer):
@@ -102,6 +111,7 @@ def loop(run: Run) -> None:
                 metrics=metrics,
                 seconds=seconds,
                 samples_per_second=samples / seconds,
+                lr=lr,
             )
             history.append(epoch, losses)
             progress.end(epoch)
@@ -123,15 +133,14 @@ def _measure(
     run: Run, loss: float, losses: Tensor, metric_sum: Tensor
 ) -> tuple[dict[str, float], str | None]:
     """The metrics of an epoch, or what is NaN or infinite after it, if anything."""
-    metric = run.plan.metric
     metrics: dict[str, float] = {}
     if (trouble := _find_non_finite(loss, losses, run.state.trained)) is not None:
         return metrics, trouble
-    if metric is not None:
-        metrics[metric.name] = metric.value(metric_sum, len(run.samples))
+    if run.plan.metric is not None:
+        metrics = run.plan.metric.values(metric_sum, len(run.samples))
     if run.held_out is not None:
         model, loss_sum = run.state.model, run.plan.loss_sum
-        measured = evaluate_samples(model, run.held_out, loss_sum, run.held_out_metric)
+        measured = evaluate_samples(model, run.held_out, loss_sum, run.held_out_metrics)
         measured = run.plan.ranks.broadcast_object(measured)
         metrics |= {f"val_{name}": value for name, value in measured.items()}
         if not math.isfinite(measured["loss"]):
@@ -153,11 +162,16 @@ def _record(run: Run, epoch: Epoch) -> bool:
     """Log the epoch, call the callbacks, and keep what they left. Whether one of them says stop."""
     if run.log is not None:
         run.log.append(epoch)
-    answers = [callback(epoch) for callback in run.arguments.callbacks]
+    state = run.state
+    if state.schedule is not None:
+        state.schedule.step(epoch)
+    answers = [call(epoch, state.model, state.optimizer) for call in run.arguments.calls]
+    if run.after_epoch is not None:
+        answers.append(run.after_epoch(epoch, run))
     if run.arguments.early_stopping is not None:
-        run.state.stopping.see(epoch, run.state.weights())
+        state.stopping.see(epoch, state.weights())
     if run.store is not None:
-        run.store.save(run.state.state_dict())
+        run.store.save(state.state_dict())
     return run.plan.ranks.any(any(map(_means_stop, answers)))
 
 

@@ -8,9 +8,10 @@ means.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +22,50 @@ from mlpext.training._samples import FIRST_ROW, Samples
 
 # As a user gives it: a name, or a function of (outputs, targets) to E per sample, (n,), or their mean, ().
 Loss: TypeAlias = "str | Callable[[Tensor, Tensor], Tensor]"
-# (outputs, targets) -> the sum of E over the samples, shape ().
-LossSum: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
-def squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """The lecture's E = 1/2 ||d - o||^2, summed over the samples; both (n, ...), the result 0-d."""
-    return 0.5 * F.mse_loss(widened(output), widened(target), reduction="sum")
+class LossSum(Protocol):
+    """The sum of E over samples: of outputs and targets (n, ...), and weights (n,) or None, shape ()."""
+
+    def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None = None, /) -> Tensor: ...
 
 
-def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
-    """-log softmax(o)[target], summed over the samples; o (n, C), target (n,) or probabilities (n, C)."""
+@dataclasses.dataclass(frozen=True)
+class NamedLoss:
+    """A loss that every engine knows. `function` is torch's, to be called with `reduction` "sum" or "none";
+    `gradient` gives dE/do of each output, for CUDA graphs: two to five kernels."""
+
+    name: str
+    function: Callable[..., Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None = None, /) -> Tensor:
+        if weight is None:
+            return self.function(output, target, reduction="sum")
+        each = self.function(output, target, reduction="none").reshape(len(output), -1).sum(1)
+        return weighted_sum(each, weight)
+
+
+def weighted_sum(each: Tensor, weight: Tensor | None) -> Tensor:
+    """The sum of a value of each sample, (n,), times its weight, 1 where there are none."""
+    return widened(each if weight is None else each * weight).sum()
+
+
+def squared_error(output: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """The lecture's E = 1/2 ||d - o||^2; both (n, ...)."""
+    return 0.5 * F.mse_loss(widened(output), widened(target), reduction=reduction)
+
+
+def cross_entropy(output: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """E = -log softmax(o)[target]; o (n, C), target (n,) or probabilities (n, C)."""
     if target.is_floating_point():
         target = widened(target)
-    return F.cross_entropy(widened(output), target, reduction="sum")
+    return F.cross_entropy(widened(output), target, reduction=reduction)
+
+
+def binary_cross_entropy(output: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """E = sum over the outputs of log(1 + e^o) - d o, so of logits o and probabilities d; both (n, ...)."""
+    return F.binary_cross_entropy_with_logits(widened(output), widened(target), reduction=reduction)
 
 
 def _squared_error_gradient(output: Tensor, target: Tensor) -> Tensor:
@@ -48,14 +79,19 @@ def _cross_entropy_gradient(output: Tensor, target: Tensor) -> Tensor:
     return softmax - F.one_hot(target, output.shape[-1])
 
 
-BY_NAME: dict[str, LossSum] = {"squared_error": squared_error, "cross_entropy": cross_entropy}
-LOSSES = tuple(BY_NAME)
-NAMES: dict[LossSum, str] = {loss_sum: name for name, loss_sum in BY_NAME.items()}
-# dE/do of each output, for CUDA graphs: two to five kernels. Outputs (..., C).
-GRADIENTS: dict[LossSum, Callable[[Tensor, Tensor], Tensor]] = {
-    squared_error: _squared_error_gradient,
-    cross_entropy: _cross_entropy_gradient,
+def _binary_cross_entropy_gradient(output: Tensor, target: Tensor) -> Tensor:
+    return output.sigmoid() - target
+
+
+BY_NAME = {
+    loss.name: loss
+    for loss in (
+        NamedLoss("squared_error", squared_error, _squared_error_gradient),
+        NamedLoss("cross_entropy", cross_entropy, _cross_entropy_gradient),
+        NamedLoss("binary_cross_entropy", binary_cross_entropy, _binary_cross_entropy_gradient),
+    )
 }
+LOSSES = tuple(BY_NAME)
 
 
 class FunctionSum:
@@ -74,9 +110,16 @@ class FunctionSum:
             )
         return value
 
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, output: Tensor, target: Tensor, weight: Tensor | None = None, /) -> Tensor:
         value = self.value(output, target)
-        return widened(value).sum() if value.ndim else widened(value) * len(output)
+        if value.ndim:
+            return weighted_sum(value, weight)
+        if weight is not None:
+            raise ValueError(
+                f"loss must return one value per sample, shape ({len(output)},), for sample_weight and "
+                "class_weight to count, got their mean"
+            )
+        return widened(value) * len(output)
 
 
 def loss_sum_of(loss: Loss) -> LossSum:
@@ -84,10 +127,9 @@ def loss_sum_of(loss: Loss) -> LossSum:
 
     Raises ValueError for an unknown name, TypeError for what is neither a name nor callable.
     """
-    for name, loss_sum in BY_NAME.items():
-        if loss == name:
-            return loss_sum
     if isinstance(loss, str):
+        if loss in BY_NAME:
+            return BY_NAME[loss]
         raise ValueError(
             f"loss must be one of {', '.join(LOSSES)}, or a function of (outputs, targets), got {loss!r}"
         )
@@ -149,7 +191,8 @@ def shape_targets(model: nn.Module, samples: Samples, loss: Loss, name: str = ""
         if len(outputs) != 1 or largest >= outputs[0]:
             raise ValueError(
                 f"{name}target has class numbers up to {largest}, which needs {largest + 1} outputs or more, "
-                f"but the model's are {_shape(outputs)}; for one output give {name}target as floating point"
+                f"but the model's are {_shape(outputs)}; for one output give {name}target as floating point, "
+                'or with two classes take loss="binary_cross_entropy"'
             )
         if loss != "cross_entropy":
             samples.one_hot = outputs[0]
@@ -164,15 +207,30 @@ def shape_targets(model: nn.Module, samples: Samples, loss: Loss, name: str = ""
             raise ValueError(
                 f"cross_entropy needs outputs of shape (n, classes), the model's are {_shape(outputs)}"
             )
+        if loss == "binary_cross_entropy":
+            _check_probabilities(samples, name)
     if outputs == [1] and (
         loss in ("cross_entropy", F.cross_entropy) or isinstance(loss, nn.CrossEntropyLoss)
     ):
         raise ValueError(
             "cross_entropy of one output is 0 whatever the output, and so teaches nothing: give the model an "
-            "output a class, or take loss=torch.nn.functional.binary_cross_entropy_with_logits or "
-            'loss="squared_error" with a floating-point target'
+            'output a class, or take loss="binary_cross_entropy", or loss="squared_error" with a '
+            "floating-point target"
         )
     samples.output_shape = outputs
+
+
+def _check_probabilities(samples: Samples, name: str) -> None:
+    for rows in samples.blocks():
+        target = samples.targets(rows)
+        wrong = ((target < 0) | (target > 1)).nonzero()
+        if len(wrong):
+            place = wrong[0].tolist()
+            value = target[tuple(place)].item()
+            place[0] += int(rows[0])
+            raise ValueError(
+                f"{name}target{place} is {value:g}; binary_cross_entropy takes 0, 1 and what lies between"
+            )
 
 
 def widened(values: Tensor) -> Tensor:

@@ -25,6 +25,15 @@ def dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
     return torch.get_default_dtype(), torch.device("cpu")
 
 
+def layer_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The trained parameters of two dimensions or more, without biases (a maxout layer's has two)."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.ndim >= 2 and name.rpartition(".")[2] != "bias"
+    ]
+
+
 @contextlib.contextmanager
 def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model in train() or eval() mode, and afterwards each of its modules in the mode that it had."""

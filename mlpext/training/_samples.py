@@ -29,30 +29,36 @@ class Samples:
     """N inputs x (N, ...) and targets (N,) or (N, ...), cast to one floating dtype and kept on one device.
 
     A tensor or an array is cast and moved once. A memory-mapped array stays where it is: only the rows of a
-    block are read, cast and moved. Integer (or bool) targets are class numbers, one per sample, int64;
-    `one_hot=C` hands them out as rows of d with a 1 in the class's column.
+    block are read, cast and moved. Integer (or bool) targets are class numbers, one per sample, int64, or
+    with `classes=False` numbers; `one_hot=C` hands class numbers out as rows of d with a 1 in the class's
+    column. `weights` are those of all N, or None, and can be set.
 
-    Raises TypeError for anything but dense tensors and numpy arrays without masked values, for inputs that
-    are not floating point and targets that are not numbers; ValueError for empty data, different lengths, NaN
-    or infinity (naming the row) and class numbers below 0. `name` ("validation ") begins the messages.
-    `output_shape` is the shape of one sample's outputs, once the model is known (see _losses.shape_targets).
+    Raises TypeError for anything but dense tensors and numpy arrays without masked values, and for data that
+    are not numbers; ValueError for empty data, different lengths, NaN or infinity (naming the row) and class
+    numbers below 0. `name` ("validation ") begins the messages. `output_shape` is the shape of one sample's
+    outputs, once the model is known (see _losses.shape_targets).
 
         samples = Samples(x, target, dtype=torch.float32, device=torch.device("cpu"))
         inputs, targets = samples[torch.tensor([3, 1])]
     """
 
     def __init__(
-        self, x: Array, target: Array, *, dtype: torch.dtype, device: torch.device, name: str = ""
+        self,
+        x: Array,
+        target: Array,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        name: str = "",
+        classes: bool = True,
     ) -> None:
         for label, data in ((f"{name}x", x), (f"{name}target", target)):
             if not isinstance(data, (Tensor, np.ndarray)):
                 raise TypeError(f"{label} must be a tensor or a numpy array, got {type(data).__name__}")
             if (layout := _unusual(data)) is not None:
                 raise TypeError(f"{label} must be dense, every value given, got {layout}")
-        if not _is_float(x):
-            raise TypeError(
-                f"{name}x must be floating point, got {x.dtype}; convert it first, as with x.float()"
-            )
+        if not (_is_float(x) or _is_integer(x)):
+            raise TypeError(f"{name}x must hold real numbers, got {x.dtype}")
         if not (_is_float(target) or _is_integer(target)):
             raise TypeError(
                 f"{name}target must hold class numbers (integer) or desired outputs (floating point), "
@@ -69,7 +75,7 @@ class Samples:
             )
         if len(x) == 0 or 0 in x.shape:
             raise ValueError(f"{name}x is empty: its shape is {tuple(x.shape)}")
-        self.has_classes = _is_integer(target)
+        self.has_classes = classes and _is_integer(target)
         if self.has_classes and target.ndim != 1:
             raise ValueError(
                 f"{name}target of dtype {target.dtype} means class numbers, which have shape (N,), "
@@ -86,6 +92,7 @@ class Samples:
             target if isinstance(target, np.memmap) else self._convert(target, self._target_dtype)
         )
         self._rows: Tensor | None = None
+        self.weights: Tensor | None = None
         self._check_values()
 
     def __len__(self) -> int:
@@ -106,6 +113,10 @@ class Samples:
         if self.one_hot is not None:
             target = torch.nn.functional.one_hot(target, self.one_hot).to(self._dtype)
         return target
+
+    def weights_of(self, rows: Tensor) -> Tensor | None:
+        """The weights of `rows`, (n,), or None where all count the same."""
+        return None if self.weights is None else self._take(self.weights, self._own(rows), self._dtype)
 
     def dense_tensors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None] | None:
         """All inputs and targets (class numbers as they are) and which of their rows count (None: all), or
@@ -132,6 +143,7 @@ class Samples:
             other._x = _convert(self._x, device, dtype)
         if isinstance(self._target, Tensor):
             other._target = _convert(self._target, device, other._target_dtype)
+        other.weights = None if self.weights is None else self.weights.to(device, dtype)
         other._rows = None if self._rows is None else self._rows.to(device)
         return other
 
@@ -163,6 +175,11 @@ class Samples:
     def largest_class(self) -> int:
         """The largest class number."""
         return int(self._target.max())
+
+    def all_targets(self) -> Tensor:
+        """Every target, class numbers as they are."""
+        parts = [self._take(self._target, self._own(rows), self._target_dtype) for rows in self.blocks()]
+        return torch.cat(parts)
 
     def _own(self, rows: Tensor) -> Tensor:
         return rows if self._rows is None else self._rows.index_select(0, rows.to(self._rows.device))

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mlpext.nn import MLP
 from mlpext.training._early_stopping import EarlyStopping
 from mlpext.training._losses import Loss
 from mlpext.training._modules import copy_all, in_mode, set_mode
+from mlpext.training._schedule import Schedule
 from mlpext.training.engines.optimizer import GradientDescent, Optimizer, held_by, with_held
 from mlpext.training.history import History
 
@@ -31,6 +33,7 @@ class State:
         generator: torch.Generator,
         history: History,
         stopping: EarlyStopping,
+        schedule: Schedule | None = None,
     ) -> None:
         self.model = model
         self._modules = [model, loss] if isinstance(loss, nn.Module) else [model]
@@ -38,6 +41,7 @@ class State:
         self.generator = generator
         self.history = history
         self.stopping = stopping
+        self.schedule = schedule
         self.trained = self._trained()
 
     def weights(self) -> list[Tensor]:
@@ -78,6 +82,8 @@ class State:
                     weight.grad = None
                 for module in self._modules[1:]:
                     module.zero_grad()
+                if isinstance(self.model, MLP):
+                    self.model.mask_origin = None
 
     @property
     def _cuda(self) -> list[torch.device]:
@@ -90,6 +96,7 @@ class State:
             "beside_model": self._beside_model(),
             "descent": self.optimizer.state_dict(),
             "stopping": self.stopping.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "order": self.generator.get_state(),
             # The model's own randomness (dropout) comes from torch's global generators.
             "random": torch.get_rng_state(),
@@ -107,6 +114,8 @@ class State:
             }
         self.optimizer.load_state_dict(state["descent"])
         self.stopping.load_state_dict(state["stopping"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["order"])
         torch.set_rng_state(state["random"])
         for device, random in zip(self._cuda, state["random_cuda"], strict=False):

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,8 @@ class Epoch:
     epoch counts from 1, updates from the start of the run. loss is the mean of E over the epoch's samples,
     each taken as its step met it, before that step's update; so is the training metric. metrics holds
     `accuracy` (class targets) or `r2` (numeric ones) and, with validation data, `val_loss` and `val_accuracy`
-    or `val_r2`, measured after the epoch. seconds is the time of the training steps alone.
+    or `val_r2`, measured after the epoch. seconds is the time of the training steps alone, lr
+    their learning rate.
     """
 
     epoch: int
@@ -35,6 +37,7 @@ class Epoch:
     metrics: dict[str, float]
     seconds: float
     samples_per_second: float
+    lr: float = math.nan
 
     def row(self) -> dict[str, float]:
         """The record as one flat row, in the order of the columns of a CSV."""
@@ -43,6 +46,7 @@ class Epoch:
             "updates": self.updates,
             "loss": self.loss,
             **self.metrics,
+            "lr": self.lr,
             "seconds": self.seconds,
             "samples_per_second": self.samples_per_second,
         }
@@ -51,9 +55,9 @@ class Epoch:
 class History:
     """The record of one `fit`.
 
-    `history["loss"]` is a column, one value an epoch (columns: epoch, updates, loss, the metrics, seconds,
-    samples_per_second); `epochs` the list of `Epoch` records; `step_losses` a float64 tensor (updates,) with
-    the mean E of each step; `config` the settings of the run, its seed among them.
+    `history["loss"]` is a column, one value an epoch (columns: epoch, updates, loss, the metrics, lr,
+    seconds, samples_per_second); `epochs` the list of `Epoch` records; `step_losses` a float64 tensor
+    (updates,) with the mean E of each step; `config` the settings of the run, its seed among them.
 
         history = fit(model, x, target, epochs=20)
         history["loss"][-1]; history.to_csv("history.csv")

@@ -23,7 +23,17 @@ def test_history_round_trip(tmp_path):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == history.columns
     assert history.columns == [
-        *("epoch", "updates", "loss", "accuracy", "val_loss", "val_accuracy", "seconds", "samples_per_second")
+        *(
+            "epoch",
+            "updates",
+            "loss",
+            "accuracy",
+            "val_loss",
+            "val_accuracy",
+            "lr",
+            "seconds",
+            "samples_per_second",
+        )
     ]
     assert [float(row["val_loss"]) for row in rows] == history["val_loss"]
     assert os.listdir(tmp_path / "new folder") == ["history.json"]

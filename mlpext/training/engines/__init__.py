@@ -32,9 +32,10 @@ class Engine(Protocol):
     replaces_buffers: bool
 
     def run_epoch(
-        self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
+        self, order: Tensor, epoch: int, interrupted: Sequence[object], on_progress: OnProgress
     ) -> tuple[Tensor, Tensor]:
-        """Visit the samples once in `order` (int64 row numbers), updating the model after each step.
+        """Visit the samples once in `order` (int64 row numbers), updating the model after each step. `epoch`
+        is its number, from 1.
 
         Returns the mean E of each step, float64 (steps,), and the sum of the metric, both as the steps met
         the samples. Stops early once a loss is NaN or infinite. Raises KeyboardInterrupt between two steps

@@ -46,6 +46,7 @@ class LayerRecord(NamedTuple):
     params: tuple[float, ...]
     weight_states: tuple[Tensor, ...]
     bias_states: tuple[Tensor, ...]
+    dropout: float = 0.0  # the probability, of the outputs
 
 
 def _functions(kind: type) -> dict[str, Any]:
@@ -168,7 +169,7 @@ def check_rows(samples: Samples, plan: StepPlan, first: Layer) -> None:
         raise Unsupported(
             f"{plan.ranks.size} ranks add up their gradients at every step, for which it has no place"
         )
-    if plan.loss_sum not in _losses.NAMES:
+    if not isinstance(plan.loss_sum, _losses.NamedLoss):
         raise Unsupported("loss is a function; it takes the names " + ", ".join(_losses.LOSSES))
     x, d = samples.shapes
     if len(x) != 2 or len(samples.output_shape) != 1 or len(d) > 2:
@@ -179,10 +180,29 @@ def check_rows(samples: Samples, plan: StepPlan, first: Layer) -> None:
         raise Unsupported(f"x has {x[1]} columns, the first layer takes {first.weight.shape[-1]}")
 
 
-def describe(layer: Layer, states: States) -> LayerRecord:
-    """The layer with the optimizer's buffers of its weight and bias."""
-    weight, bias = parameters_of(layer)
-    name, params = ("maxout", ()) if isinstance(layer, Maxout) else (layer.activation, layer.params.values())
-    return LayerRecord(
-        weight, bias, name, tuple(params), states.get(id(weight), ()), states.get(id(bias), ())
-    )
+def check_no_options(samples: Samples, plan: StepPlan, model: nn.Module) -> None:
+    """Refuses what an engine has no place for."""
+    options = {
+        "sample_weight or class_weight": samples.weights is not None,
+        "l2": plan.l2,
+        "clip_grad_norm": plan.clip_grad_norm,
+        "dropout": isinstance(model, MLP) and model.dropout,
+    }
+    for name, given in options.items():
+        if given:
+            raise Unsupported(f"it has no {name}")
+
+
+def describe(model: nn.Module, layers: list[Layer], states: States) -> list[LayerRecord]:
+    """The layers of a model with the optimizer's buffers of their weights and biases."""
+    dropout = model.dropout if isinstance(model, MLP) else 0.0
+    records = []
+    for layer in layers:
+        weight, bias = parameters_of(layer)
+        name, params = (
+            ("maxout", ()) if isinstance(layer, Maxout) else (layer.activation, layer.params.values())
+        )
+        buffers = states.get(id(weight), ()), states.get(id(bias), ())
+        own = dropout if layer is not layers[-1] else 0.0
+        records.append(LayerRecord(weight, bias, name, tuple(params), *buffers, own))
+    return records

@@ -6,11 +6,16 @@ its own work and nothing else: rows are gathered, and losses and metric read, on
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from mlpext.nn import MLP
+from mlpext.training._losses import widened
+from mlpext.training._modules import layer_weights
 from mlpext.training._samples import Samples
 from mlpext.training.engines.optimizer import Optimizer, held_by, needs_closure, with_held
 from mlpext.training.engines.plan import OnProgress, StepPlan
@@ -28,14 +33,17 @@ class AutogradEngine:
 
     def __init__(self, model: nn.Module, samples: Samples, plan: StepPlan, optimizer: Optimizer) -> None:
         self._model, self._samples, self._plan, self._optimizer = model, samples, plan, optimizer
+        self._mlp = model if isinstance(model, MLP) and model.dropout else None
 
     def rebuilt(self, samples: Samples) -> AutogradEngine:
         return AutogradEngine(self._model, samples, self._plan, self._optimizer)
 
     def run_epoch(
-        self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
+        self, order: Tensor, epoch: int, interrupted: Sequence[object], on_progress: OnProgress
     ) -> tuple[Tensor, Tensor]:
-        plan, optimizer, count = self._plan, self._optimizer, len(order)
+        plan, optimizer = self._plan, self._optimizer
+        sizes = plan.sizes(len(order), self._samples.weights_of(order))
+        sweep = functools.partial(self._sweep, order, epoch, sizes, interrupted)
         weights = with_held(self._model.parameters(), optimizer)
         held = set(map(id, held_by(optimizer)))
         others = [W for W in weights if id(W) not in held]  # what the optimizer does not hold, nobody clears
@@ -46,27 +54,44 @@ class AutogradEngine:
                 W.grad = None
 
         if plan.mode == "batch":
-            return self._batch_step(order, interrupted, on_progress, weights, clear)
+            return self._batch_step(sweep, float(sizes.sum()), on_progress, weights, clear)
 
-        def step(size: int) -> None:
+        def step(size: float) -> Tensor | None:
             plan.ranks.sum_gradients(W for W in weights if W.requires_grad)
+            penalty = self._regularise(weights, size)
             optimizer.step()
             clear()
+            return penalty
 
         clear()
-        totals, metric_sum = self._sweep(order, interrupted, on_progress, step)
-        return totals / plan.sizes(count)[: len(totals)], metric_sum
+        totals, metric_sum = sweep(on_progress, step)
+        return _means(totals, sizes[: len(totals)]), metric_sum
+
+    def _regularise(self, weights: list[nn.Parameter], size: float) -> Tensor | None:
+        """Add the gradient of l2 / 2 ||W||^2 to that of a step of this size, then clip the whole. Gives that
+        term, if there is one, on rank 0 alone, since the ranks' errors are added up."""
+        plan, penalty = self._plan, None
+        if plan.l2:
+            penalised = layer_weights(self._model)
+            share = plan.l2 / (size or math.inf) if plan.mean else plan.l2
+            with torch.no_grad():
+                for W in penalised:
+                    W.grad = W * share if W.grad is None else W.grad.add_(W, alpha=share)
+                penalty = torch.stack([widened(W).square().sum() for W in penalised]).sum() * (plan.l2 / 2)
+        if plan.clip_grad_norm:
+            nn.utils.clip_grad_norm_(weights, plan.clip_grad_norm)
+        return penalty if plan.ranks.rank == 0 else None
 
     def _batch_step(
         self,
-        order: Tensor,
-        interrupted: Sequence[object],
+        sweep_chunks: Callable[..., tuple[Tensor, Tensor]],
+        size: float,
         on_progress: OnProgress,
         weights: list[nn.Parameter],
         clear: Callable[[], object],
     ) -> tuple[Tensor, Tensor]:
         """An epoch of batch mode: one step, of the gradients of all chunks."""
-        plan, optimizer, count = self._plan, self._optimizer, len(order)
+        plan, optimizer = self._plan, self._optimizer
         sweeps: list[tuple[Tensor, Tensor]] = []
 
         def sweep() -> Tensor:
@@ -74,8 +99,9 @@ class AutogradEngine:
             bits a sum stops growing once a chunk's share is below half of its last digit."""
             sums: dict[nn.Parameter, Tensor] = {}
 
-            def add(size: int) -> None:
-                share = size / count if plan.mean else size  # `grad` is the gradient of the chunk's mean
+            def add(chunk: float) -> None:
+                # `grad` is the gradient of the chunk's mean.
+                share = chunk / (size or 1.0) if plan.mean else chunk
                 for W in weights:
                     if W.grad is None:
                         continue
@@ -88,31 +114,36 @@ class AutogradEngine:
 
             clear()
             report = (lambda rows, error: None) if sweeps else on_progress  # samples count once a step
-            sweeps.append(self._sweep(order, interrupted, report, add))
+            totals, metric_sum = sweep_chunks(report, add)
             sums = plan.ranks.sum_tensors(weights, sums)
             for W, gradient in sums.items():
                 W.grad = gradient.to(W.dtype)
-            total = sweeps[-1][0].sum()
-            return total / count if plan.mean else total
+            total, penalty = totals.sum(), self._regularise(weights, size)
+            if plan.l2:
+                total += plan.ranks.all_reduce(torch.zeros(()) if penalty is None else penalty.cpu())
+            sweeps.append((total.reshape(1), metric_sum))
+            return total / (size or 1.0) if plan.mean else total
 
         if needs_closure(optimizer):
             optimizer.step(sweep)
         elif sweep().isfinite():
             optimizer.step()
         clear()
-        totals, metric_sum = sweeps[0]
-        return totals.sum().reshape(1) / count, metric_sum
+        total, metric_sum = sweeps[0]
+        return total / (size or 1.0), metric_sum
 
     def _sweep(
         self,
         order: Tensor,
+        epoch: int,
+        sizes: Tensor,
         interrupted: Sequence[object],
         on_progress: OnProgress,
-        backward_done: Callable[[int], object],
+        backward_done: Callable[[float], Tensor | None],
     ) -> tuple[Tensor, Tensor]:
         """Take the samples through the model a chunk at a time, forward and backward, and call
-        `backward_done(samples of the chunk)` after each. What is differentiated is what a step minimises, in
-        batch mode the mean of E over the chunk.
+        `backward_done(size of the chunk)` after each, which gives what E has besides. What is differentiated
+        is what a step minimises, in batch mode the mean of E over the chunk.
 
         Returns the sum of E over each chunk, float64, and the sum of the metric.
         """
@@ -120,24 +151,34 @@ class AutogradEngine:
         mean = plan.mean or plan.mode == "batch"
         metric_sum = torch.zeros((), dtype=torch.float64, device="cpu")
         losses: list[Tensor] = []
-        for rows in torch.split(order, plan.block):
-            sizes = plan.sizes(len(rows))
+        places = torch.arange(len(order), device="cpu")
+        for rows, place, block in zip(
+            torch.split(order, plan.block),
+            torch.split(places, plan.block),
+            torch.split(sizes, plan.block // plan.chunk),
+            strict=True,
+        ):
             own, lengths = ranks.shard(rows, plan.chunk)
-            x, d = self._samples[own]
+            (x, d), w = self._samples[own], self._samples.weights_of(own)
+            firsts = torch.split(ranks.shard(place, plan.chunk)[0], lengths)
+            weights = [None] * len(block) if w is None else torch.split(w, lengths)
             outputs, totals = [], []
-            for inputs, targets, size in zip(
-                torch.split(x, lengths), torch.split(d, lengths), sizes.tolist(), strict=True
+            for inputs, targets, weight, first, size in zip(
+                torch.split(x, lengths), torch.split(d, lengths), weights, firsts, block.tolist(), strict=True
             ):
                 if interrupted and ranks.size == 1:
                     raise KeyboardInterrupt
                 total = x.new_zeros(())
                 if len(inputs):  # the last step of an epoch may have fewer samples than there are ranks
+                    if self._mlp is not None:
+                        self._mlp.mask_origin = plan.seed, epoch, int(first[0])
                     output = self._model(inputs)
-                    total = plan.loss_sum(output, targets)
-                    torch.autograd.backward(total / size if mean else total)
+                    total = plan.loss_sum(output, targets, weight)
+                    torch.autograd.backward(total / (size or 1.0) if mean else total)
                     outputs.append(output.detach())
-                totals.append(total.detach())
-                backward_done(int(size))
+                total = total.detach()
+                penalty = backward_done(size)
+                totals.append(total if penalty is None else total + penalty)
             errors = torch.stack(totals).to("cpu", torch.float64)
             if ranks.size > 1:
                 pressed = torch.tensor([float(bool(interrupted))], device="cpu")
@@ -153,3 +194,8 @@ class AutogradEngine:
             if not torch.isfinite(errors).all():
                 break
         return torch.cat(losses), ranks.all_reduce(metric_sum)
+
+
+def _means(totals: Tensor, sizes: Tensor) -> Tensor:
+    """Of steps whose samples have a weight; 0 of the others."""
+    return torch.where(sizes > 0, totals / sizes, 0.0)

@@ -17,11 +17,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from mlpext.training import _losses
-from mlpext.training._losses import LossSum
+from mlpext.training._losses import NamedLoss
 from mlpext.training._modules import device_of
 from mlpext.training._samples import Samples
-from mlpext.training.engines._support import check_rows, describe, layers_of, trained_of
+from mlpext.training.engines._support import check_no_options, check_rows, describe, layers_of, trained_of
 from mlpext.training.engines.optimizer import Optimizer, Rule, count_steps, rule_and_states
 from mlpext.training.engines.plan import OnProgress, StepPlan
 
@@ -58,9 +57,10 @@ class CudaGraphsEngine:
         self._run_job = run_job
         layers = layers_of(model, device_of(model))
         check_rows(samples, plan, layers[0])
+        check_no_options(samples, plan, model)
         self.trained = trained_of(layers)
         self.rule, states = rule_and_states(optimizer, self.trained)
-        self.layers = [describe(layer, states) for layer in layers]
+        self.layers = describe(model, layers, states)
         # By kind: the velocities of all weights, say.
         self.states = [
             list(kind) for kind in zip(*(states.get(id(w), ()) for w in self.trained), strict=True)
@@ -80,7 +80,7 @@ class CudaGraphsEngine:
         return other
 
     def run_epoch(
-        self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
+        self, order: Tensor, epoch: int, interrupted: Sequence[object], on_progress: OnProgress
     ) -> tuple[Tensor, Tensor]:
         job = Job(self, order, interrupted, on_progress)
         return run_jobs([job], self.steps)[0] if self._run_job is None else self._run_job(job)
@@ -149,7 +149,7 @@ class Steps:
     def __init__(
         self,
         forward: Callable[[Tensor], Tensor],
-        loss_sum: LossSum,
+        loss_sum: Callable[[Tensor, Tensor], Tensor],
         weights: Sequence[Tensor],
         updates: list[Update],
         plan: StepPlan,
@@ -157,6 +157,8 @@ class Steps:
     ) -> None:
         self._forward, self._loss_sum, self._weights, self._updates = forward, loss_sum, weights, updates
         self._plan, self._samples = plan, samples
+        assert isinstance(plan.loss_sum, NamedLoss)
+        self._gradient = plan.loss_sum.gradient
         self.device = weights[0].device
         on_gpu = self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
@@ -190,13 +192,12 @@ class Steps:
 
     def _take(self, x: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of E over each chunk, and the outputs."""
-        chunk, gradient = self._plan.chunk, _losses.GRADIENTS[self._plan.loss_sum]
-        outputs = []
+        chunk, outputs = self._plan.chunk, []
         for inputs, targets in zip(torch.split(x, chunk), torch.split(d, chunk), strict=True):
             with torch.enable_grad():
                 output = self._forward(inputs)
             own = output.detach()
-            slope = gradient(own, targets) * self._scale(len(inputs))
+            slope = self._gradient(own, targets) * self._scale(len(inputs))
             gradients = torch.autograd.grad(output, self._weights, slope)
             if self._sums:
                 torch._foreach_add_(self._sums, gradients)

@@ -12,9 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from mlpext import _C
-from mlpext.training import _losses
+from mlpext.training._losses import NamedLoss
 from mlpext.training._samples import Samples
-from mlpext.training.engines._support import check_rows, describe, layers_of, trained_of
+from mlpext.training.engines._support import (
+    Unsupported,
+    check_no_options,
+    check_rows,
+    describe,
+    layers_of,
+    trained_of,
+)
 from mlpext.training.engines.optimizer import Optimizer, count_steps, rule_and_states
 from mlpext.training.engines.plan import OnProgress, StepPlan
 
@@ -35,8 +42,13 @@ class NativeEngine:
         self._model, self._samples, self._plan, self._optimizer = model, samples, plan, optimizer
         layers = layers_of(model, torch.device("cpu"))
         check_rows(samples, plan, layers[0])
+        check_no_options(samples, plan, model)
         self._rule, states = rule_and_states(optimizer, trained_of(layers))
-        self._layers = [describe(layer, states) for layer in layers]
+        self._layers = describe(model, layers, states)
+        assert isinstance(plan.loss_sum, NamedLoss)
+        self._loss = plan.loss_sum.name
+        if self._loss == "binary_cross_entropy":
+            raise Unsupported("no")
         self._dtype = layers[0].weight.dtype
         self._dense = samples.dense_tensors(self._dtype)
         self._block = len(samples) if self._dense else min(len(samples), plan.block)
@@ -49,7 +61,7 @@ class NativeEngine:
         return NativeEngine(self._model, samples, self._plan, self._optimizer)
 
     def run_epoch(
-        self, order: Tensor, interrupted: Sequence[object], on_progress: OnProgress
+        self, order: Tensor, epoch: int, interrupted: Sequence[object], on_progress: OnProgress
     ) -> tuple[Tensor, Tensor]:
         plan, count, outputs = self._plan, len(order), self._outputs
         losses = torch.empty(-(-count // plan.step_size), dtype=torch.float64, device="cpu")
@@ -84,7 +96,7 @@ class NativeEngine:
         steps, stopped = _C.run_epoch(
             layers=self._layers,
             rule=self._rule,
-            loss=_losses.NAMES[plan.loss_sum],
+            loss=self._loss,
             mean=plan.mean,
             samples=count,
             step_size=plan.step_size,

@@ -125,6 +125,8 @@ class Rule:
     betas: tuple[float, float] = (0.0, 0.0)
     eps: float = 0.0
     steps: int = 0
+    l2: float = 0.0
+    clip_grad_norm: float = 0.0
 
 
 def rule_and_states(optimizer: Optimizer, trained: list[nn.Parameter]) -> tuple[Rule, States]:
