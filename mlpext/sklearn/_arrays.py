@@ -55,13 +55,9 @@ def weight(coef: Array) -> Tensor:
 def as_module(coefs: list[Array], intercepts: list[Array], activation: str, dropout: float) -> MLP:
     """The network as a module, on the arrays' memory where `tensor` can have it. Draws no random numbers."""
     sizes = [coefs[0].shape[-2], *(coef.shape[-1] for coef in coefs)]
-    several: dict[str, Any] = {}
-    if activation == "maxout" and len(coefs) > 1:
-        several["pieces"] = len(coefs[0])
-    if dropout:
-        several["dropout"] = dropout
+    several: dict[str, Any] = {"pieces": len(coefs[0])} if activation == "maxout" and len(coefs) > 1 else {}
     with torch.inference_mode(False):
-        module = MLP(sizes, SYNONYMS.get(activation, activation), device="meta", **several)
+        module = MLP(sizes, SYNONYMS.get(activation, activation), device="meta", dropout=dropout, **several)
         for layer, coef, intercept in zip(module, coefs, intercepts, strict=True):
             layer.weight, layer.bias = Parameter(weight(coef)), Parameter(tensor(intercept))
     return module
@@ -93,6 +89,9 @@ def arguments(module: MLP) -> dict[str, Any]:
         raise ValueError(f"module: the last layer is {last}, an estimator's has no activation but its loss's")
     kinds = set()
     for layer in module:
+        if layer.weight.dtype not in (torch.float32, torch.float64) or layer.weight.device.type != "cpu":
+            where = f"{layer.weight.dtype} on {layer.weight.device}"
+            raise ValueError(f"module: weights of {where}, an estimator's are float32 or float64 on the CPU")
         if layer.bias is None:
             raise ValueError(f"module: {layer} has no bias, as every layer of an estimator has")
         if isinstance(layer, LinearActivation) and layer.params != PARAMETERS[layer.activation]:
@@ -104,4 +103,9 @@ def arguments(module: MLP) -> dict[str, Any]:
         raise ValueError(f"module: its hidden layers are of several kinds, {kinds}, an estimator's of one")
     activation, pieces = kinds.pop() if kinds else ("relu", 2)
     sizes = tuple(layer.out_features for layer in hidden)
-    return {"hidden_layer_sizes": sizes, "activation": activation, "pieces": pieces}
+    return {
+        "hidden_layer_sizes": sizes,
+        "activation": activation,
+        "pieces": pieces,
+        "dropout": module.dropout,
+    }

@@ -161,7 +161,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
             raise ValueError(
                 "The validation set is too small. Increase 'validation_fraction' or the size of your dataset."
             )
-        return *train, (test[0], test[1], test[2])
+        return *train, tuple(test)
 
     def _train(
         self, X: Array, y: Array, sample_weight: Array | None, held_out: Any, incremental: bool, seed: int
@@ -182,13 +182,12 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
             # Each epoch of partial_fit has an order and dropout masks of its own, whatever random_state is.
             "seed": seed + self.t_,
             "callbacks": self.callbacks,
+            "metrics": None if self.callbacks else [],  # which nobody else looks at
+            "l2": float(self.alpha),
+            "sample_weight": sample_weight,
             "progress": False,
             "engine": self.engine,
         }
-        if self.alpha:
-            options["l2"] = float(self.alpha)
-        if sample_weight is not None:
-            options["sample_weight"] = sample_weight
         self.n_iter_ = 0
         try:
             loss, target = self._loss_and_target(y)
