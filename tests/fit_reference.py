@@ -6,6 +6,7 @@ several places, and its gradients add. Activations are those of reference.py. No
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -32,8 +33,8 @@ class Parameter:
 
 @dataclass(eq=False)
 class Layer:
-    """gain f(x (W mask)' + b) with W (out, in), or maxout of W (pieces, out, in), where the first of equals
-    wins."""
+    """gain dropped f(x (W mask)' + b) with W (out, in), or maxout of W (pieces, out, in), where the first of
+    equals wins."""
 
     activation: str
     weight: Parameter
@@ -41,6 +42,7 @@ class Layer:
     params: dict[str, float] = field(default_factory=dict)
     gain: float = 1.0
     mask: np.ndarray | float = 1.0
+    dropped: np.ndarray | float = 1.0  # what the outputs of a step are multiplied by
 
     def __post_init__(self) -> None:
         if self.activation != "maxout" and self.activation not in reference.ACTIVATIONS:
@@ -67,8 +69,10 @@ class Layer:
             kinks = reference.kinks(self.activation, self.params)
             gaps = np.abs(np.subtract.outer(kinks, nets)) if kinks else np.ones(1)
 
+        gain = self.gain * self.dropped
+
         def backward(dy: np.ndarray) -> np.ndarray:
-            delta = self.gain * dy * slope
+            delta = gain * dy * slope
             flat = W if W.ndim == 3 else W[None]
             deltas = delta if W.ndim == 3 else delta[None]
             self._add(self.weight, (deltas.swapaxes(1, 2) @ x).reshape(W.shape) * self.mask)
@@ -77,7 +81,7 @@ class Layer:
             return np.matmul(deltas, flat).sum(0)
 
         nearest = float(gaps[gaps > 0].min(initial=np.inf))
-        return self.gain * y, backward, nearest / max(1.0, float(np.abs(nets).max()))
+        return gain * y, backward, nearest / max(1.0, float(np.abs(nets).max()))
 
     @staticmethod
     def _add(parameter: Parameter, gradient: np.ndarray) -> None:
@@ -146,19 +150,45 @@ def forward(layers: Sequence[Layer], x: np.ndarray) -> tuple[np.ndarray, list[Ca
     return x, backwards, nearest
 
 
-def error(loss: str, o: np.ndarray, d: np.ndarray) -> tuple[float, np.ndarray]:
-    """The sum of E over the rows, and dE/do. d has the outputs' shape: numbers, one-hot or probabilities."""
+def error(loss: str, o: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """E of each row, and dE/do. d has the outputs' shape: numbers, one-hot or probabilities."""
     if loss == "squared_error":
-        return 0.5 * float(((d - o) ** 2).sum()), o - d
+        return 0.5 * ((d - o) ** 2).sum(1), o - d
+    if loss == "binary_cross_entropy":
+        return (np.logaddexp(0, o) - d * o).sum(1), 1 / (1 + np.exp(-o)) - d
     shifted = o - o.max(1, keepdims=True)
     log_softmax = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return -float((d * log_softmax).sum()), np.exp(log_softmax) * d.sum(1, keepdims=True) - d
+    return -(d * log_softmax).sum(1), np.exp(log_softmax) * d.sum(1, keepdims=True) - d
+
+
+def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
+    """Philox4x32-10: four words of 32 bits from a counter of four, as uint64 arrays (Salmon et al., 2011)."""
+    low = np.uint64(0xFFFFFFFF)
+    c = [np.asarray(word, np.uint64) & low for word in counter]
+    k0, k1 = (np.uint64(word) for word in key)
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ k0, b & low, (a >> np.uint64(32)) ^ c[3] ^ k1, a & low]
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & low, (k1 + np.uint64(0xBB67AE85)) & low
+    return c
+
+
+def mask(p: float, seed: int, epoch: int, layer: int, places: np.ndarray, units: int) -> np.ndarray:
+    """Dropout's: 0 or 1 / (1 - p) for each unit of the samples at these places of the epoch's order."""
+    row, j = np.meshgrid(places, np.arange(units), indexing="ij")
+    counter = [row, np.full_like(row, epoch), np.full_like(row, layer), j // 4]
+    words = np.stack(philox(counter, (seed & 0xFFFFFFFF, seed >> 32)))
+    drawn = np.take_along_axis(words, (j % 4)[None], 0)[0]
+    return np.where(drawn < math.floor(p * 2**32), 0.0, 1 / (1 - p))
 
 
 def metric(kind: str | None, o: np.ndarray, d: np.ndarray, margin: float) -> tuple[float | None, int]:
     """Accuracy or R2 of these outputs, and how many rows' largest two are too near one another to tell."""
     if kind is None:
         return None, 0
+    if kind == "labels":
+        near = (np.abs(o) <= margin).any(1)
+        return float(((o > 0) == (d > 0.5)).all(1).mean()), int(near.sum())
     if kind == "accuracy":
         first, second = np.sort(o, axis=1)[:, :-3:-1].T
         return float((o.argmax(1) == d.argmax(1)).mean()), int((first - second <= margin).sum())
@@ -177,6 +207,12 @@ def fit(
     mean: bool,
     rule: Rule,
     step_size: int,
+    weights: np.ndarray | None = None,
+    l2: float = 0.0,
+    clip_grad_norm: float = 0.0,
+    dropout: float = 0.0,
+    seed: int = 0,
+    rates: Sequence[float] = (),
     orders: Iterable[np.ndarray],
     kind: str | None,
     held_out: tuple[np.ndarray, np.ndarray] | None = None,
@@ -185,23 +221,45 @@ def fit(
     margin: float = 0.0,
 ) -> Trained:
     """Train `layers` in place: an epoch for each of `orders`, in which the steps of `step_size` rows take
-    them. `kind` is the metric, "accuracy", "r2" or None."""
-    trained = Trained()
+    them. `kind` is the metric, "accuracy", "labels", "r2" or None; `rates` the learning rate of each epoch,
+    where it changes."""
+    trained, weights = Trained(), np.ones(len(x)) if weights is None else weights
     for number, order in enumerate(orders, 1):
+        parameters = list({id(p): p for layer in layers for p in layer.parameters}.values())
         total, outputs = 0.0, []
+        rule.lr = rates[number - 1] if rates else rule.lr
         for first in range(0, len(order), step_size):
             rows = order[first : first + step_size]
+            if dropout:
+                places = np.arange(first, first + len(rows))
+                for k, layer in enumerate(layers[:-1]):
+                    layer.dropped = mask(dropout, seed, number, k, places, layer.weight.value.shape[-2])
             o, backwards, nearest = forward(layers, x[rows])
-            value, gradient = error(loss, o, d[rows])
+            values, gradient = error(loss, o, d[rows])
             outputs.append(o)
-            total += value
+            w, size = weights[rows], weights[rows].sum()
+            counts = [layer.weight for layer in layers if layer.weight.trained]
+            counts = list({id(p): p for p in counts}.values()) if l2 else []
+            penalty = l2 / 2 * sum((p.value**2).sum() for p in counts)
+            if size > 0:
+                total += len(rows) * ((w * values).sum() + penalty) / size
             trained.nearest = min(trained.nearest, nearest)
-            gradient = gradient * (gradient_factor / len(rows) if mean else gradient_factor)
+            share = 1 / size if mean and size > 0 else float(not mean)
+            gradient = gradient * w[:, None] * share * gradient_factor
             for backward in reversed(backwards):
                 gradient = backward(gradient)
-            for parameter in {id(p): p for layer in layers for p in layer.parameters}.values():
-                rule.step(parameter)
+            for p in counts:
+                p.gradient = p.gradient + l2 * share * p.value
+            if clip_grad_norm:
+                norm = np.sqrt(sum((p.gradient**2).sum() for p in parameters if p.gradient is not None))
+                for p in parameters:
+                    if p.gradient is not None:
+                        p.gradient = p.gradient * min(1.0, clip_grad_norm / (norm + 1e-6))
+            for p in parameters:
+                rule.step(p)
             trained.updates += 1
+        for layer in layers:
+            layer.dropped = 1.0
         value, unsure = metric(kind, np.concatenate(outputs), d[order], margin)
         trained.losses.append(total / len(order))
         trained.metrics.append(value)
@@ -209,7 +267,7 @@ def fit(
         if held_out is not None:
             o, _, nearest = forward(layers, held_out[0])
             trained.nearest = min(trained.nearest, nearest)
-            value = error(loss, o, held_out[1])[0] / len(o)
+            value = float(error(loss, o, held_out[1])[0].mean())
             trained.validation.append((value, *metric(kind, o, held_out[1], margin)))
         after_epoch(number)
     return trained

@@ -79,6 +79,11 @@ class Case:
     weight_decay: float = 0.0
     nesterov: bool = False
     eps: float = 1e-3
+    weighed: str = ""
+    l2: float = 0.0
+    clip_grad_norm: float | None = None
+    dropout: float = 0.0
+    schedule: str = ""
     validation: float | None = None
     shuffle: bool = True
     callback: str = ""
@@ -113,7 +118,8 @@ class Case:
         # Adam's parameters have then made different numbers of steps.
         uneven = self.optimizer in ("Adam", "AdamW") and self.callback == "alternate" and self.epochs > 2
         return (
-            (later or uneven or self.halved_by != "" or self.dtype == "bfloat16")
+            bool(self.weighed or self.l2 or self.clip_grad_norm or self.dropout or self.loss.startswith("b"))
+            or (later or uneven or self.halved_by != "" or self.dtype == "bfloat16")
             or any(place.again is not None or place.weight_of is not None for place in self.places)
             or any(not usual(place.activation, dict(place.params)) for place in self.places)
         )
@@ -138,7 +144,8 @@ class Net:
         elif case.container == "Sequential":
             self.model = torch.nn.Sequential(*self.modules)
         else:
-            self.model = nn.MLP([case.inputs, *(place.width for place in case.places)], dtype=self.dtype)
+            sizes = [case.inputs, *(place.width for place in case.places)]
+            self.model = nn.MLP(sizes, dtype=self.dtype, dropout=case.dropout)
             for k, module in enumerate(self.modules):
                 self.model[k] = module
 
@@ -194,6 +201,10 @@ def data(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     elif case.target == "probabilities":
         target = np.exp(rng.normal(size=(case.rows, outputs)))
         target /= target.sum(1, keepdims=True)
+    elif case.target == "bits":
+        target = rng.integers(2, size=(case.rows, outputs)).astype(float)
+    elif case.target == "shares":
+        target = rng.random(size=(case.rows, outputs))
     elif case.values == "zero":
         target = np.ones((case.rows, outputs))
     else:
@@ -205,6 +216,34 @@ def data(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     x = _rounded(x, case.dtype)
     target = target if case.target == "classes" else _rounded(target, case.dtype)
     return x, target, np.eye(outputs)[target] if case.target == "classes" else target
+
+
+def weights_of(case: Case, d: np.ndarray) -> tuple[dict[str, Any], np.ndarray | None]:
+    """The arguments of `fit`, and what each sample then counts."""
+    rng = np.random.default_rng([case.seed, 2])
+    if case.weighed == "":
+        return {}, None
+    if case.weighed == "balanced":
+        counts = d.sum(0)
+        balanced = case.rows / np.maximum((counts > 0).sum() * counts, 1)
+        return {"class_weight": "balanced"}, balanced[d.argmax(1)]
+    weights = rng.uniform(0.2, 3, size=case.rows)
+    if case.weighed == "zeros":
+        weights *= rng.integers(2, size=case.rows)
+        weights[rng.integers(case.rows)] = 1.0
+    weights = _rounded(weights, case.dtype)
+    return {"sample_weight": weights}, weights
+
+
+# By name: what `fit` takes, and the learning rate of epoch k of n, the first at k = 0.
+SCHEDULES: dict[str, tuple[Any, Any]] = {
+    "cosine": ("cosine", lambda k, n: (1 + math.cos(math.pi * k / n)) / 2),
+    "linear": ("linear", lambda k, n: 1 - k / n * (1 - 1 / n)),
+    "step": (
+        lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1),
+        lambda k, n: 0.1 ** (k // 2),
+    ),
+}
 
 
 def _rounded(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -351,6 +390,10 @@ def halving(case: Case, net: Net, optimizer: Any) -> Any:
 def options_of(case: Case) -> dict[str, Any]:
     names = ("mode", "batch_size", "epochs", "loss", "reduction", "validation", "shuffle", "seed")
     options = {name: getattr(case, name) for name in names} | {"progress": False}
+    options |= {name: getattr(case, name) for name in ("l2", "clip_grad_norm")}
+    options |= weights_of(case, data(case)[2])[0]
+    if case.schedule:
+        options["schedule"] = SCHEDULES[case.schedule][0]
     if not case.optimizer:
         options |= {name: getattr(case, name) for name in ("lr", "momentum", "weight_decay", "nesterov")}
     return options
@@ -368,18 +411,21 @@ def train(case: Case, x: Any, target: Any, **changes: Any) -> tuple[Net, mlpext.
 def expected(case: Case, x: np.ndarray, d: np.ndarray, margin: float) -> tuple[Net, fit_reference.Trained]:
     """What the reference gives, of the samples that are not held out, in the orders that fit documents."""
     generator = torch.Generator().manual_seed(case.seed)
-    held_out = None
+    held_out, weights = None, weights_of(case, d)[1]
     if case.validation is not None:
         rows = torch.randperm(case.rows, generator=generator).numpy()
         chosen, rows = (np.sort(part) for part in np.split(rows, [case.held_out]))
         held_out, x, d = (x[chosen], d[chosen]), x[rows], d[rows]
+        weights = None if weights is None else weights[rows]
     shuffled = case.shuffle and case.mode != "batch"
     orders = [
         torch.randperm(len(x), generator=generator).numpy() if shuffled else np.arange(len(x))
         for _ in range(case.epochs)
     ]
     kind: str | None = "r2" if case.target == "numbers" else "accuracy"
-    if kind == "accuracy" and case.outputs == 1:
+    if case.target in ("bits", "shares"):
+        kind = "labels"
+    elif kind == "accuracy" and case.outputs == 1:
         kind = None
     elif case.target == "probabilities" and case.loss == "squared_error":
         kind = "r2"
@@ -395,6 +441,14 @@ def expected(case: Case, x: np.ndarray, d: np.ndarray, margin: float) -> tuple[N
         mean=case.reduction == "mean",
         rule=rule,
         step_size=case.step_size,
+        weights=weights,
+        l2=case.l2,
+        clip_grad_norm=case.clip_grad_norm or 0.0,
+        dropout=case.dropout,
+        seed=case.seed,
+        rates=[case.lr * SCHEDULES[case.schedule][1](k, case.epochs) for k in range(case.epochs)]
+        if case.schedule
+        else (),
         orders=orders,
         kind=kind,
         held_out=held_out,
@@ -433,7 +487,7 @@ def check(case: Case, ranks: int = 1) -> dict[str, float] | None:
             "weights": _weight_difference(case, net, theirs, wanted.updates),
         }
         # After its one step a net of "grid" has sums next to a kink, where rounding chooses the side.
-        if not refused and case.engine != "autograd" and case.values != "grid":
+        if not refused and case.engine != "autograd" and case.values != "grid" and not case.dropout:
             _assert_measured_as_trained(case, net, x, target, bound)
         if case.resumed_after:
             _assert_resumes(case, net, x, target, folder, changes)
@@ -597,7 +651,7 @@ def draw(r: random.Random) -> Case:
         threads=1 if r.random() < 0.96 else 2,
     )
     if case.values == "normal":
-        case = _extras(r, case, tied)
+        case = _extras(r, _options(r, case, tied), tied)
     return case
 
 
@@ -643,6 +697,9 @@ def _steps(r: random.Random, case: Case) -> Case:
 
 def _objective(r: random.Random, case: Case) -> Case:
     reduction = r.choice(REDUCTIONS)
+    if case.values == "normal" and r.random() < 0.2:
+        target = r.choice(("bits", "shares"))
+        return dataclasses.replace(case, target=target, loss="binary_cross_entropy", reduction=reduction)
     if case.outputs == 1:
         return dataclasses.replace(case, reduction=reduction)
     target = r.choice(("numbers", "classes", "probabilities"))
@@ -675,6 +732,22 @@ def _rule(r: random.Random, case: Case) -> Case:
     )
 
 
+def _options(r: random.Random, case: Case, tied: bool) -> Case:
+    """Weights, a penalty, clipping, dropout and a schedule, a few of them at a time."""
+    if r.random() < 0.2:
+        names = ["random", "zeros"] + ["balanced"] * (case.target == "classes")
+        case = dataclasses.replace(case, weighed=r.choice(names))
+    if r.random() < 0.2:
+        case = dataclasses.replace(case, l2=r.choice((1e-3, 0.1, 1.0)))
+    if r.random() < 0.15:
+        case = dataclasses.replace(case, clip_grad_norm=r.choice((1e-2, 0.3, 100.0)))
+    if r.random() < 0.2 and case.container == "MLP" and not tied and hasattr(mlpext._C, "dropout_mask"):
+        case = dataclasses.replace(case, dropout=r.choice((0.1, 0.5, 0.8)))
+    if r.random() < 0.15 and case.epochs > 1:
+        case = dataclasses.replace(case, schedule=r.choice(list(SCHEDULES)))
+    return case
+
+
 def _digits(value: float) -> float:
     return float(f"{value:.2g}")
 
@@ -690,20 +763,23 @@ def _extras(r: random.Random, case: Case, tied: bool) -> Case:
         case = dataclasses.replace(case, places=tuple(places))
     if case.epochs > 1 and r.random() < 0.3:
         names = ["look", "clamp"]
-        if case.optimizer:
+        if case.optimizer and not case.schedule:
             names.append("halve lr")
-        elif case.container != "layer" and case.outputs <= 17:
+        elif case.container != "layer" and case.outputs <= 17 and not case.schedule:
             names.append("append")
         if len(case.places) > 1 and not tied:
             names += [] if case.places[0].frozen else ["freeze", "alternate"]
             names += ["double", "prune"]
         case = dataclasses.replace(case, callback=r.choice(names))
-    if r.random() < 0.05 and case.callback in ("", "look", "clamp"):
+    options = case.l2 or case.clip_grad_norm or case.schedule
+    if r.random() < 0.05 and case.callback in ("", "look", "clamp") and not options:
         ways = ["gradient hooks"]
         if case.optimizer:
             ways += ["a step of its own", "step hook", "global hook"]
         case = dataclasses.replace(case, halved_by=r.choice(ways))
     if case.epochs > 1 and case.callback in ("", "look", "clamp", "halve lr") and r.random() < 0.06:
+        if case.schedule:
+            case = dataclasses.replace(case, schedule="step")
         return dataclasses.replace(case, resumed_after=r.randrange(1, case.epochs))
     if not (case.callback or case.halved_by) and r.random() < 0.05:
         return dataclasses.replace(case, together=r.choice((2, 3)))

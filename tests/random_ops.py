@@ -727,6 +727,8 @@ def _numbers(case: Case, got: Outcome, theirs: Outcome, exact: Tensors) -> Probl
             for layer in case.layers:  # an error before a steep layer is a larger one behind it
                 scale *= max(1.0, abs(dict(layer.params).get("omega", 1.0)))
             units = CLOSE[precision(case)] * len(case.layers) * (1 if case.way in ORDINARY else 2)
+            if case.layouts[0] in ("expanded", "one number"):  # rows that are the same have the same errors
+                units *= max(1.0, math.prod(case.shape[:-1]) / 16)
             bound = units * eps * scale + 4 * eagers.max()
         if (error > bound).any():
             return _worst(k, error > bound, actual, wanted, eager)

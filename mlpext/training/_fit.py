@@ -77,38 +77,58 @@ def fit(
     Args:
         model: any module from (n, ...) to (n, ...). Trained in train() mode, measured in eval() mode, and
             left in the mode that it had.
-        x: floating-point tensor or numpy array (N, ...), cast to the model's dtype and moved to its device. A
-            `numpy.memmap` is read a block of rows at a time, never copied whole.
+        x: numbers (N, ...), a tensor, a numpy array, a DataFrame or a list, cast to the model's dtype and
+            moved to its device. A `numpy.memmap` is read a block of rows at a time, never copied whole.
         target: what the model should give. Integer (N,): class numbers, which squared_error takes as one-hot
-            d. Floating point, of the outputs' shape ((N,) will do for one output): d itself, or for
-            cross_entropy the probabilities of the classes.
+            d. Text (N,): labels, whose class numbers are their places in sorted order, kept in
+            `history.config["classes"]`. Floating point, of the outputs' shape ((N,) will do for one output):
+            d itself, or for cross_entropy the probabilities of the classes. For binary_cross_entropy 0, 1 or
+            what lies between, of the outputs' shape or (N,) for one output, integers too.
         mode: "stochastic", "mini-batch" or "batch". Batch mode takes the data through the model in chunks and
             adds up their gradients, so that memory does not grow with N (a batch norm sees the chunks).
         batch_size: samples per update in mini-batch mode; the last step of an epoch takes those that are
             left.
         lr: eta, the step size.
         epochs: passes over the data in all; a resumed run does those that are missing.
-        loss: "squared_error", 1/2 ||d - o||^2 summed over a sample's outputs; "cross_entropy" of logits; or a
-            function of (outputs, targets) that returns one value per sample, shape (n,), or their mean, a
-            scalar. Where a step is taken in parts (batch mode of more than 1024 samples, several ranks) a
-            scalar that is no plain mean over the samples, as with class weights or ignore_index, is refused:
-            give it `reduction="none"`. A loss that is a module is kept with the model.
+        loss: "squared_error", 1/2 ||d - o||^2 summed over a sample's outputs; "cross_entropy" of logits;
+            "binary_cross_entropy" of logits, summed over a sample's outputs; or a function of (outputs,
+            targets) that returns one value per sample, shape (n,), or their mean, a scalar. Where a step is
+            taken in parts (batch mode of more than 1024 samples, several ranks) a scalar that is no plain
+            mean over the samples, as with class weights or ignore_index, is refused: give it
+            `reduction="none"`. A loss that is a module is kept with the model.
         reduction: what a step minimises, the "mean" over its samples or the "sum", which is the lecture's
             literal batch update. The losses reported are means either way.
         momentum, weight_decay, nesterov: as in torch.optim.SGD, see `GradientDescent`.
-        optimizer: a torch.optim.Optimizer over the model's parameters, or a function that makes one from
-            them (frozen ones too, which have no gradient), to use instead of lr, momentum and weight_decay.
-            One that asks for E again within a step, as LBFGS, needs batch mode.
+        l2: the weight of a penalty on large weights, as scikit-learn's alpha: l2 / 2 ||W||^2 is added to the
+            sum of E over the samples of a step, before it is divided by their number. Biases are left out.
+            The losses reported contain it, those of validation do not.
+        clip_grad_norm: the longest that the gradient of all parameters together may be; a longer one is
+            scaled down to it (torch.nn.utils.clip_grad_norm_).
+        schedule: how the learning rate changes after each epoch: "cosine" or "linear" from lr to 0 over the
+            epochs, "plateau" (a tenth once the validation loss, or the loss, has not fallen for ten epochs),
+            or a function that makes a scheduler of torch.optim.lr_scheduler of the optimizer, which without
+            `optimizer` is a torch.optim.SGD. Its state is in the checkpoint.
+        sample_weight: how much each sample counts, (N,), 0 or more; a step's mean is the sum of w E divided
+            by the sum of w. Validation and metrics count every sample once.
+        class_weight: how much the samples of each class count: a mapping of labels or class numbers (1 where
+            there is none), a list in their order, or "balanced", N / (classes * samples of the class).
+        optimizer: a torch.optim.Optimizer over the model's parameters, or a function that makes one from them
+            (frozen ones too, which have no gradient), to use instead of lr, momentum and weight_decay. One
+            that asks for E again within a step, as LBFGS, needs batch mode.
         validation: held-out data (x, d) to measure after each epoch, or a fraction of the data to hold out at
             random.
+        metrics: what is measured beside E: "accuracy", "balanced_accuracy", "f1" (the classes' mean), "r2",
+            "mae", "mse", or objects with update(outputs, targets), compute and reset, as torchmetrics has
+            them; a list, or a mapping that gives them names. By default accuracy for classes, r2 for numbers.
         shuffle: visit the samples in a new random order each epoch; batch mode needs none.
         seed: of the order and the hold-out; None draws one, kept in `history.config["seed"]`. fit neither
-            reads nor disturbs torch's global generator; seed that too for dropout and initial weights.
+            reads nor disturbs torch's global generator. The dropout of an MLP follows from this seed, that of
+            other modules and initial weights from torch's.
         early_stopping: stop after so many epochs without a lower validation loss; the model gets the weights
             of its best epoch when the run ends.
-        callbacks: functions called with the `Epoch` after each epoch; one that returns True or "stop" ends
-            the run. They may change model and optimizer (freeze or free layers, prune, clamp weights), before
-            the checkpoint and the best weights are taken.
+        callbacks: functions called with the `Epoch`, or with (epoch, model, optimizer), after each epoch; one
+            that returns True or "stop" ends the run. They may change model and optimizer (freeze or free
+            layers, prune, clamp weights), before the checkpoint and the best weights are taken.
         checkpoint: a folder that keeps the state after the latest epoch, so that a kill at any moment loses
             no more than the epoch under way. A run that does not resume replaces what is there.
         resume: continue from `checkpoint` if it holds a state, else start. The final weights have the same
@@ -189,10 +209,11 @@ def _prepare(arguments: Arguments, context: Context, device: torch.device) -> Ru
     samples, held_out = arguments.make_samples(generator)
     held_out_metrics = None if held_out is None else metrics_for(held_out, loss, arguments.metrics)
     optimizer, optimizer_config = arguments.make_optimizer()
+    schedule = arguments.make_schedule(optimizer)  # which may change the optimizer at once
     plan = _step_plan(arguments, samples, optimizer, ranks)
     engine = choose(arguments.engine, model, samples, plan, optimizer, run_job=context.run_job)
     history = History(arguments.make_config(samples, held_out, plan, optimizer_config))
-    schedule, stopping = arguments.make_schedule(optimizer), EarlyStopping(arguments.early_stopping)
+    stopping = EarlyStopping(arguments.early_stopping)
     state = State(model, loss, optimizer, generator, history, stopping, schedule)
     run = Run(
         arguments,

@@ -75,7 +75,7 @@ def loop(run: Run) -> None:
                 order = torch.arange(samples, device="cpu")
             if arguments.callbacks:
                 _follow_callbacks(run)
-            elif lr != learning_rate(state.optimizer):
+            elif state.schedule is not None or lr != learning_rate(state.optimizer):
                 run.rebuild_engine()
             lr = learning_rate(state.optimizer)
             if arguments.callbacks or run.engine.replaces_buffers or not weights:

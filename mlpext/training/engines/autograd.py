@@ -61,7 +61,7 @@ class AutogradEngine:
             penalty = self._regularise(weights, size)
             optimizer.step()
             clear()
-            return penalty
+            return penalty if plan.ranks.rank == 0 else None  # the ranks' errors are added up
 
         clear()
         totals, metric_sum = sweep(on_progress, step)
@@ -69,7 +69,7 @@ class AutogradEngine:
 
     def _regularise(self, weights: list[nn.Parameter], size: float) -> Tensor | None:
         """Add the gradient of l2 / 2 ||W||^2 to that of a step of this size, then clip the whole. Gives that
-        term, if there is one, on rank 0 alone, since the ranks' errors are added up."""
+        term, if there is one."""
         plan, penalty = self._plan, None
         if plan.l2:
             penalised = layer_weights(self._model)
@@ -80,7 +80,7 @@ class AutogradEngine:
                 penalty = torch.stack([widened(W).square().sum() for W in penalised]).sum() * (plan.l2 / 2)
         if plan.clip_grad_norm:
             nn.utils.clip_grad_norm_(weights, plan.clip_grad_norm)
-        return penalty if plan.ranks.rank == 0 else None
+        return penalty
 
     def _batch_step(
         self,
@@ -119,8 +119,8 @@ class AutogradEngine:
             for W, gradient in sums.items():
                 W.grad = gradient.to(W.dtype)
             total, penalty = totals.sum(), self._regularise(weights, size)
-            if plan.l2:
-                total += plan.ranks.all_reduce(torch.zeros(()) if penalty is None else penalty.cpu())
+            if penalty is not None:
+                total += penalty.cpu()
             sweeps.append((total.reshape(1), metric_sum))
             return total / (size or 1.0) if plan.mean else total
 
