@@ -136,7 +136,8 @@ class MLPClassifier(ClassifierMixin, BaseMLP):  # type: ignore[misc]
 
         Args:
             module: from features to one output a class, one output for two classes, or one a label. Its
-                hidden layers are of one kind, with its usual parameters.
+                hidden layers are of one kind, with its usual parameters. Two outputs, of two classes, become
+                one, their difference.
             classes: the labels in the order of the outputs, sorted; None: 0, 1, ...
             multilabel: the outputs stand for labels, of which a sample may have several.
 
@@ -149,6 +150,10 @@ class MLPClassifier(ClassifierMixin, BaseMLP):  # type: ignore[misc]
         """
         self = cls()
         outputs = self._take(module)
+        if outputs == 2 and not multilabel:
+            # Softmax of two is the logistic function of their difference, which is what an estimator has.
+            self.coefs_[-1], self.intercepts_[-1] = np.diff(self.coefs_[-1]), np.diff(self.intercepts_[-1])
+            self.n_outputs_ = outputs = 1
         count = 2 if outputs == 1 else outputs
         labels = np.arange(count) if classes is None else np.asarray(classes)
         self._label_binarizer = LabelBinarizer().fit(np.eye(outputs, dtype=int) if multilabel else labels)
