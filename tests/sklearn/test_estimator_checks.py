@@ -27,9 +27,8 @@ def test_check(estimator, check):
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 @parametrize_with_checks(
     [
-        MLPClassifier(max_iter=100, solver="sgd", learning_rate="adaptive", learning_rate_init=0.05),
         MLPClassifier((9, 5), "maxout", max_iter=100, pieces=3, learning_rate_init=0.01),
-        MLPRegressor(max_iter=100, solver="sgd", early_stopping=True, validation_fraction=0.2),
+        MLPRegressor("squared_error", (9,), "gelu", max_iter=100, learning_rate_init=0.02),
     ]
 )
 def test_check_of_other_options(estimator, check):
