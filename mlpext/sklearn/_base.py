@@ -143,7 +143,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
         held_out = None
         if self.early_stopping:
             X, y, sample_weight, held_out = self._hold_out(X, y, sample_weight, random)
-        if not incremental and self.early_stopping == (getattr(self, "validation_scores_", None) is None):
+        if self.early_stopping == (getattr(self, "validation_scores_", None) is None):
             self._forget_best()
         if (class_weights := self._class_weights(y, incremental)) is not None:
             sample_weight = class_weights * (1 if sample_weight is None else sample_weight)
@@ -199,8 +199,7 @@ class BaseMLP(BaseEstimator):  # type: ignore[misc]
                 raise ValueError(DIVERGED) from error
             rules.diverged()
         self._optimizer = state_of(optimizer)
-        if held_out is not None:
-            self.coefs_, self.intercepts_ = rules.best
+        self.coefs_, self.intercepts_ = _arrays.of_module(module) if held_out is None else rules.best
         if not incremental and self.n_iter_ == self.max_iter and not rules.stopped:
             warnings.warn(
                 f"max_iter={self.max_iter} epochs are over, and the optimization has not converged yet",

@@ -41,7 +41,8 @@ class Rules:
     squares: float = 0.0  # ||W||^2 before the epoch
 
     def __post_init__(self) -> None:
-        self.squares = self.sum_of_squares()
+        if self.estimator._loss_divisor() > 1:
+            self.squares = self.sum_of_squares()
         if self.held_out is not None:
             self.keep_best()
 

@@ -200,3 +200,12 @@ def test_callbacks_stop():
         model = estimator(ours, "binary", callbacks=[stop]).fit(X, y)
     assert model.n_iter_ == 3 and [loss for loss, *_ in seen] == model.loss_curve_
     assert seen[0][1:] == (0.001, "MLP", "Adam")
+
+
+def test_partial_fit_after_early_stopping():
+    X, y = data("binary")
+    model = fitted(ours, "binary", X, y, early_stopping=True, max_iter=2)
+    with pytest.raises(ValueError, match="partial_fit does not support early_stopping"):
+        model.partial_fit(X, y)
+    model.set_params(early_stopping=False).partial_fit(X, y)
+    assert model.best_loss_ == model.loss_curve_[-1] and len(model.loss_curve_) == 3

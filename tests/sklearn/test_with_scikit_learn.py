@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import VotingClassifier
@@ -126,8 +129,6 @@ def test_the_state_is_numpy_arrays_and_plain_values():
 
 
 def test_results_repeat_and_leave_the_random_generators_alone():
-    import torch
-
     X, y = data("binary")
     torch.manual_seed(5)
     np.random.seed(5)
@@ -149,3 +150,12 @@ def test_no_random_state_takes_numpys_global_one():
         models.append(fitted(ours, "binary", X, y, batch_size=16, max_iter=3))
     one, same, other = (model.coefs_[0] for model in models)
     assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+
+@pytest.mark.thorough
+def test_the_examples_of_the_page_run():
+    page = (Path(__file__).parents[2] / "docs" / "scikit-learn.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, names)
+    assert names["search"].best_score_ > 0.9
