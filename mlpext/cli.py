@@ -168,7 +168,7 @@ def _train_in(
         )
     except KeyboardInterrupt:
         checkpoint = Checkpoint(folder / "checkpoint")
-        kept = len(checkpoint.load()["epochs"]) if checkpoint.exists() else 0
+        kept = len(checkpoint.load()["log"]) if checkpoint.exists() else 0
         raise KeyboardInterrupt(
             f"{checkpoint.folder} keeps epoch {kept}, --resume continues from it"
         ) from None

@@ -66,7 +66,7 @@ class Arguments:
     early_stopping: int | None
     callbacks: Sequence[Callback]
     checkpoint: str | os.PathLike[str] | None
-    resume: bool
+    resume: bool | Sequence[str]
     log_dir: str | os.PathLike[str] | None
     progress: bool
     device: torch.device | str | None
@@ -145,7 +145,7 @@ class Arguments:
         updated = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if updated.isdisjoint(map(id, parameters)):
             raise ValueError("optimizer holds none of the model's parameters")
-        return optimizer, {"optimizer": type(optimizer).__name__}
+        return optimizer, {"optimizer": type(optimizer).__name__, **_settings(optimizer)}
 
     def make_schedule(self, optimizer: Optimizer) -> Schedule | None:
         """What changes the learning rate after each epoch."""
@@ -238,12 +238,25 @@ def _hold_out(fraction: Any, samples: Samples, generator: torch.Generator) -> tu
     return samples.subset(rows[held_out:].sort().values), samples.subset(rows[:held_out].sort().values)
 
 
-def check_same_run(saved: dict[str, Any], config: dict[str, Any], where: str) -> None:
-    """Refuses a checkpoint of another run, by what differs in the two configurations."""
+def _settings(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The numbers that an optimizer was made with, as JSON gives them back."""
+    settings: dict[str, Any] = {}
+    for name, value in optimizer.defaults.items():
+        if isinstance(value, (tuple, list)):
+            settings[name] = [float(number) for number in value]
+        elif value is not None and name not in ("foreach", "fused"):
+            settings[name] = value.item() if isinstance(value, Tensor) else value
+    return {name: value for name, value in settings.items() if isinstance(value, (bool, int, float, list))}
+
+
+def check_same_run(
+    saved: dict[str, Any], config: dict[str, Any], where: str, but: Sequence[str] = ()
+) -> None:
+    """Refuses a checkpoint of another run, by what differs in the two configurations `but` these names."""
     differences = [
         f"{name} is {config.get(name)!r} here and {saved.get(name)!r} there"
         for name in dict.fromkeys([*config, *saved])
-        if name != "epochs" and config.get(name) != saved.get(name)
+        if name not in ("epochs", *but) and config.get(name) != saved.get(name)
     ]
     if differences:
         raise ValueError(f"cannot resume, because {where} is of another run: {'; '.join(differences)}")

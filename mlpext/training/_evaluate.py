@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -14,13 +15,16 @@ from mlpext.training._modules import in_mode
 from mlpext.training._samples import Samples
 from mlpext.training._tables import Data, as_targets
 
+# The loss of the last `fit` of each model, "" for a function, and the labels of its classes.
+TRAINED_WITH: weakref.WeakKeyDictionary[nn.Module, tuple[str, list[str] | None]] = weakref.WeakKeyDictionary()
+
 
 def evaluate(
     model: nn.Module,
     x: Data,
     target: Data,
     *,
-    loss: Loss = "squared_error",
+    loss: Loss | None = None,
     metrics: MetricsArgument | None = None,
     classes: Sequence[str] | None = None,
 ) -> dict[str, float]:
@@ -28,10 +32,17 @@ def evaluate(
 
         evaluate(model, x_test, labels)["accuracy"]
 
-    Takes x, target, loss and metrics as `fit` does, a block at a time, and raises the same errors. `classes`
-    are the labels in the order of the outputs, where the target holds text: `history.config["classes"]`.
+    `loss` and `classes`, the labels in the order of the outputs where the target holds text, are by default
+    those that `fit` last trained the model with, else squared_error and the labels of the target. Takes x,
+    target, loss and metrics as `fit` does, a block at a time, and raises the same errors; ValueError without
+    a loss for a model that was trained with a function.
     """
     with anywhere(model):
+        trained = TRAINED_WITH.get(model, ("squared_error", None))
+        classes = trained[1] if classes is None else classes
+        loss = trained[0] if loss is None else loss
+        if loss == "":
+            raise ValueError("loss: the model was trained with a function; evaluate needs to be given it")
         loss_sum = loss_sum_of(loss)
         samples = samples_for(model, x, as_targets(target, "target", classes)[0], loss)
         return evaluate_samples(model, samples, loss_sum, metrics_for(samples, loss, metrics))

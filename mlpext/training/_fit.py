@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +14,18 @@ from torch import nn
 from mlpext.training._arguments import Arguments, MakeOptimizer, anywhere, check_same_run, count
 from mlpext.training._callbacks import Callback
 from mlpext.training._early_stopping import EarlyStopping
+from mlpext.training._evaluate import TRAINED_WITH
 from mlpext.training._loop import Run, loop
 from mlpext.training._losses import Loss, check_parts, loss_sum_of
 from mlpext.training._metrics import MetricsArgument, metrics_for
+from mlpext.training._modules import copy_all
 from mlpext.training._ranks import Ranks
 from mlpext.training._samples import Samples
 from mlpext.training._schedule import ScheduleArgument
 from mlpext.training._state import State
 from mlpext.training._tables import Data
 from mlpext.training._weights import ClassWeight
-from mlpext.training.checkpoint import Checkpoint
+from mlpext.training.checkpoint import DAMAGE, Checkpoint
 from mlpext.training.engines import choose
 from mlpext.training.engines.cuda_graphs import RunJob
 from mlpext.training.engines.optimizer import Optimizer, needs_closure
@@ -57,7 +60,7 @@ def fit(
     early_stopping: int | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
+    resume: bool | Sequence[str] = False,
     log_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     device: torch.device | str | None = None,
@@ -129,11 +132,14 @@ def fit(
         callbacks: functions called with the `Epoch`, or with (epoch, model, optimizer), after each epoch; one
             that returns True or "stop" ends the run. They may change model and optimizer (freeze or free
             layers, prune, clamp weights), before the checkpoint and the best weights are taken.
-        checkpoint: a folder that keeps the state after the latest epoch, so that a kill at any moment loses
-            no more than the epoch under way. A run that does not resume replaces what is there.
-        resume: continue from `checkpoint` if it holds a state, else start. The final weights have the same
-            bits as those of a run never interrupted; torch's global generators are set to the saved state,
-            for dropout.
+        checkpoint: a folder that keeps the state after the latest epoch. It is written once every two
+            seconds, and at the end, Ctrl-C and errors too; a kill at any moment loses these two seconds and
+            the epoch under way. A run that does not resume replaces what is there; one at a time may write
+            there.
+        resume: continue from `checkpoint` if it holds a state, else start. What it was trained with must be
+            the same, data too; ["lr"] instead of True names settings that may be others from now on. The
+            final weights have the same bits as those of a run never interrupted; torch's global generators
+            are set to the saved state, for dropout.
         log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
         progress: show a bar on stderr where that is a terminal.
         device: move the model there first; None trains it where it is.
@@ -186,19 +192,27 @@ def fit_beside(
 def _train(arguments: Arguments, context: Context) -> History:
     with anywhere(arguments.model, arguments.device) as device:
         arguments.check()
-        run = _prepare(arguments, context, device)
-        loop(run)
+        with contextlib.ExitStack() as cleanup:
+            run = _prepare(arguments, context, device, cleanup)
+            loss = arguments.loss if isinstance(arguments.loss, str) else ""
+            TRAINED_WITH[arguments.model] = loss, arguments.classes
+            loop(run)
         if run.state.stopping.weights:
             run.state.stopping.restore_best(run.state.weights())
         return run.state.history
 
 
-def _prepare(arguments: Arguments, context: Context, device: torch.device) -> Run:
+def _prepare(
+    arguments: Arguments, context: Context, device: torch.device, cleanup: contextlib.ExitStack
+) -> Run:
     """All that comes before the first epoch; a resumed run then has the state of its checkpoint."""
     model, loss = arguments.model, arguments.loss
     ranks = Ranks(device)
     is_first = ranks.rank == 0  # the one that writes
     store = Checkpoint(arguments.checkpoint) if arguments.checkpoint is not None and is_first else None
+    if store is not None:
+        store.lock()
+        cleanup.callback(store.release)
     saved = store.load() if store is not None and arguments.resume and store.exists() else None
     saved = ranks.broadcast_object(saved)
     arguments.seed = _seed(arguments.seed, saved, ranks)
@@ -233,6 +247,8 @@ def _prepare(arguments: Arguments, context: Context, device: torch.device) -> Ru
     if ranks.size > 1 or plan.chunk < plan.step_size:
         parts = "the ranks" if ranks.size > 1 else f"the chunks of {plan.chunk} samples of batch mode"
         check_parts(model, samples, plan.loss_sum, max(plan.chunk, 64), parts)
+    if arguments.checkpoint is not None:
+        state.config = {**history.config, "data": samples.fingerprint()}
     if saved is not None:
         _resume(run, saved)
     elif store is not None:
@@ -280,8 +296,29 @@ def _step_plan(arguments: Arguments, samples: Samples, optimizer: Optimizer, ran
 def _resume(run: Run, saved: dict[str, Any]) -> None:
     """Go on from a checkpoint's state, if it is one of this run."""
     where = f"the checkpoint in {run.arguments.checkpoint}"
-    check_same_run(saved["config"], run.state.history.config, where)
-    if len(saved["epochs"]) > run.arguments.epochs:
-        raise ValueError(f"epochs is {run.arguments.epochs}, but {where} is of epoch {len(saved['epochs'])}")
-    run.state.load_state_dict(saved)
+    resume, before = run.arguments.resume, [weight.clone() for weight in run.state.weights()]
+    try:
+        epochs, config = len(saved["log"]), {**saved["config"]}
+    except DAMAGE as error:
+        raise ValueError(f"{where} is damaged: {error!r}") from error
+    changed = () if isinstance(resume, bool) else resume
+    for name in changed:
+        if name not in config and name not in run.state.config:
+            raise ValueError(f"resume: {name!r} is no setting of a run; they are {', '.join(config)}")
+    check_same_run(config, run.state.config, where, changed)
+    if epochs > run.arguments.epochs:
+        raise ValueError(f"epochs is {run.arguments.epochs}, but {where} is of epoch {epochs}")
+    try:
+        run.state.load_state_dict(saved)
+    except DAMAGE as error:
+        copy_all(before, run.state.weights())
+        raise ValueError(f"{where} is damaged: {error!r}") from error
+    _apply_settings(run.state.optimizer, changed)
     run.rebuild_engine()  # the optimizer has other buffers now
+
+
+def _apply_settings(optimizer: Optimizer, names: Sequence[str]) -> None:
+    """Give an optimizer of torch's the settings that it was made with instead of the checkpoint's."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for group in optimizer.param_groups:
+            group.update({name: optimizer.defaults[name] for name in names if name in optimizer.defaults})

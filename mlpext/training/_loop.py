@@ -7,10 +7,11 @@ they left.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ def loop(run: Run) -> None:
     before: list[Tensor] = []  # what they were when the epoch under way began
     show = arguments.progress and plan.ranks.rank == 0
     progress = Progress(show, samples, arguments.epochs, len(history))
-    with state.training(), progress, Interrupts(run.stop) as interrupts:
+    with state.training(), progress, Interrupts(run.stop) as interrupts, _saved_at_the_end(run):
         while len(history) < arguments.epochs and not state.stopping.due(len(history)):
             if shuffled:
                 order = torch.randperm(samples, generator=state.generator, device="cpu")
@@ -115,7 +116,7 @@ def loop(run: Run) -> None:
             )
             history.append(epoch, losses)
             progress.end(epoch)
-            if _record(run, epoch):
+            if _record(run, epoch, losses):
                 break
 
 
@@ -158,7 +159,17 @@ def _find_non_finite(loss: float, losses: Tensor, parameters: Sequence[Tensor]) 
     return None
 
 
-def _record(run: Run, epoch: Epoch) -> bool:
+@contextlib.contextmanager
+def _saved_at_the_end(run: Run) -> Iterator[None]:
+    """Whatever ends the run, the checkpoint has the last complete epoch."""
+    try:
+        yield
+    finally:
+        if run.store is not None:
+            run.store.flush()
+
+
+def _record(run: Run, epoch: Epoch, losses: Tensor) -> bool:
     """Log the epoch, call the callbacks, and keep what they left. Whether one of them says stop."""
     if run.log is not None:
         run.log.append(epoch)
@@ -171,7 +182,7 @@ def _record(run: Run, epoch: Epoch) -> bool:
     if run.arguments.early_stopping is not None:
         state.stopping.see(epoch, state.weights())
     if run.store is not None:
-        run.store.save(state.state_dict())
+        run.store.keep(state.state_dict(), state.history.entry(losses))
     return run.plan.ranks.any(any(map(_means_stop, answers)))
 
 

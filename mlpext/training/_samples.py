@@ -7,6 +7,7 @@ all rows does so in blocks of BLOCK rows.
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -180,6 +181,19 @@ class Samples:
         """Every target, class numbers as they are."""
         parts = [self._take(self._target, self._own(rows), self._target_dtype) for rows in self.blocks()]
         return torch.cat(parts)
+
+    def fingerprint(self) -> str:
+        """A hash of inputs, targets and weights, of 16,384 rows where there are more."""
+        rows = torch.linspace(
+            0, len(self) - 1, min(len(self), 16384), dtype=torch.float64, device="cpu"
+        ).long()
+        content = hashlib.sha256()
+        for part in torch.split(rows, BLOCK):
+            x, target = self.inputs(part), self._take(self._target, self._own(part), self._target_dtype)
+            for values in (x, target, self.weights_of(part)):
+                if values is not None:
+                    content.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return content.hexdigest()[:16]
 
     def _own(self, rows: Tensor) -> Tensor:
         return rows if self._rows is None else self._rows.index_select(0, rows.to(self._rows.device))

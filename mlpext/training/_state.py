@@ -43,6 +43,8 @@ class State:
         self.stopping = stopping
         self.schedule = schedule
         self.trained = self._trained()
+        # What a run that resumes this one must have in common with it, once there is a checkpoint.
+        self.config: dict[str, Any] = {}
 
     def weights(self) -> list[Tensor]:
         """All tensors that training changes: parameters and buffers of the model, then those of a loss that
@@ -91,7 +93,7 @@ class State:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **self.history.record(),
+            "config": self.config,
             "model": self.model.state_dict(),
             "beside_model": self._beside_model(),
             "descent": self.optimizer.state_dict(),
@@ -104,7 +106,7 @@ class State:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history.load_record(state)
+        self.history.load_entries(state["log"])
         self.model.load_state_dict(state["model"])
         copy_all(state.get("beside_model", []), self._beside_model())
         if isinstance(self.optimizer, torch.optim.Optimizer):

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,9 +108,19 @@ class History:
         write_atomically(path, text.getvalue())
 
     def record(self) -> dict[str, Any]:
-        """The whole as a nest of dicts and lists with one tensor, as a checkpoint keeps it."""
+        """The whole as a nest of dicts and lists with one tensor."""
         epochs = [dataclasses.asdict(epoch) for epoch in self.epochs]
         return {"config": self.config, "epochs": epochs, "step_losses": self.step_losses}
+
+    def entry(self, step_losses: Tensor) -> dict[str, Any]:
+        """The last epoch with the losses of its steps, as the log of a checkpoint keeps it."""
+        return {"epoch": {**vars(self.epochs[-1])}, "steps": step_losses.tolist()}
+
+    def load_entries(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Take over the epochs of a log; the configuration stays this history's own."""
+        self.epochs = [Epoch(**entry["epoch"]) for entry in entries]
+        steps = [torch.tensor(entry["steps"], dtype=torch.float64, device="cpu") for entry in entries]
+        self._steps = [torch.empty(0, dtype=torch.float64, device="cpu"), *steps]
 
     def load_record(self, record: dict[str, Any]) -> None:
         """Take over the epochs and steps of a `record`; the configuration stays this history's own."""

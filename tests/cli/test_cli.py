@@ -16,6 +16,7 @@ import torch
 import mlpext
 from mlpext import cli
 from mlpext.nn import MLP
+from mlpext.training.checkpoint import Checkpoint
 from mlpext.training.history import History
 
 pytest.importorskip("sklearn")
@@ -229,12 +230,12 @@ def test_ctrl_c_exits_with_130_and_keeps_the_checkpoint(tmp_path):
     )
     index = tmp_path / "runs/iris/mini-batch/checkpoint/checkpoint.json"
     deadline = time.monotonic() + 120
-    while not (index.exists() and json.loads(index.read_text())["state"]["epochs"]):
+    while not (index.exists() and json.loads(index.read_text())["log"]["size"]):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    kept = len(json.loads(index.read_text())["state"]["epochs"])
+    kept = len(Checkpoint(index.parent).load()["log"])
     assert process.returncode == 130
     assert err.splitlines() == [
         f"mlpext: interrupted; runs/iris/mini-batch/checkpoint keeps epoch {kept}, --resume continues from it"

@@ -14,10 +14,12 @@ from torch import nn
 from fit_helpers import classes, network, same_weights, train
 from mlpext import _files
 from mlpext._files import sweep, write_atomically
+from mlpext.training import checkpoint
 from mlpext.training.checkpoint import Checkpoint
 
 # A killed child must not share locks or buffers with the tests: it only computes and writes its checkpoint.
 FORK = multiprocessing.get_context("fork")
+FILES = [".lock", "checkpoint.json", "log", "state"]
 
 
 @pytest.mark.parametrize(
@@ -98,8 +100,8 @@ def test_a_run_that_does_not_resume_starts_anew(tmp_path):
     model = network()
     train(model, x, d, checkpoint=tmp_path, epochs=1, lr=0.01)
     kept = Checkpoint(tmp_path).load()
-    assert len(kept["epochs"]) == 1 and torch.equal(kept["model"]["0.weight"], model[0].weight)
-    assert sorted(os.listdir(tmp_path))[0] == "checkpoint.json" and len(os.listdir(tmp_path)) == 2
+    assert len(kept["log"]) == 1 and torch.equal(kept["model"]["0.weight"], model[0].weight)
+    assert sorted(name.partition("-")[0] for name in os.listdir(tmp_path)) == FILES
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,9 @@ def test_a_run_that_does_not_resume_starts_anew(tmp_path):
         ({"seed": 1}, "seed is 1 here and 0 there"),
         ({"loss": "cross_entropy"}, "loss is 'cross_entropy' here and 'squared_error' there"),
         ({"optimizer": torch.optim.Adam}, "optimizer is 'Adam' here and None there"),
+        ({"l2": 0.1}, "l2 is 0.1 here and None there"),
+        ({"schedule": "cosine"}, "schedule is 'cosine' here and None there"),
+        ({"sample_weight": [1.0] * 50}, "weighted is True here and None there; data is"),
         ({"validation": 0.5}, "samples is 25 here and 50 there"),
         ({"momentum": 0.5}, "momentum is 0.5 here and 0.0 there"),
         ({"epochs": 1}, "epochs is 1, but the checkpoint in .* is of epoch 2"),
@@ -136,7 +141,138 @@ def test_resuming_another_model_or_data_is_refused(tmp_path):
         train(network(dtype=torch.float64), *classes(), checkpoint=tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "json", "empty"])
+def adam(lr, betas=(0.9, 0.999)):
+    return lambda parameters: torch.optim.Adam(parameters, lr, betas)
+
+
+def test_resuming_with_other_settings_is_refused_unless_they_are_named(tmp_path):
+    """Adam with another lr went on with the old one, without a word."""
+    x, d = classes()
+    train(network(), x, d, optimizer=adam(1e-3), checkpoint=tmp_path)
+    options = {"epochs": 5, "checkpoint": tmp_path}
+    with pytest.raises(ValueError, match=r"lr is 0.1 here and 0.001 there"):
+        train(network(), x, d, optimizer=adam(1e-1), resume=True, **options)
+    with pytest.raises(ValueError, match=r"betas is \[0.8, 0.999\] here and \[0.9, 0.999\] there"):
+        train(network(), x, d, optimizer=adam(1e-3, (0.8, 0.999)), resume=["lr"], **options)
+    history = train(network(), x, d, optimizer=adam(1e-1), resume=["lr"], **options)
+    assert history["lr"] == [1e-3] * 3 + [1e-1] * 2
+    with pytest.raises(ValueError, match="resume: 'rate' is no setting of a run"):
+        train(network(), x, d, optimizer=adam(1e-1), resume=["rate"], **options)
+    train(network(), x, d, checkpoint=tmp_path / "plain", lr=0.1)
+    history = train(network(), x, d, checkpoint=tmp_path / "plain", lr=0.2, epochs=4, resume=["lr"])
+    assert history["lr"] == [0.1, 0.1, 0.1, 0.2]
+
+
+def test_resuming_with_other_numbers_of_the_same_shape_is_refused(tmp_path):
+    x, d = classes()
+    train(network(), x, d, checkpoint=tmp_path)
+    for other in ((x + 1e-5, d), (x, d.flip(0))):
+        with pytest.raises(ValueError, match="data is '[0-9a-f]{16}' here and '[0-9a-f]{16}' there"):
+            train(network(), *other, checkpoint=tmp_path, resume=True, epochs=5)
+
+
+def test_a_second_run_is_kept_out(tmp_path):
+    """It removed the temporary file that the first was writing."""
+    x, d = classes()
+
+    def second(epoch):
+        with pytest.raises(RuntimeError, match=f"checkpoint: another run is writing to {tmp_path}"):
+            train(network(), x, d, checkpoint=tmp_path)
+
+    train(network(), x, d, checkpoint=tmp_path, callbacks=[second])
+    train(network(), x, d, checkpoint=tmp_path, resume=True, epochs=4)
+    with pytest.raises(RuntimeError, match="stop"):
+        train(network(), x, d, checkpoint=tmp_path, resume=True, epochs=5, callbacks=[fail])
+    train(network(), x, d, checkpoint=tmp_path, resume=True, epochs=5)
+
+
+def fail(epoch):
+    raise RuntimeError("stop")
+
+
+def test_fast_epochs_are_saved_now_and_then_and_at_the_end(tmp_path, monkeypatch):
+    saved = []
+    save = Checkpoint.save
+    monkeypatch.setattr(
+        Checkpoint, "save", lambda self, *nest: (saved.append(len(nest[1:])), save(self, *nest))
+    )
+    x, d = classes()
+    history = train(network(), x, d, checkpoint=tmp_path, epochs=50)
+    assert len(saved) <= 3
+    kept = Checkpoint(tmp_path).load()["log"]
+    assert [entry["epoch"]["loss"] for entry in kept] == history["loss"]
+    saved.clear()
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
+    train(network(), x, d, checkpoint=tmp_path, epochs=60, resume=True)
+    assert len(saved) == 10 and len(Checkpoint(tmp_path).load()["log"]) == 60
+
+
+def test_an_error_between_two_saves_keeps_the_last_complete_epoch(tmp_path):
+    x, d = classes()
+
+    def strike(epoch):
+        if epoch.epoch == 5:
+            raise RuntimeError("stop")
+
+    options = {"checkpoint": tmp_path, "momentum": 0.9, "epochs": 8}
+    whole, resumed = network(), network(seed=3)
+    train(whole, x, d, **options | {"checkpoint": None})
+    with pytest.raises(RuntimeError, match="stop"):
+        train(network(), x, d, **options, callbacks=[strike])
+    assert len(Checkpoint(tmp_path).load()["log"]) == 4
+    train(resumed, x, d, **options, resume=True)
+    assert same_weights(whole, resumed)
+
+
+def edited(index, *path, value):
+    *path, last = path
+    part = index
+    for key in path:
+        part = part[key]
+    part[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("tensors",), "../outside.safetensors"),
+        (("tensors",), "/etc/passwd"),
+        (("tensors",), 3),
+        (("log", "name"), "../log-1.jsonl"),
+        (("log", "size"), 10**9),
+        (("log", "size"), 5),
+        (("log",), []),
+        (("state",), {}),
+        (("state", "config"), 3),
+        (("state", "model"), {"0.weight": 1.5}),
+        (("state", "model", "0.weight", "tensor"), "/nowhere"),
+        (("state", "descent"), {}),
+        (("state", "descent", "velocity"), [1, 2]),
+        (("state", "stopping"), None),
+        (("state", "order"), [1]),
+    ],
+    ids=str,
+)
+def test_a_state_edited_by_hand_is_damaged(tmp_path, path, value):
+    x, d = classes()
+    train(network(), x, d, checkpoint=tmp_path, momentum=0.5)
+    index = tmp_path / "checkpoint.json"
+    content = json.loads(index.read_text())
+    edited(content, *path, value=value)
+    index.write_text(json.dumps(content))
+    model = network(seed=4)
+    with pytest.raises(ValueError, match="is damaged"):
+        train(model, x, d, checkpoint=tmp_path, momentum=0.5, resume=True, epochs=5)
+    assert same_weights(model, network(seed=4))
+
+
+def test_a_nest_too_deep_is_damaged(tmp_path):
+    (tmp_path / "checkpoint.json").write_text('{"tensors": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(ValueError, match="is damaged"):
+        train(network(), *classes(), checkpoint=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "json", "empty", "log"])
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     train(network(), *classes(), checkpoint=tmp_path)
     (state,) = tmp_path.glob("state-*")
@@ -148,6 +284,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
         state.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     elif damage == "remove":
         state.unlink()
+    elif damage == "log":
+        (log,) = tmp_path.glob("log-*")
+        log.write_text(log.read_text().replace("1", "2", 1))
     else:
         index.write_text("{" if damage == "json" else "{}")
     error = FileNotFoundError if damage == "remove" else ValueError
@@ -213,7 +352,8 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path):
         assert child.exitcode == 7
     assert call >= 8 and found == sorted(found) and set(found) == {1, 2}
     Checkpoint(tmp_path).save({})
-    assert len(os.listdir(tmp_path)) == 2  # what the dead left is swept
+    # What the dead left is swept.
+    assert sorted(name.partition("-")[0] for name in os.listdir(tmp_path)) == FILES[1:]
 
 
 def resume_in_child(folder, options):
@@ -232,7 +372,8 @@ def resume_in_child(folder, options):
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_killed_again_and_again_a_run_ends_as_if_never_killed(tmp_path, options):
+def test_killed_again_and_again_a_run_ends_as_if_never_killed(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
     x, d = classes()
     options = {**options, "epochs": 60}
     expected = network()
@@ -245,12 +386,12 @@ def test_killed_again_and_again_a_run_ends_as_if_never_killed(tmp_path, options)
         time.sleep(chance.uniform(0.02, 0.25))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        reached.append(len(Checkpoint(tmp_path).load()["epochs"]))
-    assert reached == sorted(reached)
+        reached.append(len(Checkpoint(tmp_path).load()["log"]))
+    assert reached == sorted(reached) and reached[-1] > 0
     model = network(seed=9)
     history = train(model, x, d, **options, checkpoint=tmp_path, resume=True)
     assert same_weights(model, expected) and history["epoch"] == list(range(1, 61))
-    assert len(os.listdir(tmp_path)) == 2
+    assert sorted(name.partition("-")[0] for name in os.listdir(tmp_path)) == FILES
 
 
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch):

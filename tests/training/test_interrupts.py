@@ -50,7 +50,7 @@ def test_ctrl_c_completes_the_step(tmp_path, mode, step, updates):
         sgd.step()
     assert same_weights(model.inner, expected)
     whole = updates // len(steps) - (updates % len(steps) == 0)
-    assert len(Checkpoint(tmp_path).load()["epochs"]) == whole
+    assert len(Checkpoint(tmp_path).load()["log"]) == whole
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

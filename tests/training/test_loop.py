@@ -110,7 +110,7 @@ def test_a_loss_beyond_float32_names_epoch_and_step(tmp_path, mode, step):
             callbacks=[strike],
         )
     kept = Checkpoint(tmp_path).load()
-    assert len(kept["epochs"]) == 2
+    assert len(kept["log"]) == 2
     assert all(torch.equal(kept["model"][name], weight) for name, weight in model.state_dict().items())
     assert all(bool(W.isfinite().all()) for W in model.parameters())
     assert all(W.grad is None for W in model.parameters())
@@ -128,4 +128,4 @@ def test_an_infinite_validation_loss_is_noticed(tmp_path):
     x, d = numbers()
     with pytest.raises(FloatingPointError, match="the validation loss became inf after step 2 of epoch 1"):
         train(network(), x, d, validation=(x, d * 1e25), checkpoint=tmp_path)
-    assert Checkpoint(tmp_path).load()["epochs"] == []
+    assert Checkpoint(tmp_path).load()["log"] == []

@@ -236,9 +236,24 @@ def test_tables_and_labels_train_as_tensors_do(given):
     train(expected, X, LABELS, validation=(X, LABELS))
     history = train(model, *given, validation=given)
     assert same_weights(expected, model)
+    assert evaluate(model, *given) == evaluate(model, X, LABELS)
     if history.config.get("classes"):
         assert history.config["classes"] == NAMES.tolist()
-        assert evaluate(model, *given, classes=history.config["classes"]) == evaluate(model, X, LABELS)
+        few = [number for number, label in enumerate(LABELS) if label != 0][:9]
+        first = [NAMES[LABELS[number]] for number in few]  # without the first class
+        assert evaluate(model, X[few], first) == evaluate(model, X[few], LABELS[few])
+
+
+def test_evaluate_takes_the_loss_that_the_model_was_trained_with():
+    """It took squared_error after cross_entropy."""
+    model = network()
+    squared = evaluate(model, X, LABELS)
+    assert squared == evaluate(model, X, LABELS, loss="squared_error")
+    train(model, X, LABELS, lr=0.0, loss="cross_entropy")
+    assert evaluate(model, X, LABELS) == evaluate(model, X, LABELS, loss="cross_entropy") != squared
+    train(model, X, LABELS, lr=0.0, loss=nn.functional.cross_entropy)
+    with pytest.raises(ValueError, match="loss: the model was trained with a function"):
+        evaluate(model, X, LABELS)
 
 
 def test_integers_are_inputs_too():

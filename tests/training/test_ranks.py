@@ -1,7 +1,6 @@
 """`fit` on several ranks: gloo processes against one process."""
 
 import inspect
-import json
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import torch
 
 from mlpext.nn import MLP
 from mlpext.training import fit, fit_many
+from mlpext.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.launch
 
@@ -257,8 +257,7 @@ def test_a_killed_rank_is_named_and_the_run_resumes(tmp_path):
     codes, messages = launch(tmp_path / "kill")
     assert codes == [1, -signal.SIGKILL]
     assert "another rank has ended" in messages[0] and "resume=True" in messages[0]
-    saved = json.loads((tmp_path / "saved" / "checkpoint.json").read_text())
-    assert len(saved["state"]["epochs"]) == 2
+    assert len(Checkpoint(tmp_path / "saved").load()["log"]) == 2
     codes, messages = launch(tmp_path / "next")
     assert codes == [0, 0], messages
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
