@@ -314,6 +314,7 @@ class MLPRegressor(RegressorMixin, BaseMLP):  # type: ignore[misc]
         """
         self = cls()
         self._take(module)
+        self.out_activation_ = self._output_activation()
         return self
 
     def _validate(self, X: Any, y: Any, incremental: bool, first: bool) -> tuple[Array, Array]:
