@@ -212,7 +212,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ratio("naive", "PyTorch loop"), target("naive"), ratio("JAX", "JAX"), target("JAX"),
     ),
     "scikit-learn": partial(
-        listed, "scikit-learn", "network | optimizer | samples a step",
+        listed, "sklearn", "network | optimizer | samples a step",
         r"([\d-]+-10), (\w+), (\d+) a step", MICROSECONDS, ratio("scikit-learn"), target("scikit-learn"),
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ CASES = {
     "linear": "(32, 64, 64)",
     "maxout": "(64, 256)",
     "overhead": "elu module",
-    "scikit_learn": "64-100-10, sgd, 200",
+    "sklearn": "64-100-10, sgd, 200",
     "training": "batch 1, inference",
 }
 
