@@ -524,7 +524,7 @@ def _weight_difference(case: Case, net: Net, theirs: Net, updates: int) -> float
     larger. What is compared are the movements."""
     eps, worst = EPS[case.dtype], 0.0
     # Where the terms of a gradient cancel, what is left is wrong by as much as the gradients that they come of.
-    cancelled = 8 * eps * max(np.max(ours.reach) for _, ours in theirs.pairs)
+    cancelled = 64 * eps * max(np.max(ours.reach) for _, ours in theirs.pairs)
     for number, ((parameter, _), (_, ours)) in enumerate(zip(net.pairs, theirs.pairs, strict=True)):
         got, moved = parameter.detach().double().numpy(), ours.value - ours.start
         largest = max(np.abs(got).max(), np.abs(ours.start).max())
