@@ -77,7 +77,7 @@ cuda-link:                 ## build, link and import with a CUDA torch, no GPU n
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors
 	MLPEXT_CUDA=1 MLPEXT_WERROR=1 .venv-cuda/bin/python setup.py -q build_ext --build-lib build/cuda-link --build-temp build/cuda-link/objects
-	cp -rn mlpext/*.py* mlpext/fusion mlpext/sklearn mlpext/training build/cuda-link/mlpext
+	cp -rn mlpext/*.py* mlpext/cli mlpext/fusion mlpext/sklearn mlpext/training build/cuda-link/mlpext
 	PYTHONPATH=build/cuda-link LD_BIND_NOW=1 .venv-cuda/bin/python -c "import mlpext; assert mlpext._C.has_cuda()"
 clean:                     ## remove what was built; .venv's packages stay
 	rm -rf build dist *.egg-info .venv/.built mlpext/_*.so mlpext/_build.py .*_cache

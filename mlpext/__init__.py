@@ -2,9 +2,10 @@
 
 from mlpext._import_check import __version__  # isort: skip  (before the extension is loaded)
 from mlpext import _choices, functional, nn, training
+from mlpext._artefact import load, save
 from mlpext.functional import activations
 from mlpext.fusion import fuse, unfuse
 
-__all__ = ["__version__", "activations", "functional", "fuse", "nn", "training", "unfuse"]
+__all__ = ["__version__", "activations", "functional", "fuse", "load", "nn", "save", "training", "unfuse"]
 
 _choices.use(_choices.choose())

@@ -101,21 +101,27 @@ def split(dataset: Dataset, held_out: float = 0.2, seed: int = 0) -> tuple[Datas
     >>> len(train), len(test)
     (142, 36)
     """
+    labels = None if dataset.classes is None else dataset.target
+    train, test = split_rows(len(dataset), labels, held_out, seed)
+    return _rows(dataset, train), _rows(dataset, test)
+
+
+def split_rows(samples: int, labels: Any, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
+    """The numbers of the rows of both parts, in order; `labels` are class numbers (N,), or None."""
     if not 0 < held_out < 1:
         raise ValueError(f"held_out must be a fraction between 0 and 1, got {held_out}")
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator)
-    if dataset.classes is None:
-        groups = [order]
-    else:
-        labels = dataset.target[order]
-        groups = [order[labels == label] for label in range(len(dataset.classes))]
+    order = torch.randperm(samples, generator=generator)
+    groups = [order]
+    if labels is not None:
+        labels = torch.tensor(np.asarray(labels))[order]
+        groups = [order[labels == label] for label in range(int(labels.max()) + 1)]
     counts = [round(len(group) * held_out) for group in groups]
     test = torch.cat([group[:count] for group, count in zip(groups, counts, strict=True)])
     train = torch.cat([group[count:] for group, count in zip(groups, counts, strict=True)])
     if len(test) == 0 or len(train) == 0:
-        raise ValueError(f"held_out={held_out} of {len(dataset)} samples leaves a part without any")
-    return _rows(dataset, train.sort().values), _rows(dataset, test.sort().values)
+        raise ValueError(f"held_out={held_out} of {samples} samples leaves a part without any")
+    return train.sort().values, test.sort().values
 
 
 def standardise(train: Dataset, *others: Dataset) -> tuple[Dataset, ...]:
@@ -243,7 +249,8 @@ def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
 
 def _npz(path: Path, target: str, task: str) -> Dataset:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because np.load leaves a damaged one open.
+        with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files if name in ("x", target)}
             names = ", ".join(file.files)
     except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:

@@ -6,9 +6,9 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -152,9 +152,62 @@ def plot_histories(
         for index, label in enumerate(histories)
     ]
     if any("val_loss" in history.columns for history in histories.values()):
-        handles.append(Line2D([], [], color="0.4", label="training"))
+        handles.append(Line2D([], [], color="0.4", label="training (each sample as its step met it)"))
         handles.append(Line2D([], [], color="0.4", linestyle="--", label="validation"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return _finish(figure, path)
+
+
+def plot_confusion(counts: Any, names: Sequence[str], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw a confusion matrix, (classes, classes): how many samples of each class (down) were taken for each
+    (across), shaded by their share of the class. Writes the picture to `path` if given.
+
+    >>> from mlpext.plots import plot_confusion
+    >>> figure = plot_confusion([[8, 2], [1, 9]], ["no", "yes"], "confusion.png")
+    """
+    counts = torch.tensor(counts)
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    side = max(3.0, 0.5 * len(names) + 1.8)
+    figure = _figure(side, side)
+    axis = figure.subplots()
+    axis.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
+    few = len(names) <= 20
+    if few:
+        for (row, column), count in zip(
+            itertools.product(range(len(names)), repeat=2), counts.flatten(), strict=True
+        ):
+            colour = "white" if share[row, column] > 0.6 else "black"
+            axis.text(column, row, str(int(count)), ha="center", va="center", color=colour, fontsize=8)
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_xlabel("predicted", fontsize=9)
+    axis.set_ylabel("is", fontsize=9)
+    return _finish(figure, path)
+
+
+def plot_predicted(
+    true: Any, predicted: Any, names: Sequence[str], path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw predicted numbers against the true ones, both (n, targets), one panel a target, with the line on
+    which they agree. Writes the picture to `path` if given.
+
+    >>> from mlpext.plots import plot_predicted
+    >>> figure = plot_predicted([[1.0], [2.0]], [[1.1], [1.9]], ["price"], "predicted.png")
+    """
+    true, predicted = torch.tensor(true), torch.tensor(predicted)
+    figure = _figure(3.6 * len(names), 3.6)
+    axes = figure.subplots(1, len(names), squeeze=False).flat
+    for k, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        axis.scatter(
+            true[:, k].numpy(), predicted[:, k].numpy(), s=8, color=COLOURS[0], alpha=0.4, linewidths=0
+        )
+        low = float(min(true[:, k].min(), predicted[:, k].min()))
+        axis.axline((low, low), slope=1, color="0.6", linewidth=0.8, linestyle=":")
+        axis.set_title(name, fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.set_xlabel("is", fontsize=9)
+        axis.set_ylabel("predicted", fontsize=9)
+        _clean(axis)
     return _finish(figure, path)
 
 

@@ -523,7 +523,7 @@ def _weight_difference(case: Case, net: Net, theirs: Net, updates: int) -> float
     """The worst difference, relative to the largest entry of the parameter or to its movement if that is
     larger. What is compared are the movements."""
     eps, worst = EPS[case.dtype], 0.0
-    # Where the terms of a gradient cancel, what is left is wrong by as much as the gradients that they come of.
+    # Where the terms of a gradient cancel, what is left is wrong by as much as what they come of.
     cancelled = 64 * eps * max(np.max(ours.reach) for _, ours in theirs.pairs)
     for number, ((parameter, _), (_, ours)) in enumerate(zip(net.pairs, theirs.pairs, strict=True)):
         got, moved = parameter.detach().double().numpy(), ours.value - ours.start

@@ -57,7 +57,8 @@ def test_train_compares_the_modes_and_writes_everything(capsys, tmp_path):
     assert [table[mode]["updates"] for mode in table] == ["14380", "1350", "600"]
 
     folder = tmp_path / "runs" / "digits"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "loss.png", *table}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "loss.png", "model.mlpext", *table}
+    assert out.splitlines()[-3].startswith("held-out sample 1: predicted ")
     falling = History.load(folder / "batch/history.json")["loss"]
     assert all(later < earlier for earlier, later in itertools.pairwise(falling))
     for mode, row in table.items():
@@ -71,7 +72,7 @@ def test_train_compares_the_modes_and_writes_everything(capsys, tmp_path):
         assert f"{history['val_accuracy'][-1]:.1%}" == row["accuracy"]
         assert all(int(row[speed].replace(",", "")) > 0 for speed in ("samples/s", "loop/s"))
     config = json.loads((folder / "config.json").read_text())
-    assert config["sizes"] == [64, 64, 10] and config["seed"] == 0
+    assert config["sizes"] == [64, 64, 10] and config["seed"] == [0]
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -89,7 +90,7 @@ def test_leaky_relu_has_the_lectures_slope(capsys):
     common = "train --data iris --mode mini-batch --epochs 2 --activation leaky_relu --quiet"
     weights = []
     for extra in ("", "--parameter negative_slope=0.1", "--parameter negative_slope=0.01"):
-        assert run(capsys, f"{common} {extra}")[0] == 0
+        assert run(capsys, f"{common} {extra} --overwrite")[0] == 0
         weights.append(safetensors.torch.load_file("runs/iris/mini-batch/weights.safetensors")["0.weight"])
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
@@ -104,7 +105,8 @@ def test_a_csv_of_ones_own(capsys, tmp_path):
     assert code == 0 and float(columns(out)["mini-batch"]["accuracy"].rstrip("%")) > 80
     assert (tmp_path / "runs/own/mini-batch/weights.safetensors").exists()
     np.savez("own.npz", x=x, sum=x.sum(1))
-    code, out, _ = run(capsys, "train --data own.npz --target sum --mode batch --epochs 200 --quiet")
+    options = "--target sum --mode batch --epochs 200 --quiet --out sums"
+    code, out, _ = run(capsys, f"train --data own.npz {options}")
     assert code == 0 and float(columns(out)["batch"]["r2"]) > 0.8
 
 
@@ -116,8 +118,10 @@ def test_resume_continues(capsys, tmp_path):
     assert code == 0 and columns(out)["mini-batch"]["epochs"] == "6"
     whole, part = (tmp_path / folder / "mini-batch/weights.safetensors" for folder in ("whole", "part"))
     assert whole.read_bytes() == part.read_bytes()
-    code, _, err = run(capsys, f"{common} --out part --epochs 6 --resume --lr 0.2")
-    assert code == 1 and "cannot resume" in err and "lr is 0.2 here and 0.1 there" in err
+    code, _, err = run(capsys, f"{common} --out part --epochs 6 --resume --momentum 0.2")
+    assert code == 1 and "part holds another run (momentum 0.0 there, 0.2 here)" in err
+    assert run(capsys, f"{common} --out part --epochs 8 --resume --lr 0.2")[0] == 0
+    assert History.load("part/mini-batch/history.json")["lr"] == [0.1] * 6 + [0.2] * 2
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_resume_continues(capsys, tmp_path):
         ("train --output-activation maxout", "argument --output-activation: invalid choice: 'maxout'"),
         ("train --loss mse", "argument --loss: invalid choice: 'mse'"),
         ("train --data imagenet", "argument --data: 'imagenet' is none of digits, "),
-        ("train --data own.csv", "argument --target: a CSV needs it"),
+        ("train --data own.csv", "argument --target: a table needs it"),
         ("train --target x", "argument --target: digits has its own"),
         ("train --hidden 64,x", "argument --hidden: '64,x' is not sizes of 1 or more, like 64,64"),
         ("train --hidden 64,0", "argument --hidden: '64,0' is not sizes"),
@@ -162,7 +166,7 @@ def test_bad_arguments_exit_with_2(capsys, tmp_path, arguments, message):
     [
         ("train --data none.csv --target y", "none.csv: No such file or directory"),
         ("train --data own.csv --target z", "own.csv: there is no column 'z'; the columns are a, y"),
-        ("train --data own.csv --target y", "own.csv, line 3, column 'a': 'red' is not a number"),
+        ("train --data own.csv --target y", "own.csv: line 42, column 'a': 'red' is not a number"),
         ("train --data damaged.npz", "damaged.npz is not an NPZ file"),
         ("train --data iris --out own.csv", "own.csv"),
         ("train --data iris --mode batch --lr 1e30 --quiet", "batch mode, lr=1e+30: the"),
@@ -173,7 +177,8 @@ def test_bad_arguments_exit_with_2(capsys, tmp_path, arguments, message):
     ],
 )
 def test_what_cannot_be_done_exits_with_1_and_one_line(capsys, tmp_path, arguments, message):
-    (tmp_path / "own.csv").write_text("a,y\n1,2\nred,3\n")
+    rows = "".join(f"{k},{k / 7}\n" for k in range(40))
+    (tmp_path / "own.csv").write_text(f"a,y\n{rows}red,3\n")
     (tmp_path / "damaged.npz").write_text("no zip")
     (tmp_path / "empty").mkdir()
     code, _, err = run(capsys, arguments)

@@ -72,7 +72,7 @@ def test_several_runs_over_epochs_and_seconds():
     assert [len(lines(axis)) for axis in figure.axes[:2]] == [3, 3]
     assert lines(figure.axes[1])[0].get_xdata()[-1] == pytest.approx(2.5)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["first", "second", "training", "validation"]
+    assert labels == ["first", "second", "training (each sample as its step met it)", "validation"]
 
 
 def test_a_run_without_metric_and_one_of_a_single_epoch():

@@ -19,7 +19,7 @@ RULES = [
     ("csrc/cuda/*", r"(cpu|python)/"),
     ("csrc/*.cu", rf"({TORCH})/"),
     ("csrc/*.cuh", rf"({TORCH})/"),
-    ("mlpext/[!_]*", r"mlpext\.cli\b"),
+    ("mlpext/[!_c]*", r"mlpext\.cli\b"),
     ("mlpext/_choices.py", r"mlpext\.(functional|nn|fusion|training|data|plots|_tune)\b"),
     ("mlpext/functional.py", r"mlpext\.(nn|fusion|training|data|plots)\b"),
     ("mlpext/nn.py", r"mlpext\.(fusion|training|data|plots)\b"),
