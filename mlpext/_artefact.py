@@ -26,7 +26,7 @@ TRUSTED = (
     "mlpext.sklearn._estimators.MLPClassifier",
     "mlpext.sklearn._estimators.MLPRegressor",
     "mlpext.sklearn._rules.OptimizerState",
-    "mlpext.tabular.Columns",
+    "mlpext.tabular._columns.Columns",
     "numpy.dtype",
     "sklearn.compose._column_transformer.make_column_selector",
 )

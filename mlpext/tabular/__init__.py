@@ -1,0 +1,11 @@
+"""Tables of columns of any type: read from a file, and turned into the numbers that a network takes.
+
+`read_table` reads a file by pandas and names all its faults at once. `Columns` is the first step of a
+scikit-learn pipeline: it gives each column the type that it had in training, and tells which are left out.
+`preprocessing` are the steps from there to numbers.
+"""
+
+from mlpext.tabular._columns import Columns, preprocessing
+from mlpext.tabular._read import SEPARATORS, listed, read_table
+
+__all__ = ["SEPARATORS", "Columns", "listed", "preprocessing", "read_table"]
