@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import importlib
 import importlib.resources
@@ -19,11 +18,6 @@ SKLEARN = ("digits", "breast_cancer", "wine", "iris", "diabetes")
 NAMES = ("digits", "mnist5k", "breast_cancer", "wine", "iris", "diabetes")
 TASKS = ("auto", "classes", "numbers")
 
-# With task="auto" a target of whole numbers is classes up to so many different ones, beyond that a quantity.
-MOST_CLASSES = 20
-
-_LARGEST = float(np.finfo(np.float32).max)
-
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -31,8 +25,8 @@ class Dataset:
 
     Attributes:
         name: of the data set, or of its file.
-        x: float32 (N, features).
-        target: class numbers, int64 (N,); or numbers, float32 (N, outputs).
+        x: float64 (N, features), or float32 once it is standardised.
+        target: class numbers, int64 (N,); or numbers, (N, outputs), as x.
         features: the names of the columns of `x`.
         classes: the names of the classes; None where the targets are numbers.
     """
@@ -57,7 +51,7 @@ def load(source: str | os.PathLike[str], target: str | None = None, task: str = 
 
     Args:
         source: one of NAMES, or a file that ends in .csv (a header line, then numbers in all columns but the
-            target's) or .npz (the inputs as `x`, (N, features)).
+            target's; `mlpext.tabular` reads others) or .npz (the inputs as `x`, (N, features)).
         target: what to predict: the column of a CSV, or the array of an NPZ, "target" if None.
         task: whether targets are "classes" or "numbers". "auto" takes text, and up to 20 different whole
             numbers, as classes.
@@ -183,68 +177,36 @@ def _dataset(
     name: str, x: Any, target: Any, classes: tuple[str, ...] | None, features: tuple[str, ...]
 ) -> Dataset:
     if classes is None:
-        desired = torch.as_tensor(np.asarray(target), dtype=torch.float32).reshape(len(x), -1)
+        desired = torch.tensor(np.asarray(target), dtype=torch.float64).reshape(len(x), -1)
     else:
-        desired = torch.as_tensor(np.asarray(target), dtype=torch.int64)
-    return Dataset(name, torch.as_tensor(np.asarray(x), dtype=torch.float32), desired, features, classes)
+        desired = torch.tensor(np.asarray(target), dtype=torch.int64)
+    return Dataset(name, torch.tensor(np.asarray(x), dtype=torch.float64), desired, features, classes)
 
 
 def _csv(path: Path, target: str, task: str) -> Dataset:
-    lines = _csv_lines(path)
-    if not lines:
-        raise ValueError(f"{path}: the file is empty; its first line must name the columns")
-    (_, header), *lines = lines
-    header = [name.strip() for name in header]
-    for name in header:
-        if header.count(name) > 1:
-            raise ValueError(f"{path}, line 1: there are two columns {name!r}")
-    if target not in header:
-        raise ValueError(f"{path}: there is no column {target!r}; the columns are {', '.join(header)}")
-    if len(header) == 1:
+    """A table whose columns are numbers, all given; mlpext.tabular takes others too."""
+    pandas = _require("pandas", "pandas", "train", str(path))
+    from mlpext.tabular import listed, read_table, target_of
+
+    frame = read_table(path, as_text=[target])
+    kind, y, names = target_of(frame, [target], str(path), task)
+    x = frame.drop(columns=target)
+    if not len(x.columns):
         raise ValueError(f"{path}: {target!r} is the only column, with nothing to predict it from")
-    if not lines:
-        raise ValueError(f"{path}: there is no data below the header")
-
-    place = header.index(target)
-    features = tuple(name for name in header if name != target)
-    x = np.empty((len(lines), len(features)))
-    answers = []
-    for row, (line, fields) in enumerate(lines):
-        if len(fields) != len(header):
-            raise ValueError(f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}")
-        answer = fields.pop(place).strip()
-        if not answer:
-            raise ValueError(f"{path}, line {line}, column {target!r}: the value is missing")
-        answers.append((line, answer))
-        for column, (name, field) in enumerate(zip(features, fields, strict=True)):
-            x[row, column] = _number(f"{path}, line {line}, column {name!r}", field)
-
-    numeric = [_parses(answer) for _, answer in answers]
-    if task == "numbers" or all(numeric):
-        values = np.array(
-            [_number(f"{path}, line {line}, column {target!r}", answer) for line, answer in answers]
-        )
-    elif task == "auto" and any(numeric):
-        line, answer = answers[numeric.index(False)]
-        raise ValueError(
-            f"{path}, line {line}, column {target!r}: {answer!r} is not a number, though others in the "
-            "column are; if they are names of classes, say so with task 'classes'"
-        )
-    else:
-        values = np.array([answer for _, answer in answers])
-    return _dataset(path.name, x, *_classes_or_numbers(values, task), features=features)
-
-
-def _csv_lines(path: Path) -> list[tuple[int, list[str]]]:
-    """The lines of a CSV that are not blank, with their numbers, from 1."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            return [(reader.line_num, fields) for fields in reader if fields]
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    faults = [
+        f"column {name!r} holds text or dates; mlpext train makes numbers of them"
+        for name in x.columns
+        if not pandas.api.types.is_numeric_dtype(x[name])
+    ]
+    faults = faults or [
+        f"row {row + 1}, column {x.columns[column]!r}: "
+        + ("the value is missing" if np.isnan(x.iat[row, column]) else "it is infinite")
+        for row, column in np.argwhere(~np.isfinite(x.to_numpy(np.float64)))
+    ]
+    if faults:
+        raise ValueError(f"{path}: {listed(faults)}")
+    classes = tuple(names) if kind == "classes" else None
+    return _dataset(path.name, x.to_numpy(np.float64), y, classes, tuple(x.columns))
 
 
 def _npz(path: Path, target: str, task: str) -> Dataset:
@@ -261,7 +223,8 @@ def _npz(path: Path, target: str, task: str) -> Dataset:
     x, values = arrays["x"], arrays[target]
     if x.ndim != 2 or x.dtype.kind not in "iubf" or x.size == 0:
         raise ValueError(f"{path}: 'x' must hold numbers of shape (N, features), got {x.dtype} {x.shape}")
-    if values.ndim not in (1, 2) or values.dtype.kind not in "iubfU" or len(values) != len(x):
+    one_or_two = values.ndim == 1 or (values.ndim == 2 and values.dtype.kind != "U" and values.size > 0)
+    if not one_or_two or values.dtype.kind not in "iubfU" or len(values) != len(x):
         raise ValueError(
             f"{path}: {target!r} must hold {len(x)} numbers or class names, one for each row of 'x', "
             f"got {values.dtype} {values.shape}"
@@ -281,24 +244,6 @@ def _classes_or_numbers(values: Any, task: str) -> tuple[Any, tuple[str, ...] | 
     if not text and (task == "numbers" or values.ndim == 2):
         return values, None
     names, labels = np.unique(values, return_inverse=True)
-    if task == "auto" and not text and (len(names) > MOST_CLASSES or (names != np.floor(names)).any()):
+    if task == "auto" and not text and (len(names) > 20 or (names != np.floor(names)).any()):
         return values, None
-    return labels, tuple(f"{name:g}" if not text else str(name) for name in names)
-
-
-def _parses(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _number(where: str, text: str) -> float:
-    if not text.strip():
-        raise ValueError(f"{where}: the value is missing")
-    if not _parses(text):
-        raise ValueError(f"{where}: {text!r} is not a number")
-    if not abs(float(text)) <= _LARGEST:
-        raise ValueError(f"{where}: {text.strip()} is not a finite number in float32")
-    return float(text)
+    return labels, tuple(str(name) if text else f"{name:.17g}" for name in names)

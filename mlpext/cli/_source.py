@@ -12,12 +12,9 @@ import numpy as np
 import pandas as pd
 
 from mlpext import data
-from mlpext.tabular import listed, read_table
+from mlpext.tabular import read_table, target_of
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-
-# What a column of two labels may hold, and which of them means that the label is there.
-LABELS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "0.0": 0, "1.0": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,61 +54,16 @@ def _of_dataset(dataset: data.Dataset) -> Source:
 
 def of_frame(frame: pd.DataFrame, name: str, targets: Sequence[str], task: str, one: bool = False) -> Source:
     """Samples of a table, whose target columns are as they were written. `one`: one class will do."""
-    for target in targets:
-        if target not in frame.columns:
-            columns = ", ".join(frame.columns)
-            raise ValueError(f"{name}: there is no column {target!r}; the columns are {columns}")
+    if missing := [target for target in targets if target not in frame.columns]:
+        columns = ", ".join(frame.columns)
+        raise ValueError(f"{name}: there is no column {missing[0]!r}; the columns are {columns}")
     rest = frame.drop(columns=[*targets])
     if not len(rest.columns):
         raise ValueError(f"{name}: there is no column beside the target to predict it from")
-    given = frame[[*targets]].astype("string")
-    given = given.apply(lambda column: column.str.strip())
-    faults = [
-        f"row {row + 1}, column {targets[column]!r}: the value is missing"
-        for row, column in np.argwhere((given.isna() | (given == "")).to_numpy())
-    ]
-    if faults:
-        raise ValueError(f"{name}: {listed(faults)}")
-    kind, y, names = _meaning(given, name, task)
+    kind, y, names = target_of(frame, targets, name, task)
     if kind == "classes" and len(names) == 1 and not one:
         raise ValueError(f"{name}: {targets[0]!r} is {names[0]!r} in every row: there is nothing to learn")
     return Source(name, rest, kind, y, names, plain=False)
-
-
-def _meaning(given: pd.DataFrame, name: str, task: str) -> tuple[str, Array, list[str]]:
-    """What the target is: (kind, y, names)."""
-    if given.shape[1] > 1 and task != "numbers":
-        lowered = given.apply(lambda column: column.str.lower())
-        if bool(lowered.isin([*LABELS]).to_numpy().all()):
-            return "labels", lowered.replace(LABELS).to_numpy(dtype=np.int64), [*given.columns]
-        if task == "classes":
-            raise ValueError(f"{name}: of several targets that are classes each must hold 0 and 1 alone")
-    numbers = given.apply(lambda column: pd.to_numeric(column.where(column.str.isascii()), errors="coerce"))
-    wrong = ~np.isfinite(numbers.to_numpy(dtype=np.float64, na_value=np.nan))
-    if given.shape[1] > 1 or task == "numbers":
-        if wrong.any():
-            faults = [
-                f"row {row + 1}, column {given.columns[column]!r}: {given.iat[row, column]!r} is not a number"
-                for row, column in np.argwhere(wrong)
-            ]
-            raise ValueError(f"{name}: {listed(faults)}")
-        return "numbers", numbers.to_numpy(dtype=np.float64), [*given.columns]
-    column, values = given.iloc[:, 0], numbers.iloc[:, 0]
-    if task == "auto" and not wrong.any():
-        different = values.unique()
-        if len(different) > data.MOST_CLASSES or (different != np.floor(different)).any():
-            return "numbers", values.to_numpy(dtype=np.float64)[:, None], [*given.columns]
-    names = sorted(column.unique(), key=lambda label: _order(label, numeric=not wrong.any()))
-    if len(names) > max(len(column) // 2, 2):
-        raise ValueError(
-            f"{name}: {column.name!r} has {len(names)} different values in {len(column)} rows: no classes"
-        )
-    place = {label: k for k, label in enumerate(names)}
-    return "classes", column.map(place).to_numpy(dtype=np.int64), names
-
-
-def _order(label: str, numeric: bool) -> Any:
-    return (float(label), label) if numeric else label
 
 
 def split(source: Source, held_out: float, seed: int) -> tuple[Array, Array]:

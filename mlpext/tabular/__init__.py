@@ -2,10 +2,11 @@
 
 `read_table` reads a file by pandas and names all its faults at once. `Columns` is the first step of a
 scikit-learn pipeline: it gives each column the type that it had in training, and tells which are left out.
-`preprocessing` are the steps from there to numbers.
+`preprocessing` are the steps from there to numbers, `target_of` says what the target means.
 """
 
 from mlpext.tabular._columns import Columns, preprocessing
 from mlpext.tabular._read import SEPARATORS, listed, read_table
+from mlpext.tabular._targets import target_of
 
-__all__ = ["SEPARATORS", "Columns", "listed", "preprocessing", "read_table"]
+__all__ = ["SEPARATORS", "Columns", "listed", "preprocessing", "read_table", "target_of"]
