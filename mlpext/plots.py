@@ -29,6 +29,9 @@ except ModuleNotFoundError as error:
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+# Of the modes of training, in every picture the same.
+MODES = dict(zip(("stochastic", "mini-batch", "batch"), COLOURS, strict=False))
+
 METRICS = {"accuracy": "accuracy", "r2": "R²"}
 
 # Defaults that a picture would not show: a slope of 0.01 looks like 0, thirty waves like a bar. 0.1 is the
@@ -122,24 +125,24 @@ def plot_histories(
         raise ValueError("there is no epoch to plot")
     several = len(histories) > 1
     panels = [("loss", "epoch"), ("loss", "seconds")] if several else [("loss", "epoch")]
-    metric = next(
-        (name for name in METRICS if any(name in history.columns for history in histories.values())), None
-    )
-    if metric is not None:
-        panels.append((metric, "seconds" if several else "epoch"))
+    for metric in METRICS:
+        if any(metric in history.columns for history in histories.values()):
+            panels.append((metric, "seconds" if several else "epoch"))
 
+    colours = _colours([*histories])
     figure = _figure(3.8 * len(panels), 3.4)
     figure.suptitle(title, fontsize=11)
     axes = list(figure.subplots(1, len(panels), squeeze=False).flat)
     for axis, (quantity, against) in zip(axes, panels, strict=True):
-        for index, history in enumerate(histories.values()):
-            _draw_run(axis, history, quantity, against, COLOURS[index % len(COLOURS)], steps=not several)
+        for colour, history in zip(colours, histories.values(), strict=True):
+            _draw_run(axis, history, quantity, against, colour, steps=not several)
         if several:
             axis.set_xscale("log")
             axis.xaxis.set_major_formatter("{x:g}")
         else:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        if quantity == "loss" and all(min(history["loss"]) > 0 for history in histories.values()):
+        if quantity == "loss" and any(max(history["loss"]) > 0 for history in histories.values()):
+            # A loss of 0 is left out, where it would flatten the others on a linear axis.
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
@@ -148,14 +151,29 @@ def plot_histories(
         axis.set_ylabel("E, mean over the samples" if quantity == "loss" else METRICS[quantity], fontsize=9)
         _clean(axis)
     handles = [
-        Line2D([], [], color=COLOURS[index % len(COLOURS)], label=label)
-        for index, label in enumerate(histories)
+        Line2D([], [], color=colour, label=label) for colour, label in zip(colours, histories, strict=True)
     ]
     if any("val_loss" in history.columns for history in histories.values()):
         handles.append(Line2D([], [], color="0.4", label="training (each sample as its step met it)"))
         handles.append(Line2D([], [], color="0.4", linestyle="--", label="validation"))
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     return _finish(figure, path)
+
+
+def _colours(labels: Sequence[str]) -> list[str]:
+    """One for each run: a mode's own, wherever it is drawn, else the next that is free."""
+    own = {label: MODES.get(Path(label).name) for label in labels}
+    taken = {colour for colour in own.values() if colour is not None}
+    free = itertools.cycle([colour for colour in COLOURS if colour not in taken] or COLOURS)
+    drawn: set[str] = set()
+    chosen = []
+    for label in labels:
+        colour = own[label]
+        if colour is None or colour in drawn:
+            colour = next(free)
+        drawn.add(colour)
+        chosen.append(colour)
+    return chosen
 
 
 def plot_confusion(counts: Any, names: Sequence[str], path: str | os.PathLike[str] | None = None) -> Figure:

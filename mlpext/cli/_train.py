@@ -221,16 +221,25 @@ def _train_in(
         )
     except KeyboardInterrupt:
         checkpoint = Checkpoint(folder / "checkpoint")
-        log = checkpoint.load()["log"] if checkpoint.exists() else []
+        saved = checkpoint.load() if checkpoint.exists() else {"config": {}, "log": []}
+        history = History(saved["config"])
+        history.load_entries(saved["log"])
+        if len(history):
+            _write_history(history, folder)
+            history.plot(folder / "loss.png")
         raise KeyboardInterrupt(
-            f"{checkpoint.folder} keeps epoch {len(log)}, --resume continues from it"
+            f"{checkpoint.folder} keeps epoch {len(history)}, --resume continues from it"
         ) from None
     except FloatingPointError as error:
         raise FloatingPointError(f"{mode} mode, lr={lr:g}: {error}") from error
-    history.to_csv(folder / "history.csv")
-    history.to_json(folder / "history.json")
+    _write_history(history, folder)
     write_atomically(folder / "weights.safetensors", safetensors.torch.save(model.state_dict()))
     return history
+
+
+def _write_history(history: History, folder: Path) -> None:
+    history.to_csv(folder / "history.csv")
+    history.to_json(folder / "history.json")
 
 
 def _learning_rate(mode: str, data: Data, options: argparse.Namespace) -> float:

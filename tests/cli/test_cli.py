@@ -245,3 +245,5 @@ def test_ctrl_c_exits_with_130_and_keeps_the_checkpoint(tmp_path):
     assert err.splitlines() == [
         f"mlpext: interrupted; runs/iris/mini-batch/checkpoint keeps epoch {kept}, --resume continues from it"
     ]
+    assert len(History.load(index.parents[1] / "history.json")) == kept
+    assert (index.parents[1] / "loss.png").exists()

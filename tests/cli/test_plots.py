@@ -66,8 +66,7 @@ def test_several_runs_over_epochs_and_seconds():
     figure = plots.plot_histories(runs, title="runs")
     assert [axis.get_xlabel() for axis in figure.axes] == [
         "epoch",
-        "seconds of training",
-        "seconds of training",
+        *["seconds of training"] * 3,
     ]
     assert [len(lines(axis)) for axis in figure.axes[:2]] == [3, 3]
     assert lines(figure.axes[1])[0].get_xdata()[-1] == pytest.approx(2.5)
@@ -81,9 +80,9 @@ def test_a_run_without_metric_and_one_of_a_single_epoch():
     assert loss.get_lines()[0].get_marker() == "o"
 
 
-def test_a_loss_of_zero_has_no_logarithm():
-    run = history()
-    run.append(Epoch(6, 24, 0.0, run.epochs[0].metrics, 0.5, 100.0), torch.zeros(4))
+def test_losses_of_zero_have_no_logarithm():
+    run = history(epochs=0)
+    run.append(Epoch(1, 4, 0.0, {"accuracy": 1.0}, 0.5, 100.0), torch.zeros(4))
     assert run.plot().axes[0].get_yscale() == "linear"
 
 
@@ -103,3 +102,27 @@ def test_no_global_figure_is_left_open():
     history().plot()
     pyplot = pytest.importorskip("matplotlib.pyplot")
     assert pyplot.get_fignums() == []
+
+
+def test_a_mode_has_its_colour_alone_and_beside_others():
+    alone = plots._colours(["runs/iris/batch"])
+    beside = plots._colours(
+        ["runs/iris/stochastic", "runs/iris/mini-batch", "runs/iris/batch", "other/batch"]
+    )
+    assert alone == beside[2:3] and len({*beside}) == 4
+
+
+def test_a_loss_of_0_does_not_flatten_the_others_and_every_metric_has_a_panel():
+    class Run(dict):
+        columns = property(list)
+        step_losses = torch.zeros(0)
+
+        def __len__(self):
+            return 3
+
+    common = {"epoch": [1, 2, 3], "seconds": [0.1] * 3}
+    first = Run(common, loss=[1.0, 0.1, 0.0], accuracy=[0.1, 0.2, 0.3])
+    second = Run(common, loss=[1.0, 0.5, 0.2], r2=[0.1, 0.2, 0.3])
+    figure = plots.plot_histories({"a": first, "b": second})
+    assert [axis.get_ylabel() for axis in figure.axes][2:] == ["accuracy", "R²"]
+    assert figure.axes[0].get_yscale() == "log"
