@@ -229,6 +229,32 @@ def plot_predicted(
     return _finish(figure, path)
 
 
+def plot_search(
+    rows: Sequence[tuple[str, str, float, float]], metric: str, path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw a metric of networks, rows of (hidden, activation, learning rate, metric): a panel for each width,
+    a colour for each activation. Writes the picture to `path` if given.
+
+    >>> from mlpext.plots import plot_search
+    >>> figure = plot_search([("64", "relu", 0.1, 0.9), ("64", "relu", 0.3, 0.8)], "accuracy", "search.png")
+    """
+    widths, activations = (sorted({row[place] for row in rows}) for place in (0, 1))
+    figure = _figure(3.0 * len(widths), 3.2)
+    axes = figure.subplots(1, len(widths), sharey=True, squeeze=False).flat
+    for axis, width in zip(axes, widths, strict=True):
+        for activation, colour in zip(activations, itertools.cycle(COLOURS), strict=False):
+            points = sorted(row[2:] for row in rows if row[:2] == (width, activation))
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colour, label=activation)
+        axis.set_xscale("log")
+        axis.set_xlabel("learning rate", fontsize=9)
+        axis.set_title(f"hidden {width}", fontsize=9)
+        _clean(axis)
+    first = figure.axes[0]
+    first.set_ylabel(METRICS.get(metric, metric), fontsize=9)
+    figure.legend(handles=first.get_lines(), loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    return _finish(figure, path)
+
+
 def _draw_run(axis: Axes, history: Run, quantity: str, against: str, colour: str, steps: bool) -> None:
     x = history["epoch"] if against == "epoch" else list(itertools.accumulate(history["seconds"]))
     if steps and quantity == "loss" and len(history.step_losses) > len(history):

@@ -13,7 +13,7 @@ import torch
 import mlpext
 from mlpext import _C, _choices, data
 from mlpext.cli import _other, _runs, _train
-from mlpext.cli._train import EPOCHS, LEARNING_RATES, OPTIMIZERS
+from mlpext.cli._steps import ADAM, EPOCHS, LEARNING_RATES, OPTIMIZERS
 from mlpext.tabular import SEPARATORS
 from mlpext.training import LOSSES, MODES
 from mlpext.training._schedule import BY_NAME as SCHEDULES
@@ -116,9 +116,22 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
     option("--validation", type=_fraction, default=0.2, metavar="FRACTION", help="held out (0.2)")
     option("--no-standardise", dest="standardise", action="store_false", help="take the inputs as they are")
     option("--mode", choices=("all", *MODES), help="(all for the built-in data sets, mini-batch for a file)")
-    option("--hidden", type=_sizes, default=[64], metavar="N,N", help="sizes of the hidden layers (64)")
+    option(
+        "--search",
+        action="store_true",
+        help="first try widths, activations and step sizes, but those that are given, and train the best",
+    )
+    option(
+        "--hidden",
+        type=_sizes,
+        action=Given,
+        default=[64],
+        metavar="N,N",
+        help="sizes of the hidden layers (64)",
+    )
     option(
         "--activation",
+        action=Given,
         choices=(*mlpext.activations(), "maxout"),
         default="relu",
         metavar="NAME",
@@ -153,7 +166,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
         type=_size,
         action=Given,
         metavar="ETA",
-        help=f"step size ({_by_mode(LEARNING_RATES)}; of the mean; adam's {_train.ADAM})",
+        help=f"step size ({_by_mode(LEARNING_RATES)}; of the mean; adam's {ADAM})",
     )
     option("--schedule", choices=SCHEDULES, help="of the step size, over the epochs")
     option("--l2", type=_size, default=0.0, metavar="L", help="penalty on the sum of squared weights (0)")

@@ -238,6 +238,21 @@ def test_a_diverged_run_is_said_and_the_others_are_drawn(capsys, tmp_path):
     assert code == 0 and (tmp_path / "sum/loss.png").exists()
 
 
+def test_search_trains_the_best_of_what_is_not_given(capsys, tmp_path):
+    options = "train iris --mode mini-batch --quiet --epochs 5"
+    code, out, err = run(capsys, f"{options} --search --hidden 8 --loss cross_entropy")
+    assert (code, err) == (0, ""), err
+    rows = [line.split() for line in out.splitlines()]
+    start = rows.index(["hidden", "activation", "lr", "accuracy", "E"]) + 1
+    found = rows[start : start + 9]
+    assert {row[0] for row in found} == {"8"} and {row[1] for row in found} == {"relu", "tanh", "gelu"}
+    reached = [float(row[3].rstrip("%")) for row in found]
+    assert reached == sorted(reached, reverse=True)
+    config = json.loads((tmp_path / "runs/iris/config.json").read_text())["found"]
+    assert config["activation"] == found[0][1] and f"{config['lr']:.3g}" == found[0][2]
+    assert (tmp_path / "runs/iris/search.png").exists()
+
+
 def test_several_seeds(capsys):
     code, out, _ = run(capsys, "train iris --mode mini-batch --seed 0,1 --quiet --epochs 2")
     assert code == 0 and "mini-batch-seed-0" in out and "mini-batch-seed-1" in out
