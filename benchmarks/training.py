@@ -69,15 +69,15 @@ def ours(model: nn.Sequential, sizes: tuple[int, ...]) -> mlpext.nn.MLP:
 
 
 def train(net: mlpext.nn.MLP, x: Tensor, d: Tensor, batch: int, epochs: int = 1) -> None:
-    mode = "stochastic" if batch == 1 else "batch" if batch == len(x) else "mini-batch"
     options: dict = {
+        "mode": "stochastic" if batch == 1 else "batch" if batch == len(x) else "mini-batch",
         "epochs": epochs,
         "shuffle": False,
         "seed": 0,
         "progress": False,
         "engine": "native",
     }
-    fit(net, x, d, mode=mode, batch_size=batch, lr=LR, **options)
+    fit(net, x, d, batch_size=batch, lr=LR, **options)
 
 
 def naive(model: nn.Sequential, optimizer: torch.optim.Optimizer, x: Tensor, d: Tensor, batch: int) -> None:

@@ -6,21 +6,29 @@ import operator
 from typing import Any
 
 from mlpext import _C
+from mlpext._names import did_you_mean
 
 # Activation -> its parameters and their defaults, from the compiled list.
 PARAMETERS = _C.activations()
 
 
-def activation_parameters(activation: str, given: dict[str, float]) -> tuple[float, ...]:
+def activation_parameters(
+    activation: str, given: dict[str, float], others: tuple[str, ...] = ()
+) -> tuple[float, ...]:
     """The parameters of `activation` in order: those given, and defaults.
 
-    TypeError for what is no name and for a parameter that it lacks, ValueError for an unknown name.
+    TypeError for what is no name and for a parameter that it lacks, ValueError for an unknown name, whose
+    message has the names of all activations and `others`.
     """
     if not isinstance(activation, str):
         raise TypeError(f"activation: expected a name (str), got {activation!r}")
     defaults = PARAMETERS.get(activation)
     if defaults is None:
-        raise ValueError(f"activation: unknown name {activation!r}, expected one of {', '.join(PARAMETERS)}")
+        known = [*PARAMETERS, *others]
+        raise ValueError(
+            f"activation: unknown name {activation!r}, expected one of {', '.join(known)}"
+            + did_you_mean(activation, known)
+        )
     for name in given:
         if name not in defaults:
             accepted = ", ".join(defaults) or "no parameters"

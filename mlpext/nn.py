@@ -326,7 +326,7 @@ def _parameter_names(activation: Any) -> list[str]:
     """The parameters of a layer of an MLP; an error for what is no activation and not "maxout"."""
     if activation == "maxout":
         return ["pieces"]
-    activation_parameters(activation, {})
+    activation_parameters(activation, {}, others=("maxout",))
     return list(PARAMETERS[activation])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -12,6 +11,7 @@ import torch
 
 import mlpext
 from mlpext import _C, _choices, data
+from mlpext._names import did_you_mean
 from mlpext.cli import _other, _runs, _train
 from mlpext.cli._steps import ADAM, EPOCHS, LEARNING_RATES, OPTIMIZERS
 from mlpext.tabular import SEPARATORS
@@ -22,20 +22,6 @@ Value = TypeVar("Value")
 
 # The lecture's leaky ReLU is max(0.1 x, x); torch's default slope, and so our modules', is 0.01.
 LECTURE = {"leaky_relu": {"negative_slope": 0.1}}
-# Other names that people know them by.
-KNOWN_AS = {
-    "swish": "silu",
-    "mse": "squared_error",
-    "l2": "squared_error",
-    "minibatch": "mini-batch",
-    "sgd": "stochastic",
-    "full": "batch",
-    "bce": "binary_cross_entropy",
-    "ce": "cross_entropy",
-    "logistic": "sigmoid",
-    "linear": "identity",
-    "leakyrelu": "leaky_relu",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,9 +33,7 @@ class Parser(argparse.ArgumentParser):
             given = message.split("invalid choice: '")[1].split("'")[0].lower()
             listed = message.partition("choose from ")[2].rstrip(")").split(",")
             choices = [choice.strip(" '") for choice in listed]
-            meant = KNOWN_AS.get(given, given)
-            near = [meant] if meant in choices else difflib.get_close_matches(meant, choices, 1)
-            message += f"; did you mean {near[0]}?" if near else ""
+            message += did_you_mean(given, choices)
         super().error(message)
 
 
@@ -232,10 +216,9 @@ def _check(options: argparse.Namespace, parser: Parser) -> None:
     del options.table
     built_in = options.data in data.NAMES
     if not built_in and "." not in options.data:
-        near = difflib.get_close_matches(options.data, data.NAMES, 1)
         parser.error(
             f"argument --data: {options.data!r} is none of {', '.join(data.NAMES)}, and no file's name"
-            + (f"; did you mean {near[0]}?" if near else "")
+            + did_you_mean(options.data, data.NAMES)
         )
     is_table = not built_in and not options.data.endswith(".npz")
     if is_table and options.target is None:

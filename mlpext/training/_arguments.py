@@ -13,12 +13,13 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlpext._names import did_you_mean
 from mlpext.training._callbacks import Callback, as_calls
 from mlpext.training._losses import Loss, loss_sum_of, shape_targets
 from mlpext.training._metrics import MetricsArgument
@@ -33,6 +34,11 @@ from mlpext.training.engines.plan import StepPlan
 MODES = ("stochastic", "mini-batch", "batch")
 REDUCTIONS = ("mean", "sum")
 ENGINES = ("auto", "native", "autograd")
+
+# The same for those who check types.
+Mode: TypeAlias = Literal["stochastic", "mini-batch", "batch"]
+Reduction: TypeAlias = Literal["mean", "sum"]
+EngineName: TypeAlias = Literal["auto", "native", "autograd"]
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -264,7 +270,10 @@ def check_same_run(
 
 def _one_of(name: str, value: object, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(accepted)}, got {_brief(value)}")
+        raise ValueError(
+            f"{name} must be one of {', '.join(accepted)}, got {_brief(value)}"
+            + did_you_mean(value, accepted)
+        )
 
 
 def count(name: str, value: Any, least: int, most: float = math.inf) -> int:

@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from mlpext.training._arguments import Arguments, MakeOptimizer, anywhere, check_same_run, count
+from mlpext.training._arguments import (
+    Arguments,
+    EngineName,
+    MakeOptimizer,
+    Mode,
+    Reduction,
+    anywhere,
+    check_same_run,
+    count,
+)
 from mlpext.training._callbacks import Callback
 from mlpext.training._early_stopping import EarlyStopping
 from mlpext.training._evaluate import TRAINED_WITH
@@ -38,12 +47,12 @@ def fit(
     x: Data,
     target: Data,
     *,
-    mode: str = "mini-batch",
+    mode: Mode = "mini-batch",
     batch_size: int = 32,
     lr: float = 0.1,
     epochs: int = 10,
     loss: Loss = "squared_error",
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     nesterov: bool = False,
@@ -64,7 +73,7 @@ def fit(
     log_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
     device: torch.device | str | None = None,
-    engine: str = "auto",
+    engine: EngineName = "auto",
 ) -> History:
     """Train `model` in place by gradient descent and return what happened.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mlpext._names import did_you_mean
 from mlpext.training._modules import in_mode
 from mlpext.training._samples import FIRST_ROW, Samples
 
@@ -132,6 +133,7 @@ def loss_sum_of(loss: Loss) -> LossSum:
             return BY_NAME[loss]
         raise ValueError(
             f"loss must be one of {', '.join(LOSSES)}, or a function of (outputs, targets), got {loss!r}"
+            + did_you_mean(loss, LOSSES)
         )
     if not callable(loss):
         raise TypeError(f"loss must be a name or a function of (outputs, targets), got {type(loss).__name__}")

@@ -47,6 +47,8 @@ def nan_at(row, column):
         ({"model": nn.Linear(6, 1)}, ValueError, "for one output give target as floating point"),
         ({"model": nn.Flatten(0), "target": X}, ValueError, "one row of outputs per sample"),
         ({"mode": "online"}, ValueError, "mode must be one of stochastic, mini-batch, batch, got 'online'"),
+        ({"mode": "minibatch"}, ValueError, "got 'minibatch'; did you mean mini-batch?"),
+        ({"loss": "mse"}, ValueError, "got 'mse'; did you mean squared_error?"),
         ({"mode": 1}, ValueError, "mode must be one of .*, got 1"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
         ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),

@@ -1,0 +1,34 @@
+"""What a name that nobody knows was meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+# Other names that people know things by.
+KNOWN_AS = {
+    "swish": "silu",
+    "logistic": "sigmoid",
+    "linear": "identity",
+    "leakyrelu": "leaky_relu",
+    "mse": "squared_error",
+    "bce": "binary_cross_entropy",
+    "ce": "cross_entropy",
+    "minibatch": "mini-batch",
+    "sgd": "stochastic",
+    "full": "batch",
+}
+
+
+def did_you_mean(given: object, choices: Iterable[str]) -> str:
+    """The end of a message: the choice that is near, if one is.
+
+    >>> from mlpext._names import did_you_mean
+    >>> did_you_mean("ReLU", ["relu", "tanh"]), did_you_mean("swish", ["silu"]), did_you_mean(7, ["silu"])
+    ('; did you mean relu?', '; did you mean silu?', '')
+    """
+    choices = list(choices)
+    meant = str(given).lower()
+    meant = KNOWN_AS.get(meant, meant)
+    near = [meant] if meant in choices else difflib.get_close_matches(meant, choices, 1, cutoff=0.7)
+    return f"; did you mean {near[0]}?" if near else ""
