@@ -315,3 +315,25 @@ def test_dropout_outside_of_fit_is_torchs():
     assert "dropout=0.4" in repr(model)
     with pytest.raises(ValueError, match=r"dropout: 1, expected at least 0 and below 1"):
         MLP([6, 3], dropout=1)
+
+
+@pytest.mark.parametrize("engine", ["native", "autograd"])
+@pytest.mark.parametrize("optimizer", [None, torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("mode", ["stochastic", "mini-batch", "batch"])
+def test_resumed_with_dropout_weights_penalty_and_clipping(tmp_path, engine, optimizer, mode):
+    """A run that its callback ends after two of five epochs, and one that nothing disturbs."""
+
+    def make(seed):
+        return network((6, 9, 7, 3), seed=seed, dropout=0.4)
+
+    options = {"optimizer": optimizer, "mode": mode, "engine": engine, "epochs": 5, "batch_size": 16}
+    options |= {"class_weight": "balanced", "l2": 0.1, "clip_grad_norm": 0.5, "schedule": "cosine"}
+    options |= {"loss": "cross_entropy"}
+    whole, part, resumed = make(1), make(1), make(2)
+    expected = train(whole, X, LABELS, **options)
+    stop = {"checkpoint": tmp_path, "callbacks": [lambda epoch: epoch.epoch == 2]}
+    train(part, X, LABELS, **options, **stop)
+    history = train(resumed, X, LABELS, **options, checkpoint=tmp_path, resume=True)
+    assert history["loss"] == expected["loss"] and history["lr"] == expected["lr"]
+    assert same_weights(whole, resumed)
+    assert not same_weights(whole, part)
