@@ -8,9 +8,14 @@ dispatcher, csrc/ops/composites.cpp has the same in C++.
 
 from __future__ import annotations
 
+import importlib.abc
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -96,7 +101,38 @@ def mlp(module: torch.nn.Module, input: Tensor) -> Any:
     return NotImplemented
 
 
-for _function in (activation, maxout, linear_activation, linear_maxout, mlp):
+_SUBSTITUTES = (activation, maxout, linear_activation, linear_maxout, mlp)
+for _function in _SUBSTITUTES:
     _C.register_fallback(_function.__name__, _function)
-    # Dynamo cannot look into a C++ function; it is told what to trace in its place.
-    torch.compiler.substitute_in_graph(getattr(_C, _function.__name__), skip_signature_check=True)(_function)
+
+
+def _tell_dynamo() -> None:
+    """Dynamo cannot look into a C++ function; it is told what to trace in its place."""
+    for function in _SUBSTITUTES:
+        compiled = getattr(_C, function.__name__)
+        torch.compiler.substitute_in_graph(compiled, skip_signature_check=True)(function)
+
+
+class _WhenDynamoComes(importlib.abc.MetaPathFinder):
+    """Tells Dynamo once it is imported: to import it here would take as long as torch itself, 0.9 s."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        if fullname != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        assert spec is not None and spec.loader is not None
+        run = spec.loader.exec_module
+
+        def run_and_tell(module: ModuleType) -> None:
+            run(module)
+            _tell_dynamo()
+
+        spec.loader.exec_module = run_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+if "torch._dynamo" in sys.modules:
+    _tell_dynamo()
+else:
+    sys.meta_path.insert(0, _WhenDynamoComes())

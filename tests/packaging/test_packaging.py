@@ -250,3 +250,18 @@ def test_pip_has_the_range_of_torch_that_setup_has():
 def test_an_isolated_build_does_not_fetch_torch():
     (requires,) = re.findall(r"^requires = (.+)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "torch" not in requires
+
+
+@pytest.mark.launch
+def test_dynamo_is_imported_when_it_is_needed_and_told_then():
+    """It takes as long to import as torch itself."""
+    code = """
+import sys, mlpext, torch
+assert "torch._dynamo" not in sys.modules
+x = torch.randn(5)
+compiled = torch.compile(mlpext.functional.gelu, backend="eager", fullgraph=True)
+assert torch.allclose(compiled(x), torch.nn.functional.gelu(x), atol=1e-6)
+"""
+    for first in ("", "import torch._dynamo\n"):
+        check = code if not first else code.replace('assert "torch._dynamo" not in sys.modules', "")
+        subprocess.run([sys.executable, "-c", first + check], check=True)
