@@ -136,9 +136,31 @@ def test_parameters_that_16_bits_round(case):
         way="twice",
         seed=1605788751,
     ),
+    Case(
+        "mlp",
+        (Layer(24, "silu"), Layer(32, "sine", (("omega", 30.0),)), Layer(4, "mish")),
+        (12, 5, 3),
+        entry="module",
+        dtype="bfloat16",
+        values="special",
+        layouts=(*["contiguous"] * 3, "offset", "overlapping", "contiguous", "channels last", "contiguous"),
+        masks=(True, True, False, True, True, True, True),
+        way="inference_mode",
+        seed=1792754988,
+    ),
+    Case(
+        "mlp",
+        (Layer(32, "celu", (("alpha", 0.5),)), Layer(9, "maxout", pieces=3), Layer(16, "logsigmoid")),
+        (130, 63),
+        values="grid",
+        layouts=("expanded", "expanded", *["contiguous"] * 2, "rows apart", *["contiguous"] * 2, "expanded"),
+        masks=(True, True, True, False, True, False, True),
+        seed=836608303,
+    ),
 )
 def test_roundings_that_decide(case):
-    """The sign of z near 0, where softsign'' jumps; 65533, to float16 65504 or inf."""
+    """The sign of z near 0, where softsign'' jumps; 65533, to float16 65504 or inf; the sign of a y that inf is
+    multiplied by; the error of a row that 130 rows have in common."""
     check(case)
 
 
