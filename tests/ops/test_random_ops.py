@@ -159,8 +159,8 @@ def test_parameters_that_16_bits_round(case):
     ),
 )
 def test_roundings_that_decide(case):
-    """The sign of z near 0, where softsign'' jumps; 65533, to float16 65504 or inf; the sign of a y that inf is
-    multiplied by; the error of a row that 130 rows have in common."""
+    """The sign of z near 0, where softsign'' jumps; 65533, to float16 65504 or inf; the sign of a y that is
+    multiplied by inf; the error of a row that 130 rows have in common."""
     check(case)
 
 
