@@ -14,6 +14,9 @@ from mlpext.training import MODES
 
 __all__ = ["MODES", "main"]
 
+# What some commands need, and the package itself does not.
+EXTRA = ("pandas", "sklearn", "skops", "matplotlib")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (sys.argv's if None), return its exit code. Raises SystemExit(2) for a bad one."""
@@ -26,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         return _fail(f"{error.filename}: {error.strerror}" if named else str(error))
+    except ModuleNotFoundError as error:
+        extra = (
+            "; pip install 'mlpext[train]' brings it" if (error.name or "").partition(".")[0] in EXTRA else ""
+        )
+        return _fail(f"{error}{extra}")
     except (ValueError, TypeError, FloatingPointError, ImportError, RuntimeError, MemoryError) as error:
         return _fail(str(error) or type(error).__name__)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -12,9 +13,8 @@ import torch
 import mlpext
 from mlpext import _C, _choices, data
 from mlpext._names import did_you_mean
-from mlpext.cli import _other, _runs, _train
-from mlpext.cli._steps import ADAM, EPOCHS, LEARNING_RATES, OPTIMIZERS
-from mlpext.tabular import SEPARATORS
+from mlpext.cli import _other
+from mlpext.cli._defaults import ADAM, EPOCHS, LEARNING_RATES
 from mlpext.training import LOSSES, MODES
 from mlpext.training._schedule import BY_NAME as SCHEDULES
 
@@ -45,6 +45,16 @@ class Given(argparse.Action):
         namespace.given = [*namespace.given, self.dest]
 
 
+def _later(module: str, name: str) -> Callable[[argparse.Namespace], None]:
+    """A function of the command line whose imports wait until it is called: pandas and scikit-learn take a
+    second, and `info` needs neither."""
+
+    def run(options: argparse.Namespace) -> None:
+        getattr(importlib.import_module(f"mlpext.cli.{module}"), name)(options)
+
+    return run
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options of a command line, with `run`, the function of its command. Raises SystemExit(2)."""
     parser = Parser(prog="mlpext", description=mlpext.__doc__)
@@ -64,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     info_parser.add_argument("--json", action="store_true", help="as JSON")
     info_parser.set_defaults(run=_other.info)
     options = parser.parse_args(arguments)
-    if options.run is _train.train:
+    if "table" in options:
         _check(options, train_parser)
     return options
 
@@ -72,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
     about = "train a network on a table, or the reference network, and compare the modes of gradient descent"
     command = commands.add_parser("train", help=about, description=about)
-    command.set_defaults(run=_train.train, given=[])
+    command.set_defaults(run=_later("_train", "train"), given=[])
     option = command.add_argument
     option("table", nargs="?", metavar="DATA", help="as --data")
     option(
@@ -89,8 +99,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
     option("--test", metavar="FILE", help="what is held out, instead of a part of DATA")
     option("--drop", type=_names, default=[], metavar="A,B", help="columns to leave out")
     option("--categorical", type=_names, default=[], metavar="A,B", help="columns whose numbers are labels")
-    separators = ("auto", *SEPARATORS)
-    option("--separator", choices=separators, default="auto", metavar="CHAR", help="of fields (auto)")
+    option("--separator", default="auto", metavar="CHAR", help="of fields: , ; | or a tab (auto)")
     option(
         "--task",
         choices=data.TASKS,
@@ -144,7 +153,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
         help="(squared_error, the lecture's E; for classes of a table cross_entropy)",
     )
     option("--reduction", choices=("mean", "sum"), default="mean", help="what a step minimises (mean)")
-    option("--optimizer", choices=OPTIMIZERS, default="sgd", help="(sgd)")
+    option("--optimizer", choices=("sgd", "adam", "adamw"), default="sgd", help="(sgd)")
     option(
         "--lr",
         type=_size,
@@ -182,16 +191,16 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
 
 
 def _add_runs(commands: argparse._SubParsersAction[Parser]) -> None:
-    for name, run, about, out in (
-        ("predict", _runs.predict, "predict every row of a table", "a CSV of them (standard output)"),
-        ("evaluate", _runs.evaluate, "measure a model on a table with the answers", "the picture (in RUN)"),
+    for name, about, out in (
+        ("predict", "predict every row of a table", "a CSV of them (standard output)"),
+        ("evaluate", "measure a model on a table with the answers", "the picture (in RUN)"),
     ):
         command = commands.add_parser(name, help=about, description=about)
-        command.set_defaults(run=run)
+        command.set_defaults(run=_later("_runs", name))
         command.add_argument("model", metavar="RUN", help="a folder of train, or a file of mlpext.save")
         command.add_argument("data", metavar="DATA", help="a table, as train takes it")
         command.add_argument("--out", metavar="FILE", help=out)
-        command.add_argument("--separator", choices=("auto", *SEPARATORS), default="auto", metavar="CHAR")
+        command.add_argument("--separator", default="auto", metavar="CHAR", help="of fields (auto)")
 
 
 def _add_plot(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mlpext.cli._steps import EPOCHS, METRICS, Data, learning_rate, steps_of
+from mlpext.cli._defaults import EPOCHS
+from mlpext.cli._steps import METRICS, Data, learning_rate, steps_of
 from mlpext.nn import MLP
 from mlpext.training import evaluate, fit_many
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from mlpext import _artefact
 from mlpext._files import sweep, write_atomically
 from mlpext._network import Network
+from mlpext.cli._defaults import EPOCHS
 from mlpext.cli._search import search
 from mlpext.cli._source import Source, like, read_source, rows, split
-from mlpext.cli._steps import EPOCHS, LOSS, METRICS, Data, learning_rate, steps_of
+from mlpext.cli._steps import LOSS, METRICS, Data, learning_rate, steps_of
 from mlpext.nn import MLP
 from mlpext.tabular import Columns, preprocessing
 from mlpext.training import MODES, History, evaluate, fit

@@ -5,6 +5,8 @@ import io
 import json
 import random
 import string
+import subprocess
+import sys
 import time
 import zipfile
 
@@ -273,6 +275,22 @@ def test_meant_names(capsys):
 def test_info_as_json_and_version(capsys):
     assert json.loads(run(capsys, "info --json")[1])["activations"] == [*mlpext.activations()]
     assert run(capsys, "--version")[1] == f"mlpext {mlpext.__version__}\n"
+
+
+@pytest.mark.launch
+def test_without_the_packages_of_the_extra(tmp_path):
+    """info works, and what needs them says what brings them."""
+    code = """
+import sys
+for name in ("pandas", "sklearn", "skops", "matplotlib"):
+    sys.modules[name] = None
+from mlpext.cli import main
+assert main(["info"]) == 0
+sys.exit(main(["train", "iris", "--quiet"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1 and "pip install 'mlpext[train]' brings it" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 class Foreign:

@@ -6,34 +6,9 @@ import math
 import numpy as np
 import torch
 
+from fit_reference import error, mask
 from mlpext import _C
 from mlpext.training.engines._support import LayerRecord
-
-
-def philox(counter, key):
-    """Philox4x32-10 as in the paper, ten rounds of two products whose halves are crossed over: four arrays of
-    words, of a counter of four arrays and a key of two words."""
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = key
-    low = np.uint64(2**32 - 1)
-    for _ in range(10):
-        a, b = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1, c2, c3 = (
-            (b >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
-            b & low,
-            (a >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
-            a & low,
-        )
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c0, c1, c2, c3
-
-
-def mask(p, seed, epoch, layer, samples, units):
-    """m of dropout, (len(samples), units)."""
-    samples, units = np.meshgrid(samples, np.arange(units), indexing="ij")
-    counter = samples, 0 * samples + epoch, 0 * samples + layer, units // 4
-    words = philox(counter, (seed % 2**32, seed >> 32))
-    return np.where(np.choose(units % 4, words) < math.floor(p * 2**32), 0.0, 1 / (1 - p))
 
 
 @dataclasses.dataclass
@@ -76,15 +51,7 @@ def forward(layer, x):
 
 def loss_of(name, y, d):
     """E of each sample, (n,), and dE/dy."""
-    if d.ndim == 1:
-        d = np.eye(y.shape[1])[d]
-    if name == "squared_error":
-        return 0.5 * ((y - d) ** 2).sum(1), y - d
-    if name == "cross_entropy":
-        shifted = y - y.max(1, keepdims=True)
-        logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-        return -(d * logs).sum(1), d.sum(1, keepdims=True) * np.exp(logs) - d
-    return (np.logaddexp(0, y) - d * y).sum(1), 1 / (1 + np.exp(-y)) - d
+    return error(name, y, np.eye(y.shape[1])[d] if d.ndim == 1 else d)
 
 
 def parameters(layers):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from epoch_reference import ACTIVATIONS, Layer, compare, mask, native_epoch, philox
+from epoch_reference import ACTIVATIONS, Layer, compare, native_epoch
+from fit_reference import mask, philox
 from mlpext import _C
 from mlpext.training.engines.optimizer import Rule
 
