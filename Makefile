@@ -119,5 +119,5 @@ endif
 	@echo "$(TORCH)" > $@
 .venv/.built: .venv/.deps setup.py pyproject.toml $(shell find csrc)
 	@PYTHON=$(V)/python sh tools/preflight.sh
-	$(V)/python -m pip install -q --no-build-isolation -e ".[train,mnist,test,dev]"
+	$(V)/python -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[train,mnist,test,dev]"
 	@touch $@
