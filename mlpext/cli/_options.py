@@ -24,6 +24,23 @@ Value = TypeVar("Value")
 LECTURE = {"leaky_relu": {"negative_slope": 0.1}}
 
 
+# What the usual name of a run says of it, where it is not the default.
+VARIED = (
+    *("hidden", "activation", "parameter", "pieces", "output_activation", "dropout", "loss", "reduction"),
+    *(
+        "optimizer",
+        "lr",
+        "schedule",
+        "l2",
+        "momentum",
+        "weight_decay",
+        "batch_size",
+        "class_weight",
+        "search",
+    ),
+)
+
+
 class Parser(argparse.ArgumentParser):
     """One that knows what a wrong name was meant to be."""
 
@@ -76,6 +93,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if "table" in options:
         _check(options, train_parser)
+        options.out = options.out or _usual_folder(options, train_parser)
     return options
 
 
@@ -183,7 +201,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
     )
     option("--threads", type=_count, default=1, metavar="N", help="(1: more do not pay for small layers)")
     option("--device", type=_device, metavar="NAME", help="(cpu)")
-    option("--out", metavar="DIR", help="where the results go (runs/DATA)")
+    option("--out", metavar="DIR", help="where the results go (runs/DATA, with what is not the default)")
     option("--overwrite", action="store_true", help="replace another run in DIR")
     option("--resume", action="store_true", help="continue from the checkpoints in DIR")
     option("--quiet", action="store_true", help="no progress bar")
@@ -252,6 +270,20 @@ def _check(options: argparse.Namespace, parser: Parser) -> None:
     options.parameters = {**LECTURE.get(options.activation, {}), **dict(options.parameter)}
     if options.activation == "maxout":
         options.parameters["pieces"] = 2 if options.pieces is None else options.pieces
+
+
+def _usual_folder(options: argparse.Namespace, parser: Parser) -> str:
+    """runs/DATA, with what the network and its steps have that is not usual, so that runs do not meet."""
+    name = options.data.replace("\\", "/").rpartition("/")[2].partition(".")[0]
+    for varied in VARIED:
+        value = getattr(options, varied)
+        if value != parser.get_default(varied):
+            parts = value if isinstance(value, list) else [value]
+            text = ",".join(
+                "=".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in parts
+            )
+            name += f"-{varied}={text}"
+    return f"runs/{name}"
 
 
 def _argument(

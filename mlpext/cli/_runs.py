@@ -69,7 +69,9 @@ def evaluate(options: argparse.Namespace) -> None:
         probabilities = pipeline.predict_proba(source.frame) if hasattr(pipeline, "predict_proba") else None
     except ValueError as error:
         raise ValueError(f"{options.data}: {error}") from error
-    picture = Path(options.model) / "evaluation.png" if options.out is None else Path(options.out)
+    run = Path(options.model)
+    folder = run if run.is_dir() else run.parent
+    picture = folder / "evaluation.png" if options.out is None else Path(options.out)
     measures = _measures(source, predicted, probabilities, about)
     print(f"{name}: {len(source)} samples")
     for measure, value in measures.items():

@@ -45,7 +45,7 @@ def train(options: argparse.Namespace) -> None:
     data = prepare(options)
     loss = _loss(options, data)
     metric = METRICS[data.kind]
-    out = Path("runs", Path(data.source.name).stem) if options.out is None else Path(options.out)
+    out = Path(options.out)
     settings = {name: value for name, value in vars(options).items() if name not in ELSEWHERE}
     _check_folder(out, settings, options)
     sweep(out)

@@ -87,7 +87,7 @@ def test_regression_maxout_and_options(capsys):
 
 
 def test_leaky_relu_has_the_lectures_slope(capsys):
-    common = "train --data iris --mode mini-batch --epochs 2 --activation leaky_relu --quiet"
+    common = "train --data iris --mode mini-batch --epochs 2 --activation leaky_relu --quiet --out runs/iris"
     weights = []
     for extra in ("", "--parameter negative_slope=0.1", "--parameter negative_slope=0.01"):
         assert run(capsys, f"{common} {extra} --overwrite")[0] == 0

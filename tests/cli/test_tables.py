@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -100,7 +101,7 @@ def test_train_evaluate_predict_with_nothing_but_the_target(capsys, tmp_path, na
     chosen = " ".join(f"--target {target}" for target in targets.split())
     code, out, err = run(capsys, f"train data.csv {chosen} --quiet --seed 1")
     assert (code, err) == (0, ""), err
-    code, out, err = run(capsys, "evaluate runs/data data.csv")
+    code, out, err = run(capsys, "evaluate runs/data/model.mlpext data.csv")
     assert (code, err) == (0, ""), err
     measures = dict(line.rsplit(None, 1) for line in out.splitlines()[1:-1])
     first = next(iter(measures.values()))
@@ -126,7 +127,7 @@ def test_predictions_have_the_targets_unit_to_its_last_digits(capsys):
         "d.csv", index=False
     )
     assert (
-        run(capsys, "train d.csv --target y --task numbers --quiet --optimizer adam --lr 0.01 --epochs 60")[0]
+        run(capsys, "train d.csv --target y --task numbers --quiet --optimizer adam --lr 0.01 --epochs 60 --out runs/d")[0]
         == 0
     )
     predicted = mlpext.load("runs/d/model.mlpext").predict(read_table("d.csv"))
@@ -227,10 +228,12 @@ def test_runs_are_never_mixed(capsys):
     skewed().to_csv("t.csv", index=False)
     common = "train t.csv --target price --quiet --epochs 2"
     assert run(capsys, common)[0] == 0
-    code, _, err = run(capsys, f"{common} --hidden 8")
+    assert run(capsys, f"{common} --hidden 8,4 --lr 0.01")[0] == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"t", "t-hidden=8,4-lr=0.01"}
+    code, _, err = run(capsys, f"{common} --hidden 8 --out runs/t")
     assert code == 1 and "runs/t holds another run (hidden [64] there, [8] here)" in err
-    assert run(capsys, f"{common} --hidden 8 --overwrite")[0] == 0
-    assert run(capsys, f"{common} --hidden 8")[0] == 0
+    assert run(capsys, f"{common} --hidden 8 --out runs/t --overwrite")[0] == 0
+    assert run(capsys, f"{common} --hidden 8 --out runs/t")[0] == 0
 
 
 def test_a_diverged_run_is_said_and_the_others_are_drawn(capsys, tmp_path):
@@ -241,7 +244,7 @@ def test_a_diverged_run_is_said_and_the_others_are_drawn(capsys, tmp_path):
 
 
 def test_search_trains_the_best_of_what_is_not_given(capsys, tmp_path):
-    options = "train iris --mode mini-batch --quiet --epochs 5"
+    options = "train iris --mode mini-batch --quiet --epochs 5 --out runs/iris"
     code, out, err = run(capsys, f"{options} --search --hidden 8 --loss cross_entropy")
     assert (code, err) == (0, ""), err
     rows = [line.split() for line in out.splitlines()]
