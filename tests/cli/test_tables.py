@@ -126,10 +126,8 @@ def test_predictions_have_the_targets_unit_to_its_last_digits(capsys):
     pd.DataFrame({"when": 1.7e9 + 60 * np.arange(100), "y": 40.7127837 + x * 1e-5}).to_csv(
         "d.csv", index=False
     )
-    assert (
-        run(capsys, "train d.csv --target y --task numbers --quiet --optimizer adam --lr 0.01 --epochs 60 --out runs/d")[0]
-        == 0
-    )
+    options = "--target y --task numbers --quiet --optimizer adam --lr 0.01 --epochs 60 --out runs/d"
+    assert run(capsys, f"train d.csv {options}")[0] == 0
     predicted = mlpext.load("runs/d/model.mlpext").predict(read_table("d.csv"))
     assert len(np.unique(predicted)) > 90 and np.abs(predicted - (40.7127837 + x * 1e-5)).max() < 3e-6
 
