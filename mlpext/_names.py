@@ -1,9 +1,14 @@
-"""What a name that nobody knows was meant to be."""
+"""The names of the modes, and what a name that nobody knows was meant to be."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Literal, TypeAlias, get_args
+
+# The lecture's modes of gradient descent.
+Mode: TypeAlias = Literal["stochastic", "mini-batch", "batch"]
+MODES: tuple[str, ...] = get_args(Mode)
 
 # Other names that people know things by.
 KNOWN_AS = {

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from mlpext.nn import MLP, LinearActivation, Maxout
 
-KINDS = ("classes", "labels", "numbers")
 # Rows that go through the network at once.
 BLOCK = 4096
 

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlpext._tasks import MOST_CLASSES, TASKS
+
 SKLEARN = ("digits", "breast_cancer", "wine", "iris", "diabetes")
 NAMES = ("digits", "mnist5k", "breast_cancer", "wine", "iris", "diabetes")
-TASKS = ("auto", "classes", "numbers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +245,6 @@ def _classes_or_numbers(values: Any, task: str) -> tuple[Any, tuple[str, ...] | 
     if not text and (task == "numbers" or values.ndim == 2):
         return values, None
     names, labels = np.unique(values, return_inverse=True)
-    if task == "auto" and not text and (len(names) > 20 or (names != np.floor(names)).any()):
+    if task == "auto" and not text and (len(names) > MOST_CLASSES or (names != np.floor(names)).any()):
         return values, None
     return labels, tuple(str(name) if text else f"{name:.17g}" for name in names)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mlpext import _C
 from mlpext import functional as F
 from mlpext._files import write_atomically
+from mlpext._names import MODES
 
 try:
     from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ except ModuleNotFoundError as error:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 # Of the modes of training, in every picture the same.
-MODES = dict(zip(("stochastic", "mini-batch", "batch"), COLOURS, strict=False))
+COLOUR_OF = dict(zip(MODES, COLOURS, strict=False))
 
 METRICS = {"accuracy": "accuracy", "r2": "R²"}
 
@@ -162,7 +163,7 @@ def plot_histories(
 
 def _colours(labels: Sequence[str]) -> list[str]:
     """One for each run: a mode's own, wherever it is drawn, else the next that is free."""
-    own = {label: MODES.get(Path(label).name) for label in labels}
+    own = {label: COLOUR_OF.get(Path(label).name) for label in labels}
     taken = {colour for colour in own.values() if colour is not None}
     free = itertools.cycle([colour for colour in COLOURS if colour not in taken] or COLOURS)
     drawn: set[str] = set()

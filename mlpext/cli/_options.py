@@ -12,10 +12,11 @@ import torch
 
 import mlpext
 from mlpext import _C, _choices, data
-from mlpext._names import did_you_mean
+from mlpext._names import MODES, did_you_mean
+from mlpext._tasks import TASKS
 from mlpext.cli import _other
 from mlpext.cli._defaults import ADAM, EPOCHS, LEARNING_RATES
-from mlpext.training import LOSSES, MODES
+from mlpext.training import LOSSES
 from mlpext.training._schedule import BY_NAME as SCHEDULES
 
 Value = TypeVar("Value")
@@ -120,7 +121,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> Parser:
     option("--separator", default="auto", metavar="CHAR", help="of fields: , ; | or a tab (auto)")
     option(
         "--task",
-        choices=data.TASKS,
+        choices=TASKS,
         default="auto",
         help="what the target of a file holds (auto: by its values)",
     )

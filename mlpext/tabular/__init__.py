@@ -6,7 +6,7 @@ scikit-learn pipeline: it gives each column the type that it had in training, an
 """
 
 from mlpext.tabular._columns import Columns, preprocessing
-from mlpext.tabular._read import SEPARATORS, listed, read_table
+from mlpext.tabular._read import listed, read_table
 from mlpext.tabular._targets import target_of
 
-__all__ = ["SEPARATORS", "Columns", "listed", "preprocessing", "read_table", "target_of"]
+__all__ = ["Columns", "listed", "preprocessing", "read_table", "target_of"]

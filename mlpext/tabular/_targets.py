@@ -8,12 +8,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import pandas as pd
 
+from mlpext._tasks import MOST_CLASSES
 from mlpext.tabular._read import MOSTLY, listed
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
-
-# A target of whole numbers is classes up to so many different ones, beyond that a quantity.
-MOST_CLASSES = 20
 
 # What a column of two labels may hold, and which of them means that the label is there.
 LABELS = {"0": 0, "1": 1, "false": 0, "true": 1, "no": 0, "yes": 1, "0.0": 0, "1.0": 1}

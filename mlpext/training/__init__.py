@@ -15,7 +15,8 @@ and the mode says which samples those are:
 The mean, not the lecture's sum, so that one eta suits all three; `reduction="sum"` is the sum.
 """
 
-from mlpext.training._arguments import ENGINES, MODES, REDUCTIONS
+from mlpext._names import MODES
+from mlpext.training._arguments import ENGINES, REDUCTIONS
 from mlpext.training._callbacks import CSV, TensorBoard
 from mlpext.training._evaluate import evaluate
 from mlpext.training._fit import fit

@@ -13,13 +13,13 @@ import operator
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlpext._names import did_you_mean
+from mlpext._names import MODES, did_you_mean
 from mlpext.training._callbacks import Callback, as_calls
 from mlpext.training._losses import Loss, loss_sum_of, shape_targets
 from mlpext.training._metrics import MetricsArgument
@@ -31,14 +31,10 @@ from mlpext.training._weights import ClassWeight, weights_for
 from mlpext.training.engines.optimizer import GradientDescent, Optimizer
 from mlpext.training.engines.plan import StepPlan
 
-MODES = ("stochastic", "mini-batch", "batch")
-REDUCTIONS = ("mean", "sum")
-ENGINES = ("auto", "native", "autograd")
-
-# The same for those who check types.
-Mode: TypeAlias = Literal["stochastic", "mini-batch", "batch"]
 Reduction: TypeAlias = Literal["mean", "sum"]
 EngineName: TypeAlias = Literal["auto", "native", "autograd"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduction)
+ENGINES: tuple[str, ...] = get_args(EngineName)
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from mlpext.training.engines.optimizer import Optimizer
-from mlpext.training.history import Epoch
+from mlpext.training.history import Epoch, append_csv
 
 # (epoch) or (epoch, model, optimizer) -> True or "stop" to end the run.
 Callback: TypeAlias = "Callable[[Epoch], object] | Callable[[Epoch, nn.Module, Any], object]"
@@ -61,12 +60,7 @@ class CSV:
         self._path.write_text("")
 
     def __call__(self, epoch: Epoch) -> None:
-        row = epoch.row()
-        with open(self._path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        append_csv(self._path, epoch.row())
 
 
 class TensorBoard:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mlpext._names import Mode
 from mlpext.training._arguments import (
     Arguments,
     EngineName,
     MakeOptimizer,
-    Mode,
     Reduction,
     anywhere,
     check_same_run,

@@ -136,7 +136,6 @@ class Metrics:
     def __init__(self, metrics: Mapping[str, Metric]) -> None:
         self._metrics = metrics
         self._sizes: list[int] = []
-        self._shape: torch.Size | None = None  # of the sum of a metric that is alone
 
     def sum(self, output: Tensor, target: Tensor, rows: Tensor | None = None) -> Tensor:
         """What these samples add to every metric, as `Metric.sum` has it."""

@@ -155,6 +155,15 @@ class History:
         return plot_histories({str(self.config.get("mode", "training")): self}, path)
 
 
+def append_csv(path: Path, row: dict[str, float]) -> None:
+    """Add a line to a CSV, under a header if it is the first. Raises OSError."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 class Log:
     """`log.jsonl` and `log.csv` in a folder: one line an epoch, on disk as soon as the epoch is over.
 
@@ -173,8 +182,4 @@ class Log:
         row = epoch.row()
         with open(self._jsonl, "a") as file:
             file.write(json.dumps(row) + "\n")
-        with open(self._csv, "a", newline="") as file:
-            writer = csv.DictWriter(file, row, lineterminator="\n")
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerow(row)
+        append_csv(self._csv, row)

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import torch
 
+import fit_reference
+import reference
 from fit_reference import error, mask
 from mlpext import _C
 from mlpext.training.engines._support import LayerRecord
@@ -20,12 +22,7 @@ class Layer:
     trained: tuple = (True, True)  # W, b
 
 
-ACTIVATIONS = {  # f, and f' from z
-    "tanh": (np.tanh, lambda z: 1 - np.tanh(z) ** 2),
-    "silu": (lambda z: z / (1 + np.exp(-z)), lambda z: (1 + np.exp(-z) * (1 + z)) / (1 + np.exp(-z)) ** 2),
-    "identity": (lambda z: z, np.ones_like),
-    "sigmoid": (lambda z: 1 / (1 + np.exp(-z)), lambda z: np.exp(-z) / (1 + np.exp(-z)) ** 2),
-}
+ACTIVATIONS = ("tanh", "silu", "identity", "sigmoid")
 
 
 def forward(layer, x):
@@ -39,14 +36,14 @@ def forward(layer, x):
             return np.einsum("kno,koi->ni", dz, layer.W), np.einsum("kno,ni->koi", dz, x), dz.sum(1)
 
         return z.max(0), back
-    f, slope = ACTIVATIONS[layer.activation]
     z = x @ layer.W.T + (0 if layer.b is None else layer.b)
+    y, slope = reference.fast(layer.activation, {}, z)
 
     def back(dy):
-        dz = dy * slope(z)
+        dz = dy * slope
         return dz @ layer.W, dz.T @ x, dz.sum(0)
 
-    return f(z), back
+    return y, back
 
 
 def loss_of(name, y, d):
@@ -84,23 +81,9 @@ def gradient(layers, loss, mean, x, d, w, l2, masks):
     return value, [found[id(layer), name] for layer, name in parameters(layers)]
 
 
-def step(rule, value, g, state, number):
-    """As torch.optim documents SGD, Adam and AdamW. Returns what the parameter becomes."""
-    if rule.kind == "adamw":
-        value = value * (1 - rule.lr * rule.weight_decay)
-    else:
-        g = g + rule.weight_decay * value
-    if rule.kind == "descent":
-        v = state["v"] = rule.momentum * state.get("v", 0.0) + g
-        return value - rule.lr * (g + rule.momentum * v if rule.nesterov else v)
-    b1, b2 = rule.betas
-    m = state["m"] = b1 * state.get("m", 0.0) + (1 - b1) * g
-    v = state["v"] = b2 * state.get("v", 0.0) + (1 - b2) * g * g
-    return value - rule.lr * (m / (1 - b1**number)) / (np.sqrt(v / (1 - b2**number)) + rule.eps)
-
-
 def numpy_epoch(layers, rule, loss, mean, step_size, order, x, d, w, seed, epoch):
-    losses, states = [], [{} for _ in parameters(layers)]
+    losses = []
+    moved = [fit_reference.Parameter(getattr(layer, name)) for layer, name in parameters(layers)]
     for first in range(0, len(order), step_size):
         rows = order[first : first + step_size]
         samples = np.arange(first, first + len(rows))
@@ -113,8 +96,10 @@ def numpy_epoch(layers, rule, loss, mean, step_size, order, x, d, w, seed, epoch
         if rule.clip_grad_norm:
             norm = math.sqrt(sum((g**2).sum() for g in found))
             found = [g * min(1.0, rule.clip_grad_norm / (norm + 1e-6)) for g in found]
-        for (layer, name), g, state in zip(parameters(layers), found, states, strict=True):
-            setattr(layer, name, step(rule, getattr(layer, name), g, state, len(losses) + 1))
+        for (layer, name), g, parameter in zip(parameters(layers), found, moved, strict=True):
+            parameter.gradient = g
+            fit_reference.Rule.step(rule, parameter)  # whose fields have the same names
+            setattr(layer, name, parameter.value)
         losses.append(value)
     return np.array(losses)
 

@@ -11,6 +11,7 @@ import torch
 from epoch_reference import ACTIVATIONS, Layer, compare, native_epoch
 from fit_reference import mask, philox
 from mlpext import _C
+from mlpext.training import LOSSES
 from mlpext.training.engines.optimizer import Rule
 
 pytestmark = pytest.mark.isa
@@ -19,7 +20,6 @@ pytestmark = pytest.mark.isa
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65)
 # And of the 96 rows of a chunk.
 STEPS = (1, 1, 2, 7, 33, 95, 96, 97, 193, 1000)
-LOSSES = ("squared_error", "cross_entropy", "binary_cross_entropy")
 
 
 ONES = 0xFFFFFFFF
