@@ -94,8 +94,10 @@ def train(options: argparse.Namespace) -> None:
         plot_histories(histories, out / "loss.png", title)
         best = max(reached, key=lambda label: reached[label])
         save_model(out / "model.mlpext", models[best], data, loss, options)
-        print(f"{out}: model.mlpext ({best} mode's), loss.png, config.json, and for each mode history.csv, ")
-        print("history.json, weights.safetensors")
+        print(
+            f"{out}: model.mlpext ({best} mode's), loss.png, config.json, and for each mode history.csv, "
+            "history.json, weights.safetensors"
+        )
         _show_predictions(out, data)
     if faults:
         raise FloatingPointError("; ".join(faults))
