@@ -187,7 +187,7 @@ class Arguments:
             ),  # an address is another in another process
             "parameters": {name: list(parameter.shape) for name, parameter in model.named_parameters()},
             "dtype": str(samples.dtype),
-            **{name: value for name, value in rest.items() if value},  # so that older checkpoints go on
+            **{name: value for name, value in rest.items() if value},  # of what was asked for alone
         }
 
 

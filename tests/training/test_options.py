@@ -337,3 +337,17 @@ def test_resumed_with_dropout_weights_penalty_and_clipping(tmp_path, engine, opt
     assert history["loss"] == expected["loss"] and history["lr"] == expected["lr"]
     assert same_weights(whole, resumed)
     assert not same_weights(whole, part)
+
+
+@pytest.mark.parametrize("mode", ["stochastic", "mini-batch", "batch"])
+@pytest.mark.parametrize("engine", ["native", "autograd"])
+def test_a_penalty_where_biases_alone_are_trained_is_none(engine, mode):
+    """The PyTorch loop added up no squares at all, an error."""
+    with_penalty, without = network(), network()
+    for model, l2 in ((with_penalty, 0.5), (without, 0.0)):
+        for layer in model:
+            layer.weight.requires_grad_(False)
+        train(model, X, LABELS, l2=l2, engine=engine, mode=mode)
+    assert not same_weights(with_penalty, network())
+    for got, expected in zip(with_penalty.parameters(), without.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)

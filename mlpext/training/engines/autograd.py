@@ -34,6 +34,7 @@ class AutogradEngine:
     def __init__(self, model: nn.Module, samples: Samples, plan: StepPlan, optimizer: Optimizer) -> None:
         self._model, self._samples, self._plan, self._optimizer = model, samples, plan, optimizer
         self._mlp = model if isinstance(model, MLP) and model.dropout else None
+        self._penalised = layer_weights(model) if plan.l2 else []
 
     def rebuilt(self, samples: Samples) -> AutogradEngine:
         return AutogradEngine(self._model, samples, self._plan, self._optimizer)
@@ -71,13 +72,13 @@ class AutogradEngine:
         """Add the gradient of l2 / 2 ||W||^2 to that of a step of this size, then clip the whole. Gives that
         term, if there is one."""
         plan, penalty = self._plan, None
-        if plan.l2:
-            penalised = layer_weights(self._model)
+        if self._penalised:
             share = plan.l2 / (size or math.inf) if plan.mean else plan.l2
             with torch.no_grad():
-                for W in penalised:
+                for W in self._penalised:
                     W.grad = W * share if W.grad is None else W.grad.add_(W, alpha=share)
-                penalty = torch.stack([widened(W).square().sum() for W in penalised]).sum() * (plan.l2 / 2)
+                squares = [widened(W).square().sum() for W in self._penalised]
+                penalty = plan.l2 / 2 * torch.stack(squares).sum()
         if plan.clip_grad_norm:
             nn.utils.clip_grad_norm_(weights, plan.clip_grad_norm)
         return penalty
