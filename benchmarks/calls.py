@@ -12,7 +12,7 @@ import mlpext.functional as MF
 from harness import Case
 
 # Where torch.nn.functional has no function of that name, or only a deprecated one. sine and squareplus stand
-# as people write them with torch; mlpext._torch_fallback's squareplus is right at every input, and slower.
+# as people write them with torch; mlpext._C_in_torch's squareplus is right at every input, and slower.
 EAGER: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(TF.gelu, approximate="tanh"),
     "sigmoid": torch.sigmoid,

@@ -1,6 +1,7 @@
 """Activations, maxout and fused MLP layers for PyTorch, with a trainer for the modes of gradient descent."""
 
 from mlpext._import_check import __version__  # isort: skip  (before the extension is loaded)
+from mlpext import _extension as _extension  # isort: skip  (it decides what mlpext._C is)
 from mlpext import _choices, functional, nn, training
 from mlpext._artefact import load, save
 from mlpext.functional import activations

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mlpext import _C, _build
+from mlpext import _C, _build, _extension
 
 OPERATIONS = ("forward", "backward", "linear_forward", "linear_dx", "linear_dw")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -95,6 +95,8 @@ def versions() -> dict[str, str]:
 def choose() -> Choice:
     """What this machine takes: MLPEXT_TUNE's table, the user's own, the one that the package brings, or the
     safe side. ValueError, OSError: the file that MLPEXT_TUNE names is no table, or cannot be read."""
+    if _extension.missing is not None:
+        return Choice({}, "every operator")
     named = os.environ.get("MLPEXT_TUNE", "")
     if named == "0":
         return Choice({}, "none (MLPEXT_TUNE=0)")

@@ -21,9 +21,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlpext import _C
-from mlpext import _torch_fallback as _torch_fallback  # tells torch.compile what to trace
+from mlpext import _C, _extension, _torch_fallback
 from mlpext._checks import PARAMETERS, activation_parameters
+
+if _extension.missing is None:
+    _torch_fallback.register()
 
 _DEFAULTS = {name: tuple(defaults.values()) for name, defaults in PARAMETERS.items()}
 

@@ -1,7 +1,7 @@
 // Python's way in. A call with plain tensors goes straight to the dispatcher: 0.4 us less than through
 // torch.ops. Anything else (a subclass with __torch_function__, a function mode, an fx proxy, an argument of
-// the wrong type) goes to mlpext/_torch_fallback.py, which calls torch's own functions, so that it
-// behaves, or is refused, as torch does.
+// the wrong type) goes to mlpext/_C_in_torch.py, which calls torch's own functions, so that it behaves,
+// or is refused, as torch does.
 #include "python/bindings.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -70,7 +70,7 @@ template <class Call> py::object released(Call call) {
   END_HANDLE_TH_ERRORS_PYBIND
 }
 
-// The functions of mlpext/_torch_fallback.py by name, which registers them.
+// The functions of mlpext/_C_in_torch.py by name; mlpext/_torch_fallback.py registers them.
 py::dict& fallbacks() {
   static auto& functions = *new py::dict;
   return functions;

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import mlpext
-from mlpext import _C, _build, _choices, _tune
+from mlpext import _C, _build, _choices, _extension, _tune
 from mlpext._files import write_atomically
 from mlpext.training import History
 
@@ -40,6 +40,8 @@ def plot_history(options: argparse.Namespace) -> None:
 
 def tune(options: argparse.Namespace) -> None:
     """Measure which of torch's operators are faster here, and write the table that decides from now on."""
+    if _extension.missing is not None:
+        raise RuntimeError(f"there is nothing to tune: torch serves every operator; {_extension.missing}")
     file = _choices.user_file() if options.out is None else Path(options.out)
     table = _tune.measure()
     write_atomically(file, _choices.text(table))
@@ -60,6 +62,7 @@ def info(options: argparse.Namespace) -> None:
         "torch": torch.__version__
         if torch.__version__ == built
         else f"{torch.__version__}, built with {built}",
+        "operators": f"torch's own: {_extension.missing}" if _extension.missing else "compiled",
         "Python": platform.python_version(),
         "instruction sets": f"{', '.join(_C.cpu_isas())}; in use: {_C.cpu_isa()}",
         "torch serves": _choices.in_use.source,
@@ -67,13 +70,12 @@ def info(options: argparse.Namespace) -> None:
         "CUDA": "built" if _C.has_cuda() else "not built",
         "activations": " ".join(mlpext.activations()),
     }
+    switches = [_extension.switch(), *_C.switches()]
     if options.json:
-        switches = {variable: setting for variable, setting, _ in _C.switches()}
-        print(
-            json.dumps({**lines, "activations": [*mlpext.activations()], "environment": switches}, indent=1)
-        )
+        values = {variable: setting for variable, setting, _ in switches}
+        print(json.dumps({**lines, "activations": [*mlpext.activations()], "environment": values}, indent=1))
         return
     for name, value in lines.items():
         print(f"{name:<18}{value}")
-    for variable, setting, meaning in _C.switches():
+    for variable, setting, meaning in switches:
         print(f"{variable:<20}{'not set' if setting is None else setting}: {meaning}")

@@ -4,13 +4,14 @@ import math
 
 import torch
 
+import mlpext
 from common import values_of
 
 SPECIALS = (math.nan, math.inf, -math.inf, -0.0)
 
 
 def forward(name, parameters, x):
-    return torch.ops.mlpext.activation(x, name, values_of(name, parameters))
+    return mlpext._C.activation(x, name, tuple(values_of(name, parameters)))
 
 
 def derivative(name, parameters, x, g=None):

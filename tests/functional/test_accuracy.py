@@ -14,6 +14,7 @@ from common import NAMES, ours
 STRIDE = 4093
 
 
+@pytest.mark.native
 @pytest.mark.isa
 @pytest.mark.parametrize("name", NAMES)
 def test_errors_are_within_the_bounds(name):

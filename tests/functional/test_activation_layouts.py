@@ -43,6 +43,7 @@ def _together(f, tensors):
     return torch.cat([f(x) for x in tensors]), f(torch.cat(tensors))
 
 
+@pytest.mark.native
 @pytest.mark.thorough
 @pytest.mark.isa
 @pytest.mark.usefixtures("own_loops")
@@ -55,6 +56,7 @@ def test_specials_at_every_position_of_every_length(name, parameters, dtype):
         assert_same_bits(*_together(lambda x: derivative(name, parameters, x), tensors), "derivative")
 
 
+@pytest.mark.native
 @pytest.mark.usefixtures("own_loops")
 @pytest.mark.isa
 @every_float
@@ -66,6 +68,7 @@ def test_specials_through_autograd(name, parameters, dtype):
     assert_same_bits(*_together(lambda x: gradients_of_ones(f, x), tensors))
 
 
+@pytest.mark.native
 @pytest.mark.isa
 @every_float
 @every_functional_case
@@ -104,6 +107,7 @@ def cotangents(x):
     return several
 
 
+@pytest.mark.native
 @pytest.mark.isa
 @pytest.mark.usefixtures("own_loops")
 @every_functional_case
@@ -139,6 +143,7 @@ def strided(draw):
     return x
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("identity", "gelu_tanh")])
 @hypothesis.settings(max_examples=25)
 @hypothesis.given(x=strided())

@@ -61,6 +61,7 @@ def test_every_dimension(pieces, dim, dtype):
     assert_is_reference(values((6, 12, 6, 18), dtype), pieces, dim)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("pieces", [255, 256, 257, 300, 1000])
 def test_many_pieces(pieces):
     """The index is a byte up to 256 pieces and 32 bits beyond."""
@@ -82,6 +83,7 @@ def test_a_tie_goes_to_the_first_piece(dtype):
     assert_same_bits(gradient(lambda x: F.maxout(x, 4), x, g), expected)
 
 
+@pytest.mark.native
 @pytest.mark.thorough
 @pytest.mark.isa
 @every_float
@@ -99,6 +101,7 @@ def test_specials_at_every_position_of_every_length(special, dtype):
         assert (index.long() == winner).all(), length
 
 
+@pytest.mark.native
 @pytest.mark.isa
 @every_float
 def test_specials_in_every_pair(dtype):
@@ -163,6 +166,7 @@ def test_empty():
         assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
+@pytest.mark.native
 @pytest.mark.isa
 def test_bits_do_not_depend_on_threads():
     x = values((257, 3 * 333), torch.float32)

@@ -10,7 +10,7 @@ import mlpext
 from common import NAMES, Kept, assert_close, every_float, indices
 from mlpext import nn
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("error")]
 SUFFICES = {"relu", "leaky_relu", "elu", "sigmoid", "tanh", "selu", "celu"}
 
 

@@ -9,7 +9,7 @@ from torch.library import opcheck
 from common import CASES, NAMES, every_case, indices, values_of
 
 ops = torch.ops.mlpext
-pytestmark = [pytest.mark.compile, pytest.mark.usefixtures("fresh_dynamo")]
+pytestmark = [pytest.mark.native, pytest.mark.compile, pytest.mark.usefixtures("fresh_dynamo")]
 MASKS = [list(m) for m in itertools.product([True, False], repeat=3)][:-1]
 
 

@@ -14,6 +14,8 @@ import random_ops
 from common import NAMES, drawn, examples
 from random_ops import DIFFERENCES, IN_PLACE, WAYS, Case, Layer, check, draw
 
+pytestmark = pytest.mark.native
+
 
 @pytest.mark.thorough
 @pytest.mark.isa

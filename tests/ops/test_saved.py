@@ -74,6 +74,7 @@ def test_tensors_kept_when_some_are_frozen(name, needs):
         assert counts[0] == 0
 
 
+@pytest.mark.native
 @every_functional_case
 def test_a_bare_activation_keeps_what_native_keeps(name, parameters):
     x = torch.randn(32, 64, requires_grad=True)
@@ -97,6 +98,7 @@ def test_in_place_keeps_no_more_than_eager(name):
     assert kept[0] <= kept[1]
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("pieces", [2, 3, 256])
 def test_maxout_keeps_a_byte_an_output(pieces):
     x = torch.randn(8, 64 * pieces, requires_grad=True)
@@ -107,6 +109,7 @@ def test_maxout_keeps_a_byte_an_output(pieces):
     assert kept_by(F.linear_maxout, *tensors).bytes == 8 * 64
 
 
+@pytest.mark.native
 def test_maxout_keeps_four_bytes_beyond_256_pieces():
     x = torch.randn(8, 4 * 257, requires_grad=True)
     assert kept_by(lambda x: F.maxout(x, 257), x).bytes == 4 * 8 * 4
@@ -181,6 +184,7 @@ def test_saved_tensors_may_be_changed_under_allow_mutation(op):
     assert_close(actual, expected)
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("needs", [n for n in itertools.product([True, False], repeat=3) if any(n)])
 @pytest.mark.parametrize("name", ["elu", "leaky_relu", "celu"])
 def test_an_output_changed_in_place_is_computed_again(name, needs):

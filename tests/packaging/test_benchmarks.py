@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.launch
+pytestmark = [pytest.mark.native, pytest.mark.launch]
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 # What to measure of each: cases whose name has this text. gpu.py needs a GPU, memory.py times nothing.

@@ -114,6 +114,7 @@ def test_partial_fit_drops_other_units_each_time():
     assert len({*model.loss_curve_}) == 5
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("kind", KINDS)
 def test_engines_agree(kind):
     X, y = data(kind)

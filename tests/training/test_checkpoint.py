@@ -366,8 +366,8 @@ def resume_in_child(folder, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"engine": "native", "mode": "stochastic"},
-        {"engine": "native", "momentum": 0.9},
+        pytest.param({"engine": "native", "mode": "stochastic"}, marks=pytest.mark.native),
+        pytest.param({"engine": "native", "momentum": 0.9}, marks=pytest.mark.native),
         {"engine": "autograd", "momentum": 0.9},
     ],
     ids=lambda options: "-".join(map(str, options.values())),

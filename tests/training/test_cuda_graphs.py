@@ -21,6 +21,8 @@ from mlpext.training.engines import cuda_graphs
 from mlpext.training.engines.cuda_graphs import CudaGraphsEngine
 from test_native import DTYPES, MODES, TARGETS, assert_engines_agree, trained
 
+pytestmark = pytest.mark.native
+
 # Where the operators of a graph are those of a call: a recording has torch's.
 SAME = pytest.mark.parametrize("device", ["calls", CUDA], indirect=True)
 

@@ -14,6 +14,8 @@ from mlpext.nn import MLP, LinearActivation, Maxout
 from mlpext.training import evaluate, fit
 from mlpext.training.engines import Unsupported
 
+pytestmark = pytest.mark.native
+
 
 def data(columns=6):
     generator = torch.Generator().manual_seed(1)

@@ -14,7 +14,7 @@ from mlpext import _C
 from mlpext.training import LOSSES
 from mlpext.training.engines.optimizer import Rule
 
-pytestmark = pytest.mark.isa
+pytestmark = [pytest.mark.native, pytest.mark.isa]
 
 # One below, at and above the lanes of a register, twice and four times as many.
 WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65)

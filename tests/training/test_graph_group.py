@@ -13,6 +13,8 @@ from mlpext.training import fit, fit_many
 from mlpext.training.engines import _graph_group
 from test_native import MODES
 
+pytestmark = pytest.mark.native
+
 EACH = {
     "rates": [{"lr": 0.02 * (k + 1), "seed": k} for k in range(5)],
     "kinds": [{"momentum": 0.5 * (k % 2), "seed": k, "batch_size": 16 if k < 3 else 20} for k in range(5)],

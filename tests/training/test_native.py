@@ -16,6 +16,8 @@ import mlpext
 from mlpext import nn
 from mlpext.training import _samples, evaluate, fit
 
+pytestmark = pytest.mark.native
+
 MODES = ("stochastic", "mini-batch", "batch")
 DTYPES = {torch.float64: 1e-11, torch.float32: 2e-5}
 TARGETS = ("numbers", "classes, squared_error", "classes, cross_entropy")

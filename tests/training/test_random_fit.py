@@ -18,6 +18,8 @@ from common import drawn, examples
 from random_fits import Case, Place, check, draw
 from test_ranks import torchrun
 
+pytestmark = pytest.mark.native
+
 
 @pytest.mark.thorough
 @pytest.mark.isa

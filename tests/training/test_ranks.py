@@ -205,6 +205,7 @@ def test_a_callback_of_any_rank_stops_all(launched):
     assert [len(rank["results"]["stopped"]["rows"]) for rank in launched[1]] == [2, 2]
 
 
+@pytest.mark.native
 def test_what_several_ranks_cannot_do(launched):
     for rank in launched[1]:
         assert "2 ranks add up their gradients" in rank["errors"]["native"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from mlpext import _C
+from mlpext import _C, _extension
 from mlpext.nn import MLP, LinearActivation, Maxout
 from mlpext.training import _losses
 from mlpext.training._samples import Samples
@@ -86,6 +86,8 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
     Unsupported for every way in which it could be another function, or be trained otherwise, than layers in a
     row that have parameters of their own.
     """
+    if _extension.missing is not None:
+        raise Unsupported(f"there is no compiled engine ({_extension.missing})")
     if _has_any_global_hook():  # type: ignore[no-untyped-call]
         raise Unsupported("torch has global module hooks")
     if _get_current_dispatch_mode_stack():
