@@ -13,7 +13,7 @@ INCLUDES = $(shell $(V)/python -c "import sysconfig; from torch.utils.cpp_extens
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme check tidy emulated \
+.PHONY: help train test quick test-torch test-all test-clients fuzz gradcheck accuracy bench readme check tidy emulated \
 	sanitize tsan coverage cuda-link clean
 .DEFAULT_GOAL := help
 
@@ -25,8 +25,11 @@ test: .venv/.built         ## the tests (slow ones and those that need a GPU lef
 	$(TEST)
 quick: .venv/.built        ## under a minute: one instruction set, no compiler, no emulator, no other process
 	$(TEST) --every 5 -m "not (slow or cuda or compile or emulator or launch or thorough or gradcheck)"
-test-all: .venv/.built     ## every test, and the sanitizers
+test-torch: .venv/.built   ## the tests without the compiled library, by torch's operators
+	MLPEXT_EXTENSION=0 $(TEST)
+test-all: .venv/.built     ## every test, also without the library, and the sanitizers
 	$(TEST) -m ""
+	MLPEXT_EXTENSION=0 $(TEST) -m ""
 	$(MAKE) sanitize tsan
 test-clients: .venv/.built .venv-clients/.installed  ## with the packages that people use, in an environment of their own
 	PYTHONPATH=. OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest -q --confcutdir tests/clients tests/clients
