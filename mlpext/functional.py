@@ -16,7 +16,7 @@ inputs, and has the derivatives. In bfloat16 and float16 at least 99.9 % of the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,17 +24,18 @@ from torch import Tensor
 from mlpext import _C
 from mlpext import _torch_fallback as _torch_fallback  # tells torch.compile what to trace
 from mlpext._checks import PARAMETERS, activation_parameters
+from mlpext._names import Activation
 
 _DEFAULTS = {name: tuple(defaults.values()) for name, defaults in PARAMETERS.items()}
 
 
-def activations() -> list[str]:
+def activations() -> list[Activation]:
     """Names of the elementwise activations that the compiled list holds, `identity` first.
 
     >>> mlpext.activations()[:3]
     ['identity', 'sigmoid', 'tanh']
     """
-    return list(PARAMETERS)
+    return cast(list[Activation], list(PARAMETERS))
 
 
 def _into(out: Tensor, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -318,7 +319,11 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
 
 
 def linear_activation(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **params: float
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "relu",
+    **params: float,
 ) -> Tensor:
     """f(x W' + b) as one operator: o = f(w1 x1 + ... + wn xn + b) for every neuron of a layer.
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from mlpext import _C
 from mlpext import functional as F
 from mlpext._files import write_atomically
-from mlpext._names import MODES
+from mlpext._names import MODES, Activation
 
 try:
     from matplotlib.axes import Axes
@@ -270,7 +270,8 @@ def _draw_run(axis: Axes, history: Run, quantity: str, against: str, colour: str
 
 def _elementwise(name: str, parameters: Mapping[str, float]) -> Callable[[Tensor], Tensor]:
     """The activation alone: a layer whose weight is 1, because layers know every activation by its name."""
-    return lambda x: F.linear_activation(x, torch.ones(1, 1).to(x), None, name, **parameters)
+    activation = cast(Activation, name)
+    return lambda x: F.linear_activation(x, torch.ones(1, 1).to(x), None, activation, **parameters)
 
 
 def _draw_curve(axis: Axes, function: Callable[[Tensor], Tensor]) -> None:

@@ -13,6 +13,7 @@ from mlpext.cli._defaults import EPOCHS
 from mlpext.cli._steps import METRICS, Data, learning_rate, steps_of
 from mlpext.nn import MLP
 from mlpext.training import evaluate, fit_many
+from mlpext.training._losses import LossName
 
 HIDDEN = ([16], [64], [64, 64])
 ACTIVATIONS = ("relu", "tanh", "gelu")
@@ -20,7 +21,7 @@ RATES = (0.3, 1.0, 3.0)  # times the mode's own
 ROW = "{:<12}{:<14}{:>9}{:>11}{:>10}"
 
 
-def search(data: Data, loss: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+def search(data: Data, loss: LossName, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Train a network of each kind, print them, the best first, draw them, and give `options` what
     the best has. Returns that, for config.json.
 
