@@ -146,8 +146,8 @@ def _draw_samples(axis: Axes, samples: Array, classes: Array, colours: Sequence[
 
 def _list_classes(figure: Figure, names: Sequence[str], colours: Sequence[Any]) -> None:
     handles = [
-        Line2D([], [], linestyle="", color=colour, marker=marker, label=short(name))
-        for name, colour, marker in zip(names, colours, markers(len(names)), strict=True)
+        Line2D([], [], linestyle="", color=colour, marker=marker, label=name)
+        for name, colour, marker in zip(short(names), colours, markers(len(names)), strict=True)
     ]
     more = len(handles) - LISTED
     if more > 0:

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +101,22 @@ def markers(count: int) -> list[str]:
     return list(itertools.islice(itertools.cycle(MARKERS), count))
 
 
-def short(name: object) -> str:
-    """A name of at most LONGEST characters: its beginning and its end, in which long names often differ."""
-    text = str(name)
-    return text if len(text) <= LONGEST else text[: LONGEST // 2 - 1] + "…" + text[-LONGEST // 2 :]
+def short(names: Sequence[object]) -> list[str]:
+    """The names, at most LONGEST characters each: of longer ones without what all of them begin and end with,
+    and without their middle."""
+    texts = [str(name) for name in names]
+    if max(map(len, texts)) > LONGEST and len(texts) > 1:
+        head = _common(texts)
+        tail = _common([text[head:][::-1] for text in texts])
+        texts = ["…" * (head > 0) + text[head : len(text) - tail] + "…" * (tail > 0) for text in texts]
+    half = LONGEST // 2
+    return [text if len(text) <= LONGEST else text[: half - 1] + "…" + text[-half:] for text in texts]
+
+
+def _common(texts: Sequence[str]) -> int:
+    """How many characters all of them begin with."""
+    same = [len({*letters}) == 1 for letters in zip(*texts, strict=False)]
+    return same.index(False) if False in same else len(same)
 
 
 def light(colour: Any, strength: float) -> Any:

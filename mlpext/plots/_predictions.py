@@ -59,8 +59,8 @@ def plot_confusion_matrix(
             colour = "0.7" if count == 0 else "white" if share[row, column] > 0.6 else "black"
             axis.text(column, row, f"{count:g}", ha="center", va="center", color=colour, fontsize=8)
     places = range(0, classes, math.ceil(classes / NAMED))
-    shown = [short(names[place]) for place in places]
-    axis.set_xticks(places, shown, rotation=0 if max(map(len, shown)) <= 5 else 90)
+    shown = short(names)[:: places.step]
+    axis.set_xticks(places, shown, rotation=0 if few and max(map(len, shown)) <= 5 else 90)
     axis.set_yticks(places, shown)
     clean(axis, "predicted class", "true class")
     bar = figure.colorbar(image, shrink=0.9)
@@ -93,7 +93,7 @@ def plot_predictions(
     if len(true) != len(predicted):
         raise ValueError(f"predicted: {len(predicted)} samples, expected {len(true)}, as true has")
     figure, axes = grid(len(names), 3, 3.8, 3.6)
-    for name, axis, x, y in zip(names, axes, true.T, predicted.T, strict=True):
+    for name, axis, x, y in zip(short(names), axes, true.T, predicted.T, strict=True):
         low, high = min(x.min(), y.min()), max(x.max(), y.max())
         margin = 0.05 * (high - low) or 0.5
         limits = low - margin, high + margin
@@ -107,11 +107,10 @@ def plot_predictions(
             bar.set_label("samples in a cell", fontsize=9)
             bar.ax.tick_params(labelsize=8)
         axis.set(xlim=limits, ylim=limits, aspect="equal")
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.yaxis.set_major_locator(MaxNLocator(5))
-        for along in (axis.xaxis, axis.yaxis):
+        for along, most in ((axis.xaxis, 3), (axis.yaxis, 5)):  # long numbers find place side by side
+            along.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10)))
             along.set_major_formatter(lambda value, _: f"{value:,.10g}")
-        clean(axis, f"true {short(name)}", f"predicted {short(name)}")
+        clean(axis, f"true {name}", f"predicted {name}")
     return finish(figure, path)
 
 

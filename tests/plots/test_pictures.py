@@ -61,10 +61,12 @@ def test_a_class_without_samples_has_no_share():
     assert np.allclose(figure.axes[0].images[0].get_array(), [[0, 0], [0.5, 0.5]])
 
 
-def test_long_names_keep_their_beginning_and_end():
-    assert short("a" * 24) == "a" * 24 and short(7) == "7"
-    cut = short("product group of the catalogue, number 17")
+def test_long_names_keep_what_they_differ_in():
+    assert short(["a" * 24, 7]) == ["a" * 24, "7"]
+    (cut,) = short(["product group of the catalogue, number 17"])
     assert len(cut) == 24 and cut.startswith("product gro") and cut.endswith("number 17")
+    assert short([f"product group {k:02} of the catalogue" for k in (7, 42)]) == ["…07…", "…42…"]
+    assert short(["a" * 30, "a" * 31]) == ["…", "…a"]
 
 
 @pytest.mark.parametrize("counts", [[[1, 2]], [[1]], [1, 2], np.zeros((3, 3))])
