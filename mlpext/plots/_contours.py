@@ -86,9 +86,12 @@ def plot_contour(
 
     every = torch.cat([*points.values()])
     low, high = every.min(0).values, every.max(0).values
-    margin = 0.25 * (high - low).clamp(min=float((high - low).max()) or 1.0)
-    ends = torch.stack([low - margin, high + margin], 1).tolist()
-    across, up = (torch.linspace(start, end, POINTS, dtype=torch.float64) for start, end in ends)
+    # As far up as across: a step along the gradient then is at a right angle to the lines of equal E.
+    reach = 0.75 * (float((high - low).max()) or 1.0)
+    across, up = (
+        torch.linspace(middle - reach, middle + reach, POINTS, dtype=torch.float64)
+        for middle in ((low + high) / 2).tolist()
+    )
     errors = _landscape(model, x, target, loss, origin, directions, across, up)
 
     figure, axes = grid(len(points), 3, 3.3, 3.3, sharex=True, sharey=True)
@@ -106,6 +109,7 @@ def plot_contour(
             axis.scatter(
                 place[0], place[1], s=size, marker=marker, color=colour, edgecolors="white", zorder=3
             )
+        axis.set_aspect("equal")
         clean(axis, labels[0], labels[1], f"{name}, {len(walk) - 1} steps")
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.9, format="{x:.3g}")
     bar.set_label("E, mean over the samples", fontsize=9)
