@@ -75,7 +75,7 @@ def plot_contour(
     if weights is None:
         origin = together.mean(0)
         directions = torch.linalg.svd(together - origin, full_matrices=False).Vh[:2]
-        labels = ["along the first direction of the paths", "along their second direction"]
+        labels = ["first direction of the paths", "second direction"]
     else:
         if len({*weights} & {*range(len(origin))}) != 2 or len(weights) != 2:
             raise ValueError(f"weights: {weights}, expected two different places in 0 ... {len(origin) - 1}")
@@ -94,7 +94,8 @@ def plot_contour(
     )
     errors = _landscape(model, x, target, loss, origin, directions, across, up)
 
-    figure, axes = grid(len(points), 3, 3.3, 3.3, sharex=True, sharey=True)
+    figure, axes = grid(len(points), 3, 3.0, 3.2, sharex=True, sharey=True)
+    figure.set_figwidth(figure.get_figwidth() + 1.3)  # for the bar
     lowest, highest = float(errors.min()), float(errors.max())
     logarithmic = lowest > 0 and highest > 10 * lowest
     levels = (np.geomspace if logarithmic else np.linspace)(lowest, highest, 15)
@@ -111,7 +112,7 @@ def plot_contour(
             )
         axis.set_aspect("equal")
         clean(axis, labels[0], labels[1], f"{name}, {len(walk) - 1} steps")
-    bar = figure.colorbar(image, ax=figure.axes, shrink=0.9, format="{x:.3g}")
+    bar = figure.colorbar(image, ax=figure.axes, shrink=0.8, format="{x:.3g}")
     bar.set_label("E, mean over the samples", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return finish(figure, path)

@@ -108,7 +108,7 @@ def plot_predictions(
             bar.ax.tick_params(labelsize=8)
         axis.set(xlim=limits, ylim=limits, aspect="equal")
         for along, most in ((axis.xaxis, 3), (axis.yaxis, 5)):  # long numbers find place side by side
-            along.set_major_locator(MaxNLocator(most, steps=(1, 2, 5, 10)))
+            along.set_major_locator(MaxNLocator(most, steps=(1, 2, 2.5, 5, 10)))
             along.set_major_formatter(lambda value, _: f"{value:,.10g}")
         clean(axis, f"true {name}", f"predicted {name}")
     return finish(figure, path)
