@@ -92,9 +92,9 @@ def test_the_example_of_an_activation_applies():
 
 def test_the_example_of_a_loss_computes():
     """In the module that it is added to; its gradient is autograd's."""
-    (code,) = re.findall(r"   ```python\n(.*?)   ```", PAGES["docs/adding-a-loss.md"], re.DOTALL)
+    (code,) = re.findall(r"    ```python\n(.*?)    ```", PAGES["docs/adding-a-loss.md"], re.DOTALL)
     namespace = dict(vars(_losses))
-    exec(re.sub(r"^   ", "", code, flags=re.MULTILINE), namespace)
+    exec(re.sub(r"^    ", "", code, flags=re.MULTILINE), namespace)
     output = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
     target = torch.randn(4, 3, dtype=torch.float64)
     each, whole = (namespace["pseudo_huber"](output, target, reduction) for reduction in ("none", "sum"))
