@@ -21,7 +21,7 @@ import mlpext
 from calls import eager, ours, with_backward
 from harness import OURS, Case, Elsewhere, run, sample
 
-NAMES = [name for name in mlpext.activations() if name != "identity"]
+NAMES: list[str] = [name for name in mlpext.activations() if name != "identity"]
 MILLION = 1 << 20
 FORWARD = {"tanh": 12, "elu": 7, "mish": 12, "gelu_tanh": 6, "sigmoid": 1.5, "silu": 1.8}
 JAX = {"tanh": 2, "mish": 10, "gelu_tanh": 3}

@@ -18,6 +18,7 @@ import mlpext
 import mlpext.functional as MF
 from calls import bytes_kept, eager
 from harness import RESULTS
+from mlpext._names import Activation
 
 ROWS, WIDTH = 256, 64
 # Ours, as wanted; of the others no more than torch keeps.
@@ -33,7 +34,7 @@ def layers() -> Iterator[tuple[str, Callable[..., Tensor], Callable[..., Tensor]
         yield f"maxout of {pieces}", maximum, MF.linear_maxout, pieces
 
 
-def activation_layer(name: str, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+def activation_layer(name: Activation, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return MF.linear_activation(x, w, b, name)
 
 

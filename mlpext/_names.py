@@ -1,4 +1,4 @@
-"""The names of the modes, and what a name that nobody knows was meant to be."""
+"""Names as type checkers and editors read them, and what a name that nobody knows was meant to be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from typing import Literal, TypeAlias, get_args
 # The lecture's modes of gradient descent.
 Mode: TypeAlias = Literal["stochastic", "mini-batch", "batch"]
 MODES: tuple[str, ...] = get_args(Mode)
+
+# Those of `mlpext.activations()`, which a test compares.
+# fmt: off
+Activation: TypeAlias = Literal[
+    "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "mish",
+    "softplus", "selu", "celu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "logsigmoid",
+    "softsign", "tanhshrink", "softshrink", "hardshrink", "sine", "squareplus"
+]
+# fmt: on
+# Of a layer of an MLP.
+LayerActivation: TypeAlias = Activation | Literal["maxout"]
 
 # Other names that people know things by.
 KNOWN_AS = {

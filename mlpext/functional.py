@@ -16,13 +16,14 @@ inputs, and has the derivatives. In bfloat16 and float16 at least 99.9 % of the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlpext import _C, _extension, _torch_fallback
 from mlpext._checks import PARAMETERS, activation_parameters
+from mlpext._names import Activation
 
 if _extension.missing is None:
     _torch_fallback.register()
@@ -30,13 +31,13 @@ if _extension.missing is None:
 _DEFAULTS = {name: tuple(defaults.values()) for name, defaults in PARAMETERS.items()}
 
 
-def activations() -> list[str]:
+def activations() -> list[Activation]:
     """Names of the elementwise activations that the compiled list holds, `identity` first.
 
     >>> mlpext.activations()[:3]
     ['identity', 'sigmoid', 'tanh']
     """
-    return list(PARAMETERS)
+    return cast(list[Activation], list(PARAMETERS))
 
 
 def _into(out: Tensor, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -320,7 +321,11 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
 
 
 def linear_activation(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", **params: float
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "relu",
+    **params: float,
 ) -> Tensor:
     """f(x W' + b) as one operator: o = f(w1 x1 + ... + wn xn + b) for every neuron of a layer.
 

@@ -19,6 +19,7 @@ from torch.nn import Module, Parameter
 from mlpext import _C
 from mlpext import functional as F
 from mlpext._checks import PARAMETERS, activation_parameters, number, plain_sizes
+from mlpext._names import Activation, LayerActivation
 
 
 class Sigmoid(torch.nn.Sigmoid):
@@ -241,7 +242,7 @@ class LinearActivation(_Affine):
         self,
         in_features: int,
         out_features: int,
-        activation: str = "relu",
+        activation: Activation = "relu",
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -359,8 +360,8 @@ class MLP(torch.nn.Sequential):
     def __init__(
         self,
         sizes: Sequence[int],
-        activation: str | Sequence[str] = "relu",
-        output_activation: str = "identity",
+        activation: LayerActivation | Sequence[LayerActivation] = "relu",
+        output_activation: LayerActivation = "identity",
         bias: bool = True,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -385,7 +386,7 @@ class MLP(torch.nn.Sequential):
                 known = ", ".join(sorted(accepted)) or "no parameters"
                 raise TypeError(f"{name}: no hidden layer ({activation!r}) has it; accepted: {known}")
 
-        def layer(n_in: int, n_out: int, name: str, given: dict[str, Any]) -> Module:
+        def layer(n_in: int, n_out: int, name: LayerActivation, given: dict[str, Any]) -> Module:
             own = {param: given[param] for param in _parameter_names(name) if param in given}
             own |= {"bias": bias, "device": device, "dtype": dtype}
             if name == "maxout":

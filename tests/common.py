@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -194,7 +195,8 @@ def linear_maxout_op(pieces: int, bias: bool = True) -> Op:
 def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
     """A network of 4, 5, 5, ... units; at most one layer may have kinks or be maxout (of 2 pieces)."""
     count, pieces = len(layers), 2
-    net = mlpext.nn.MLP([4, *[5] * count], [name for name, _ in layers[:-1]], layers[-1][0], bias)
+    names: list[Any] = [name for name, _ in layers]
+    net = mlpext.nn.MLP([4, *[5] * count], names[:-1], names[-1], bias)
     for layer, (_, parameters) in zip(net, layers, strict=True):
         vars(layer).get("params", {}).update(parameters)
     stacks = [(pieces,) if name == "maxout" else () for name, _ in layers]

@@ -13,6 +13,7 @@ from mlpext.cli._defaults import EPOCHS
 from mlpext.cli._steps import METRICS, Data, learning_rate, steps_of
 from mlpext.nn import MLP
 from mlpext.training import evaluate, fit_many
+from mlpext.training._losses import LossName
 
 HIDDEN = ([16], [64], [64, 64])
 ACTIVATIONS = ("relu", "tanh", "gelu")
@@ -20,7 +21,7 @@ RATES = (0.3, 1.0, 3.0)  # times the mode's own
 ROW = "{:<12}{:<14}{:>9}{:>11}{:>10}"
 
 
-def search(data: Data, loss: str, options: argparse.Namespace, out: Path) -> dict[str, Any]:
+def search(data: Data, loss: LossName, options: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Train a network of each kind, print them, the best first, draw them, and give `options` what
     the best has. Returns that, for config.json.
 
@@ -58,13 +59,13 @@ def search(data: Data, loss: str, options: argparse.Namespace, out: Path) -> dic
     for reached, negative, hidden, activation, lr in results:
         shown = f"{reached:.1%}" if metric == "accuracy" else f"{reached:.3f}"
         print(ROW.format("-".join(map(str, hidden)), activation, f"{lr:.3g}", shown, f"{-negative:.5f}"))
-    from mlpext.plots import plot_search
+    from mlpext.plots import plot_learning_rates
 
     rows = [
-        ("-".join(map(str, hidden)), activation, lr, reached)
+        ("hidden " + "-".join(map(str, hidden)), activation, lr, reached)
         for reached, _, hidden, activation, lr in results
     ]
-    plot_search(rows, metric, out / "search.png")
+    plot_learning_rates(rows, metric, out / "search.png")
     print(f"{out / 'search.png'}; the first is trained:")
     _, _, options.hidden, options.activation, options.lr = results[0]
     if options.activation != "maxout" and "activation" not in options.given:

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from mlpext.cli._defaults import ADAM, LEARNING_RATES
 from mlpext.cli._source import Source
+from mlpext.training._losses import LossName
 
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 
 METRICS = {"classes": "accuracy", "labels": "accuracy", "numbers": "r2"}
-LOSS = {"classes": "cross_entropy", "labels": "binary_cross_entropy", "numbers": "squared_error"}
+LOSS: dict[str, LossName] = {
+    "classes": "cross_entropy",
+    "labels": "binary_cross_entropy",
+    "numbers": "squared_error",
+}
 
 
 @dataclasses.dataclass

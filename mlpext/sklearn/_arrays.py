@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from mlpext import functional as F
 from mlpext._checks import PARAMETERS
+from mlpext._names import LayerActivation
 from mlpext.nn import MLP, LinearActivation, Maxout
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -27,12 +28,17 @@ Arrays: TypeAlias = "tuple[list[Array], list[Array]]"  # coefs, intercepts
 SYNONYMS = {"logistic": "sigmoid"}
 
 
+def known(activation: str) -> LayerActivation:
+    """The package's name of an activation of scikit-learn's."""
+    return cast(LayerActivation, SYNONYMS.get(activation, activation))
+
+
 def glorot(
     random: np.random.RandomState, sizes: Sequence[int], activation: str, pieces: int, dtype: Any
 ) -> Arrays:
     """Uniform within sqrt(6 / (n + m)), sqrt(2 / (n + m)) for the logistic function: the numbers that
     scikit-learn draws, in its order. Glorot and Bengio, 2010."""
-    factor = 2.0 if SYNONYMS.get(activation, activation) == "sigmoid" else 6.0
+    factor = 2.0 if known(activation) == "sigmoid" else 6.0
     coefs, intercepts = [], []
     for k, (n, m) in enumerate(pairwise(sizes), start=2):
         several = (pieces,) if activation == "maxout" and k < len(sizes) else ()
@@ -57,7 +63,7 @@ def as_module(coefs: list[Array], intercepts: list[Array], activation: str, drop
     sizes = [coefs[0].shape[-2], *(coef.shape[-1] for coef in coefs)]
     several: dict[str, Any] = {"pieces": len(coefs[0])} if activation == "maxout" and len(coefs) > 1 else {}
     with torch.inference_mode(False):
-        module = MLP(sizes, SYNONYMS.get(activation, activation), device="meta", dropout=dropout, **several)
+        module = MLP(sizes, known(activation), device="meta", dropout=dropout, **several)
         for layer, coef, intercept in zip(module, coefs, intercepts, strict=True):
             layer.weight, layer.bias = Parameter(weight(coef)), Parameter(tensor(intercept))
     return module
@@ -71,10 +77,11 @@ def of_module(module: MLP) -> Arrays:
 
 def outputs(coefs: list[Array], intercepts: list[Array], activation: str, x: Array) -> Tensor:
     """What the network gives for x (rows, features), computed in the dtype of its weights."""
-    hidden = [SYNONYMS.get(activation, activation)] * (len(coefs) - 1)
+    hidden = [known(activation)] * (len(coefs) - 1)
+    names: list[Any] = [*hidden, "identity"]
     with torch.no_grad():
         y = tensor(x.astype(coefs[0].dtype, copy=False))
-        for coef, intercept, name in zip(coefs, intercepts, [*hidden, "identity"], strict=True):
+        for coef, intercept, name in zip(coefs, intercepts, names, strict=True):
             if name == "maxout":
                 y = F.linear_maxout(y, weight(coef), tensor(intercept))
             else:

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from mlpext._names import MODES, did_you_mean
 from mlpext.training._callbacks import Callback, as_calls
@@ -70,7 +71,7 @@ class Arguments:
     checkpoint: str | os.PathLike[str] | None
     resume: bool | Sequence[str]
     log_dir: str | os.PathLike[str] | None
-    progress: bool
+    progress: bool | tqdm
     device: torch.device | str | None
     engine: str
 
@@ -94,6 +95,8 @@ class Arguments:
             raise ValueError("resume=True needs checkpoint, the folder to continue from")
         self.calls = as_calls(self.callbacks)
         loss_sum_of(self.loss)
+        if not isinstance(self.progress, (bool, tqdm)):
+            raise TypeError(f"progress must be True, False or a tqdm bar, got {self.progress!r}")
         self.l2 = _at_least_zero("l2", self.l2)
         if self.clip_grad_norm is not None:
             self.clip_grad_norm = _at_least_zero("clip_grad_norm", self.clip_grad_norm)

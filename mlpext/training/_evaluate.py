@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from mlpext.training._arguments import anywhere, samples_for
-from mlpext.training._losses import FunctionSum, Loss, LossSum, loss_sum_of, widened
+from mlpext.training._losses import FunctionSum, Loss, LossName, LossSum, loss_sum_of, widened
 from mlpext.training._metrics import Metrics, MetricsArgument, metrics_for
 from mlpext.training._modules import in_mode
 from mlpext.training._samples import Samples
 from mlpext.training._tables import Data, as_targets
 
-# The loss of the last `fit` of each model, "" for a function, and the labels of its classes.
-TRAINED_WITH: weakref.WeakKeyDictionary[nn.Module, tuple[str, list[str] | None]] = weakref.WeakKeyDictionary()
+# The loss of the last `fit` of each model, None for a function, and the labels of its classes.
+TRAINED_WITH: weakref.WeakKeyDictionary[nn.Module, tuple[LossName | None, list[str] | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def evaluate(
@@ -38,10 +40,10 @@ def evaluate(
     a loss for a model that was trained with a function.
     """
     with anywhere(model):
-        trained = TRAINED_WITH.get(model, ("squared_error", None))
-        classes = trained[1] if classes is None else classes
-        loss = trained[0] if loss is None else loss
-        if loss == "":
+        trained_with, labels = TRAINED_WITH.get(model, ("squared_error", None))
+        classes = labels if classes is None else classes
+        loss = trained_with if loss is None else loss
+        if loss is None:
             raise ValueError("loss: the model was trained with a function; evaluate needs to be given it")
         loss_sum = loss_sum_of(loss)
         samples = samples_for(model, x, as_targets(target, "target", classes)[0], loss)

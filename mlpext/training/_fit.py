@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from mlpext._names import Mode
 from mlpext.training._arguments import (
@@ -71,7 +72,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool | Sequence[str] = False,
     log_dir: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    progress: bool | tqdm = True,
     device: torch.device | str | None = None,
     engine: EngineName = "auto",
 ) -> History:
@@ -110,7 +111,9 @@ def fit(
             `reduction="none"`. A loss that is a module is kept with the model.
         reduction: what a step minimises, the "mean" over its samples or the "sum", which is the lecture's
             literal batch update. The losses reported are means either way.
-        momentum, weight_decay, nesterov: as in torch.optim.SGD, see `GradientDescent`.
+        momentum: the share of a step that the next one repeats, as in torch.optim.SGD.
+        weight_decay: what is added to the gradient, times the weight, as in torch.optim.SGD; biases too.
+        nesterov: Nesterov's momentum, as in torch.optim.SGD. `GradientDescent` has the formulas.
         l2: the weight of a penalty on large weights, as scikit-learn's alpha: l2 / 2 ||W||^2 is added to the
             sum of E over the samples of a step, before it is divided by their number. Biases are left out.
             The losses reported contain it, those of validation do not.
@@ -150,7 +153,8 @@ def fit(
             final weights have the same bits as those of a run never interrupted; torch's global generators
             are set to the saved state, for dropout.
         log_dir: a folder for `log.jsonl` and `log.csv`, one line an epoch.
-        progress: show a bar on stderr where that is a terminal.
+        progress: show a bar on stderr where that is a terminal; or a tqdm bar of one's own, which goes on by
+            the samples that are done: one bar over several runs.
         device: move the model there first; None trains it where it is.
         engine: "native", whole epochs in C++ on the CPU, steps in CUDA graphs on a GPU: for rows of
             LinearActivation and Maxout layers (an `mlpext.nn.MLP`) in float32 or float64, a loss by name, and
@@ -203,7 +207,7 @@ def _train(arguments: Arguments, context: Context) -> History:
         arguments.check()
         with contextlib.ExitStack() as cleanup:
             run = _prepare(arguments, context, device, cleanup)
-            loss = arguments.loss if isinstance(arguments.loss, str) else ""
+            loss = arguments.loss if isinstance(arguments.loss, str) else None
             TRAINED_WITH[arguments.model] = loss, arguments.classes
             loop(run)
         if run.state.stopping.weights:

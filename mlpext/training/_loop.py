@@ -66,7 +66,7 @@ def loop(run: Run) -> None:
     lr = learning_rate(state.optimizer)
     weights: list[Tensor] = []
     before: list[Tensor] = []  # what they were when the epoch under way began
-    show = arguments.progress and plan.ranks.rank == 0
+    show = arguments.progress if plan.ranks.rank == 0 else False
     progress = Progress(show, samples, arguments.epochs, len(history))
     with state.training(), progress, Interrupts(run.stop) as interrupts, _saved_at_the_end(run):
         while len(history) < arguments.epochs and not state.stopping.due(len(history)):

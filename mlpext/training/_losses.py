@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,8 @@ from mlpext.training._modules import in_mode
 from mlpext.training._samples import FIRST_ROW, Samples
 
 # As a user gives it: a name, or a function of (outputs, targets) to E per sample, (n,), or their mean, ().
-Loss: TypeAlias = "str | Callable[[Tensor, Tensor], Tensor]"
+LossName: TypeAlias = Literal["squared_error", "cross_entropy", "binary_cross_entropy"]
+Loss: TypeAlias = "LossName | Callable[[Tensor, Tensor], Tensor]"
 
 
 class LossSum(Protocol):
@@ -84,7 +85,7 @@ def _binary_cross_entropy_gradient(output: Tensor, target: Tensor) -> Tensor:
     return output.sigmoid() - target
 
 
-BY_NAME = {
+BY_NAME: dict[str, NamedLoss] = {
     loss.name: loss
     for loss in (
         NamedLoss("squared_error", squared_error, _squared_error_gradient),

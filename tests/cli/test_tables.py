@@ -412,3 +412,32 @@ def test_a_table_of_200_000_rows_is_read_in_a_second_or_so():
     started = time.process_time()
     assert read_table("big.csv").shape == (200_000, 20)
     assert time.process_time() - started < 10  # 0.4 s where nobody else is; it took 10.6
+
+
+@pytest.mark.launch
+def test_a_table_takes_no_more_than_three_times_its_size():
+    numeric(20, 200_000).round(4).to_csv("big.csv", index=False)
+    numeric(20, 100).to_csv("small.csv", index=False)
+    code = """if True:
+        import resource
+        from mlpext.tabular import read_table
+
+        def peak():
+            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+        read_table("small.csv")
+        before = peak()
+        read_table("big.csv")
+        print(peak() - before)
+    """
+    taken = int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout)
+    assert taken < 3.2 * Path("big.csv").stat().st_size  # 2.6; 4.6 where pandas reads all in one piece
+
+
+def test_labels_that_begin_as_numbers_stay_what_they_are():
+    """Of a long file pandas reads piece by piece, and "01" would be 1 in the first."""
+    column = ["01"] * 200_000 + ["1"] + ["A"] * 100_000
+    pd.DataFrame({"code": column, "x": 1.5}).to_csv("long.csv", index=False)
+    table = read_table("long.csv")
+    assert table.code.tolist() == column
+    assert table.x.dtype == float

@@ -3,6 +3,7 @@
 import inspect
 import math
 import warnings
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from common import (
     ours,
     outcome,
 )
+from mlpext._names import Activation
+from mlpext.training._losses import LossName
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -209,3 +212,8 @@ def test_out_of_place_leaves_the_input_alone():
         ours(*case.values)(x).sum().backward()
         assert_same_bits(x.detach(), before, case.id)
         assert x._version == 0, case.id
+
+
+def test_the_names_that_type_checkers_know():
+    assert [*get_args(Activation)] == mlpext.activations()
+    assert {*get_args(LossName)} == {*mlpext.training.LOSSES}

@@ -49,6 +49,7 @@ def nan_at(row, column):
         ({"mode": "online"}, ValueError, "mode must be one of stochastic, mini-batch, batch, got 'online'"),
         ({"mode": "minibatch"}, ValueError, "got 'minibatch'; did you mean mini-batch?"),
         ({"loss": "mse"}, ValueError, "got 'mse'; did you mean squared_error?"),
+        ({"progress": 1}, TypeError, "progress must be True, False or a tqdm bar, got 1"),
         ({"mode": 1}, ValueError, "mode must be one of .*, got 1"),
         ({"batch_size": 0}, ValueError, "batch_size must be 1 or more, got 0"),
         ({"batch_size": 2.5}, TypeError, "batch_size must be an integer, got 2.5"),
