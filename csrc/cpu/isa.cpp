@@ -6,9 +6,15 @@
 
 namespace mlpext {
 
+#if defined(__aarch64__)
+namespace neon {
+extern const cpu::Kernels kernels;
+}
+#else
 namespace baseline {
 extern const cpu::Kernels kernels;
 }
+#endif
 #if defined(__x86_64__)
 namespace avx2 {
 extern const cpu::Kernels kernels;
@@ -34,6 +40,9 @@ bool has_avx512() {
 #endif
 
 std::vector<const Kernels*> available() {
+#if defined(__aarch64__)
+  return {&neon::kernels};
+#else
   std::vector<const Kernels*> tables{&baseline::kernels};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
@@ -41,6 +50,7 @@ std::vector<const Kernels*> available() {
   if (tables.size() == 2 && has_avx512()) tables.push_back(&avx512::kernels);
 #endif
   return tables;
+#endif
 }
 
 const Kernels& choose() {

@@ -29,7 +29,7 @@ def python(*arguments, isa):
 
 
 def test_the_list():
-    assert ISAS[0] == "baseline" and set(ISAS) <= {"baseline", "avx2", "avx512"}
+    assert ISAS in (["neon"], ["baseline", "avx2", "avx512"][: len(ISAS)])
     assert mlpext._C.cpu_isa() in ISAS
     if "MLPEXT_CPU_ISA" not in os.environ:
         assert mlpext._C.cpu_isa() == ISAS[-1], "the best is the default"
