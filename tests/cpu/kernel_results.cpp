@@ -1,6 +1,6 @@
-// Everything that one instruction set's table (MLPEXT_ISA) computes, on fixed inputs, to standard output: for each
-// result a line "name dtype count", with NumPy's name of the dtype, then the numbers as they lie in memory.
-// test_neon.py compares what a processor in an emulator writes with what this one does.
+// Everything that one instruction set's table (MLPEXT_ISA) computes, on fixed inputs, to standard output: for
+// each result a line "name dtype count", with NumPy's name of the dtype, then the numbers as they lie in
+// memory. test_emulated.py compares what a processor in an emulator writes with what this one does.
 #include <bit>
 #include <cstdio>
 #include <cstring>
@@ -56,7 +56,7 @@ template <Dtype dtype, class M> std::vector<M> wholes(int64_t n) {
   return x;
 }
 
-// Every 16-bit number; of more bits as many, evenly among all. And 3 of them again, so that no register fills.
+// Every 16-bit number; of more bits as many, evenly among all. And 3 of them again, which fill no register.
 template <class M> std::vector<M> all_numbers() {
   std::vector<M> x(65536 + 3);
   for (std::size_t i = 0; i < x.size(); ++i) {
@@ -169,8 +169,8 @@ template <Dtype dtype, class M> void everything() {
   activations<dtype, M>();
   maxout<dtype, M, uint8_t>(0);
   maxout<dtype, M, int32_t>(1);
-  // One below, at and above the heights and widths of tiles: strips of 6 and 60 rows, 1 to 4 registers of 2 or 4
-  // columns, panels of 64.
+  // One below, at and above the heights and widths of tiles: strips of 6 and 60 rows, 1 to 4 registers of 2
+  // or 4 columns, panels of 64.
   for (const int64_t rows : {1, 2, 3, 5, 6, 7, 59, 61})
     for (const int64_t columns : {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65}) {
       products<dtype, M>(rows, 11, columns);

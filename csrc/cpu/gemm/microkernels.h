@@ -261,10 +261,10 @@ MLPEXT_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_term, const T*
     }
 }
 
-// c = start + a b for a block: columns in steps of four registers (two on AVX2), within each the rows in strips of 6.
-// 6 x 4 sums, 4 registers of b and a factor fill the 32 registers of AVX-512 and NEON, 6 x 2 the 16 of the
-// others; so many independent sums hide the four cycles that a multiply-add takes. What is left of rows and columns takes
-// smaller tiles and partial loads; b is never read beyond its columns.
+// c = start + a b for a block: columns in steps of four registers (two on AVX2), within each the rows in
+// strips of 6. 6 x 4 sums, 4 registers of b and a factor fill the 32 registers of AVX-512 and NEON, 6 x 2 the
+// 16 of the others; so many independent sums hide the four cycles that a multiply-add takes. What is left of
+// rows and columns takes smaller tiles and partial loads; b is never read beyond its columns.
 template <class T, bool pairs = false>
 void gemm_block(const void* a_, int64_t a_row, int64_t a_term, int64_t a_strip, const void* b_,
                 int64_t b_stride, int64_t b_strip, const void* start_, int64_t start_stride, void* c_,
