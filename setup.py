@@ -70,8 +70,8 @@ if os.environ.get("MLPEXT_EMULATE_AVX512") == "1":
     sources = [*emulated.values(), *(source for source in sources if source not in emulated)]
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
-extension.extra_link_args = link
 extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
+extension.extra_link_args = link
 instrument = os.environ.get("MLPEXT_INSTRUMENT", "")
 if instrument not in ("", "address", "thread", "coverage"):
     stop(f"MLPEXT_INSTRUMENT={instrument!r} is none of address, thread, coverage")
