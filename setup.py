@@ -1,4 +1,4 @@
-"""Builds mlpext._C against the torch of this environment; pyproject.toml has the rest of the package.
+"""Builds mlpext/lib/_C... against the torch of this environment; pyproject.toml has the rest of the package.
 
 MLPEXT_CUDA=auto|0|1    auto: with CUDA where torch has it and a toolkit is found (never by looking for a GPU)
 MLPEXT_WERROR=1         warnings are errors: for `make check`, not for users
@@ -8,9 +8,10 @@ MLPEXT_INSTRUMENT=...   address: with ASan and UBSan, thread: with TSan, both wi
 """
 
 import os
+import shutil
 import sys
+import sysconfig
 from glob import glob
-from pathlib import Path
 
 from setuptools import setup
 
@@ -26,7 +27,8 @@ except ImportError:
         "building needs torch: in an environment that has torch (a CPU wheel is enough) and setuptools, run "
         "`pip install --no-build-isolation .`"
     )
-if not (2, 11) <= tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 16):
+minor = ".".join(torch.__version__.split(".")[:2])
+if minor not in ("2.11", "2.12", "2.13", "2.14", "2.15"):
     stop(f"torch {torch.__version__} is not supported: torch>=2.11,<2.16 is needed")
 
 choice = os.environ.get("MLPEXT_CUDA", "auto")
@@ -66,7 +68,7 @@ if os.environ.get("MLPEXT_EMULATE_AVX512") == "1":
     emulated = {f"csrc/cpu/{name}.cpp": f"tests/cpu/avx512_emulator/{name}.cpp" for name in ("avx512", "isa")}
     sources = [*emulated.values(), *(source for source in sources if source not in emulated)]
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
+extension = make_extension("mlpext.lib._C", sources + (kernels if cuda else []))
 extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
 instrument = os.environ.get("MLPEXT_INSTRUMENT", "")
 if instrument not in ("", "address", "thread", "coverage"):
@@ -98,22 +100,22 @@ extension.extra_compile_args = {"cxx": flags + system, "nvcc": NVCC_FLAGS}
 class Build(cpp_extension.BuildExtension):
     def finalize_options(self) -> None:
         # A fixed place for objects, so that pip's editable build does not start from nothing at every edit;
-        # one for each torch, because ninja does not watch system headers.
-        self.build_temp = self.build_temp or f"build/torch-{torch.__version__}"
+        # one for each torch and Python, because ninja does not watch system headers.
+        versions = f"torch-{torch.__version__}-{sys.implementation.cache_tag}"
+        self.build_temp = self.build_temp or f"build/{versions}"
         super().finalize_options()
 
-    def run(self) -> None:
-        super().run()
-        # What mlpext/_import_check.py compares with the torch that it meets.
-        Path(self.get_ext_fullpath("mlpext._C")).with_name("_build.py").write_text(
-            f'''"""Written by setup.py."""
+    def get_ext_filename(self, name: str) -> str:
+        """Where mlpext/_extension.py looks for it."""
+        cuda_tag = f"-cu{torch.version.cuda.replace('.', '')}" if cuda else ""
+        return f"mlpext/lib/_C.torch{minor}{cuda_tag}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
-version = "{self.distribution.get_version()}"
-torch_version = "{torch.__version__}"
-cuda = {cuda}
-cuda_archs = "{os.environ["TORCH_CUDA_ARCH_LIST"] if cuda else ""}"
-'''
-        )
+    def run(self) -> None:
+        if self.inplace:
+            os.makedirs("mlpext/lib", exist_ok=True)
+        else:  # a wheel must not take in what lies there of an earlier build
+            shutil.rmtree(f"{self.build_lib}/mlpext/lib", ignore_errors=True)
+        super().run()
 
 
 setup(ext_modules=[extension], cmdclass={"build_ext": Build})
