@@ -46,7 +46,8 @@ def main() -> None:
     (FOLDER / "lib").mkdir(parents=True)
     torches = {minor: torch_folder(minor, installed) for minor in options.torches}
     write_build(torches, [interpreter(name) for name in options.pythons])
-    subprocess.run(["ninja", "-C", FOLDER], check=True)
+    jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+    subprocess.run(["ninja", "-C", FOLDER, *jobs], check=True)
     pack(Path(options.out))
 
 
@@ -118,12 +119,16 @@ def write_build(torches: dict[str, Path], pythons: list[dict[str, str]]) -> None
     with (FOLDER / "build.ninja").open("w") as out:
         ninja = Writer(out)
         compiler = os.environ.get("CXX", "c++")
-        # Which names a library shows is the linker's affair. The builder's folders stay out of messages.
-        own = [*flags(), "-fvisibility=default", "-fvisibility-inlines-hidden", f"-I{ROOT / 'csrc'}"]
-        command = f"{compiler} {' '.join(own)} -ffile-prefix-map={ROOT}=mlpext -MMD -MF $out.d"
-        ninja.rule("compile", f"{command} $flags -c $in -o $out", "$out", depfile="$out.d", deps="gcc")
-        options = "-s -Wl,-soname,$name -Wl,-rpath,'$$ORIGIN' -Wl,--version-script=$kind.map"
-        ninja.rule("link", f"{compiler} -shared {options} $in $flags -o $out", "$out")
+        # Which names a library shows is the linker's affair, and calls within one go straight to their target,
+        # as between hidden names. The builder's folders stay out of messages.
+        shown = "-fvisibility=default -fvisibility-inlines-hidden -fno-semantic-interposition"
+        command = f"{compiler} {' '.join(flags())} {shown} -I{ROOT / 'csrc'} -ffile-prefix-map={ROOT}=mlpext"
+        command += " $flags -MMD -MF $out.d -c $in -o $out"
+        ninja.rule("compile", command, "$out", depfile="$out.d", deps="gcc")
+        link = (
+            "-s -Wl,-soname,$name -Wl,-rpath,'$$ORIGIN' -Wl,-Bsymbolic-functions,--version-script=$kind.map"
+        )
+        ninja.rule("link", f"{compiler} -shared {link} $in $flags -o $out", "$out")
 
         def compiled(source: Path, name: str, *flags: str) -> str:
             return ninja.build(f"{name}.o", "compile", str(source), variables={"flags": [*flags]})[0]
