@@ -119,16 +119,16 @@ def write_build(torches: dict[str, Path], pythons: list[dict[str, str]]) -> None
     with (FOLDER / "build.ninja").open("w") as out:
         ninja = Writer(out)
         compiler = os.environ.get("CXX", "c++")
-        # Which names a library shows is the linker's affair, and calls within one go straight to their target,
+        # Which names a library shows is the linker's affair, and calls within one go straight to their target
         # as between hidden names. The builder's folders stay out of messages.
         shown = "-fvisibility=default -fvisibility-inlines-hidden -fno-semantic-interposition"
         command = f"{compiler} {' '.join(flags())} {shown} -I{ROOT / 'csrc'} -ffile-prefix-map={ROOT}=mlpext"
         command += " $flags -MMD -MF $out.d -c $in -o $out"
         ninja.rule("compile", command, "$out", depfile="$out.d", deps="gcc")
-        link = (
-            "-s -Wl,-soname,$name -Wl,-rpath,'$$ORIGIN' -Wl,-Bsymbolic-functions,--version-script=$kind.map"
+        link = "-s -Wl,-soname,$name -Wl,-rpath,'$$ORIGIN' -Wl,-Bsymbolic-functions"
+        ninja.rule(
+            "link", f"{compiler} -shared {link} -Wl,--version-script=$kind.map $in $flags -o $out", "$out"
         )
-        ninja.rule("link", f"{compiler} -shared {link} $in $flags -o $out", "$out")
 
         def compiled(source: Path, name: str, *flags: str) -> str:
             return ninja.build(f"{name}.o", "compile", str(source), variables={"flags": [*flags]})[0]
