@@ -62,7 +62,8 @@ cuda = choice != "0" and toolkit and bool(kernels)
 
 # No -march: the files in csrc/cpu choose their instruction set by pragma, so one build runs everywhere.
 # -ffp-contract=off: the same bits from every instruction set. -g0: Python's own flags ask for debug data.
-CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]  # tools/wheel.py reads it
+# tools/wheel.py reads this line.
+CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
 flags = [*CXX_FLAGS]
 # at::parallel_for is a plain loop without it. Not for the linker: so it finds the OpenMP that torch brings
 # and torch.set_num_threads sets, not the system's.
