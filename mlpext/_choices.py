@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mlpext import _C, _build, _extension
+from mlpext import _C, _extension
+from mlpext._version import __version__
 
 OPERATIONS = ("forward", "backward", "linear_forward", "linear_dx", "linear_dw")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -89,7 +90,7 @@ def user_file() -> Path:
 
 def versions() -> dict[str, str]:
     """What a user's own table must have been measured with to be used."""
-    return {"mlpext": _build.version, "torch": torch.__version__}
+    return {"mlpext": __version__, "torch": torch.__version__}
 
 
 def choose() -> Choice:

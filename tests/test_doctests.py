@@ -17,7 +17,7 @@ MODULES = [mlpext.__name__, *(m.name for m in pkgutil.walk_packages(mlpext.__pat
 EXAMPLES = [
     example
     for name in MODULES
-    if not name.endswith((".__main__", "._C", "._build"))
+    if not name.endswith((".__main__", "._C"))
     for example in doctest.DocTestFinder().find(importlib.import_module(name), globs={})
     if example.examples
 ]

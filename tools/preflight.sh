@@ -8,8 +8,8 @@ need() { # what, Debian's package, Fedora's package
 python() { "${PYTHON:-python3}" -c "$1" 2>/dev/null; }
 
 # CXX stays unquoted: it may hold a launcher too, as in "ccache g++".
-echo 'int main() {}' | ${CXX:-c++} -std=c++20 -fsyntax-only -x c++ - 2>/dev/null ||
-    need "a C++20 compiler (${CXX:-c++})" g++ gcc-c++
+${CXX:-c++} -std=c++20 -fsyntax-only tools/compiler.cpp 2>/dev/null ||
+    need "a C++20 compiler, GCC 11, clang 14 or newer (${CXX:-c++})" g++ gcc-c++
 if python 'import sys; sys.exit(sys.version_info < (3, 10))'; then
     python 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         need "Python's headers (Python.h)" python3-dev python3-devel

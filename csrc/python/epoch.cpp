@@ -1,6 +1,7 @@
 // Python's way into an epoch of the native engine: layers, rule and data from the records of
 // mlpext/training/engines/native.py to an EpochJob of plain pointers (cpu/epoch/job.h), and its calls back
 // into Python, for the next block of rows and for progress. The GIL is held in those calls only.
+#include <ATen/ops/empty.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>

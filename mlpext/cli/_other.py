@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import mlpext
-from mlpext import _C, _build, _choices, _extension, _tune
+from mlpext import _C, _choices, _extension, _tune
 from mlpext._files import write_atomically
 from mlpext.training import History
 
@@ -56,13 +56,10 @@ def tune(options: argparse.Namespace) -> None:
 
 def info(options: argparse.Namespace) -> None:
     """Say what is installed and what it uses."""
-    built = _build.torch_version
     lines = {
         "mlpext": mlpext.__version__,
-        "torch": torch.__version__
-        if torch.__version__ == built
-        else f"{torch.__version__}, built with {built}",
-        "operators": f"torch's own: {_extension.missing}" if _extension.missing else "compiled",
+        "torch": torch.__version__,
+        "library": _extension.library.name if _extension.library else f"none; {_extension.missing}",
         "Python": platform.python_version(),
         "instruction sets": f"{', '.join(_C.cpu_isas())}; in use: {_C.cpu_isa()}",
         "torch serves": _choices.in_use.source,

@@ -17,6 +17,7 @@ import torch
 from torch.utils import cpp_extension
 
 from cuda_emulator import COMPILER, EMULATOR, ROOT, command
+from mlpext import _extension
 
 pytestmark = [
     pytest.mark.emulator,
@@ -31,9 +32,7 @@ def package():
     folder = ROOT / "build" / "cuda_tensors"
     shutil.rmtree(folder, ignore_errors=True)
     source = shutil.copytree(ROOT / "csrc", folder / "csrc")
-    shutil.copytree(
-        ROOT / "mlpext", folder / "mlpext", ignore=shutil.ignore_patterns("_C*.so", "__pycache__")
-    )
+    shutil.copytree(ROOT / "mlpext", folder / "mlpext", ignore=shutil.ignore_patterns("lib", "__pycache__"))
     for device, key in (("cpu", "PrivateUse3"), ("cuda", "CPU")):  # the first: out of the way
         for path in source.glob(f"{device}/*.cpp"):
             text = path.read_text()
@@ -50,12 +49,9 @@ def package():
         list(pool.map(command, jobs))
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", "-fopenmp"]
-    extension = folder / "mlpext" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    extension = folder / "mlpext" / "lib" / _extension.file_names(torch.__version__, None)[0]
+    extension.parent.mkdir()
     command([*COMPILER, "-shared", *map(str, objects), *libraries, "-o", str(extension)])
-    # cuda: whether torch must have it.
-    build = f'version = "0"\ntorch_version = "{torch.__version__}"\n'
-    build += 'cuda = False\ncuda_archs = ""\n'
-    (folder / "mlpext" / "_build.py").write_text(build)
     return folder
 
 

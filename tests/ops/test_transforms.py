@@ -49,6 +49,7 @@ from common import (
 pytestmark = [
     pytest.mark.filterwarnings("error"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch.jit
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:FutureWarning"),  # from torch 2.14 on
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node"),  # by torch.func.linearize
 ]
 close = torch.testing.assert_close

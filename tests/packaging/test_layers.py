@@ -63,7 +63,7 @@ def graph(root: Path) -> dict[str, set[str]]:
     """What each file of csrc/ and mlpext/ includes or imports, by its path."""
     sources = [file for file in root.glob("csrc/**/*") if file.suffix in (".h", ".cpp", ".cuh", ".cu")]
     python = list(root.glob("mlpext/**/*.py"))
-    modules = {module_of(file, root) for file in python} | {"mlpext._C", "mlpext._build"}
+    modules = {module_of(file, root) for file in python} | {"mlpext._C"}
     edges = {file: includes(file) for file in sources} | {file: imports(file, modules) for file in python}
     return {str(file.relative_to(root)): targets for file, targets in edges.items()}
 

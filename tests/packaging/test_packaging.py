@@ -1,10 +1,12 @@
 """What a newcomer meets before any operator: the build's refusals, the import guard, make's checks."""
 
+import importlib.machinery
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,28 @@ def test_build_refuses_cuda_that_is_not_there(tmp_path):
     assert torch.__version__ in one_line(setup(tmp_path, MLPEXT_CUDA="1"))
 
 
+def test_build_refuses_an_old_setuptools(tmp_path):
+    """One that does not know `license = "MIT"` would end in a hundred lines about it."""
+    write(tmp_path / "setuptools.py", "__version__ = '76.1.0'")
+    assert "pip install 'setuptools>=77'" in one_line(setup(tmp_path, "__version__ = '2.13.0'"))
+
+
+def test_build_refuses_a_free_threaded_python(tmp_path):
+    ours = "import sysconfig\nsysconfig.get_config_var = lambda name: name == 'Py_GIL_DISABLED'\n"
+    write(tmp_path / "sitecustomize.py", ours)
+    assert "free-threaded" in one_line(setup(tmp_path, "__version__ = '2.13.0'"))
+
+
+@pytest.mark.parametrize(
+    "compiler", ["false", "there-is-no-such-compiler", "c++ -D__clang_major__=13 -D__clang__"]
+)
+def test_build_refuses_an_old_compiler_before_it_compiles(tmp_path, compiler):
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", tmp_path]
+    message = one_line(run(command, CXX=compiler))
+    assert "GCC 11, clang 14 or newer" in message and compiler in message
+    assert not [*tmp_path.iterdir()]
+
+
 def test_build_is_silent_about_cuda(tmp_path):
     result = setup(tmp_path)
     assert result.returncode == 0 and result.stdout.split() == ["mlpext"]
@@ -91,64 +115,110 @@ def test_sources_are_complete(tmp_path):
         "mlpext/py.typed",
     }
     assert needed <= packed
-    assert not [name for name in packed if name.endswith(".so") or name == "mlpext/_build.py"]
+    assert not [name for name in packed if name.endswith(".so")]
 
 
-# The import guard.
+# The loader.
 
 
-def guarded_import(folder, built=None, torch_version="2.13.0", cuda=None, extension=True):
-    """Import a package of nothing but the guard, under a torch of nothing but a version."""
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+# An extension of nothing but a name, for the loader to load.
+SOURCE = """
+#include <Python.h>
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit__C(void) {
+  PyObject* m = PyModule_Create(&definition);
+  PyModule_AddStringConstant(m, "built_for", BUILT_FOR);
+  return m;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """Makes an extension module that knows its name."""
+    folder = tmp_path_factory.mktemp("libraries")
+    source = write(folder / "module.c", SOURCE)
+
+    def make(tag):
+        file = folder / f"_C.{tag}{SUFFIX}"
+        if not file.exists():
+            flags = ["-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", f'-DBUILT_FOR="{tag}"']
+            subprocess.run(["cc", *flags, source, "-o", file], check=True)
+        return file
+
+    return make
+
+
+def loaded(folder, torch_version, cuda, *files):
+    """Import a package of the loader and these libraries alone, under a torch that is only a version."""
     write(folder / "torch.py", f"__version__ = '{torch_version}'\nclass version:\n    cuda = {cuda!r}\n")
-    write(folder / "mlpext" / "__init__.py", "from mlpext._import_check import __version__")
-    shutil.copy(ROOT / "mlpext" / "_import_check.py", folder / "mlpext")
-    if built is not None:
-        write(folder / "mlpext" / "_build.py", built)
-    if extension:
-        write(folder / "mlpext" / "_C.py", "")
+    write(folder / "mlpext" / "__init__.py", "from mlpext import _extension")
+    write(folder / "mlpext" / "_C_in_torch.py", "built_for = 'any torch'")
+    for name in ("_extension.py", "_version.py"):
+        shutil.copy(ROOT / "mlpext" / name, folder / "mlpext")
+    (folder / "mlpext" / "lib").mkdir()
+    for file in files:
+        shutil.copy(file, folder / "mlpext" / "lib")
+    code = write(
+        folder / "code.py",
+        "import mlpext\n"
+        "from mlpext import _C\n"
+        "import mlpext._C as again, sys\n"
+        "assert _C is again is sys.modules['mlpext._C']\n"
+        "print(_C.built_for, mlpext._extension.missing is None, mlpext._extension.library is not None)\n",
+    )
     # -S: without site-packages, where an editable install would supply what the folder lacks.
-    return run(
-        [sys.executable, "-S", "-c", "import mlpext; print(mlpext.__version__)"],
-        folder,
-        PYTHONPATH=str(folder),
+    result = run([sys.executable, "-S", code], folder, PYTHONPATH=str(folder))
+    assert result.returncode == 0, result.stderr
+    built_for, *state = result.stdout.rsplit(maxsplit=2)
+    return built_for, state, result.stderr
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    "met, cuda, expected",
+    [
+        ("2.13.0", None, "torch2.13"),
+        ("2.13.1+cpu", None, "torch2.13"),
+        ("2.1.3", None, "torch2.1"),
+        ("2.14.0a0+git12ab", None, "torch2.14"),
+        ("2.13.0+cu130", "13.0", "torch2.13-cu130"),
+        ("2.13.0+cu126", "12.6", "torch2.13"),
+    ],
+)
+def test_the_library_of_this_torch_is_taken(tmp_path, library, met, cuda, expected):
+    files = [library(f"torch{tag}") for tag in ("2.1", "2.13", "2.13-cu130", "2.14")]
+    assert loaded(tmp_path, met, cuda, *files) == (expected, ["True", "True"], "")
+
+
+@pytest.mark.emulator
+def test_without_a_library_that_fits_torch_does_the_work_and_a_warning_says_so(tmp_path, library):
+    other_python = write(tmp_path / f"_C.torch2.15{SUFFIX.replace('cpython-3', 'cpython-30')}", "")
+    files = [library("torch2.13-cu130"), library("torch2.12"), other_python]
+    built_for, state, told = loaded(tmp_path, "2.15.1+cpu", None, *files)
+    assert built_for == "any torch" and state == ["False", "False"]
+    (line, source) = told.splitlines()
+    assert "code.py:1: RuntimeWarning" in line and source.strip() == "import mlpext"
+    python = f"Python 3.{sys.version_info.minor}"
+    assert f"no compiled library for torch 2.15.1+cpu with {python} (there is one for " in line
+    assert (
+        f"torch 2.12 with {python}, torch 2.13-cu130 with {python}, "
+        f"torch 2.15 with Python 3.0{sys.version_info.minor})" in line
     )
+    assert "pip install --no-build-isolation" in line and "sdist" in line
 
 
-def build_of(torch_version, cuda=False):
-    return f"version = '0.0'\ntorch_version = '{torch_version}'\ncuda = {cuda}\n"
+def test_without_any_library_the_warning_says_so(tmp_path):
+    built_for, state, told = loaded(tmp_path, "2.13.0", None)
+    assert built_for == "any torch" and state == ["False", "False"]
+    assert "(there is none at all)" in told
 
 
-def last_line(result):
-    assert result.returncode != 0
-    return result.stderr.strip().splitlines()[-1]
-
-
-@pytest.mark.parametrize("met", ["2.13.0", "2.13.1+cpu", "2.13.0+cu130"])
-def test_import_takes_the_same_minor_version(tmp_path, met):
-    assert guarded_import(tmp_path, build_of("2.13.0+cpu"), met).stdout == "0.0\n"
-
-
-@pytest.mark.parametrize("met", ["2.14.1+cu130", "2.1.0", "3.13.0"])
-def test_import_refuses_another_torch(tmp_path, met):
-    message = last_line(guarded_import(tmp_path, build_of("2.13.0+cpu"), met))
-    assert message.startswith("ImportError: mlpext was built against torch 2.13.0+cpu, but torch ")
-    assert met in message and "pip install --no-build-isolation" in message
-
-
-def test_import_refuses_a_torch_without_the_cuda_it_was_built_with(tmp_path):
-    message = last_line(guarded_import(tmp_path, build_of("2.13.0+cu130", cuda=True), "2.13.0+cpu"))
-    assert "2.13.0+cu130" in message and "2.13.0+cpu" in message
-
-
-def test_import_of_what_was_never_built(tmp_path):
-    message = last_line(guarded_import(tmp_path))
-    assert "not built" in message and "pip install --no-build-isolation" in message
-
-
-def test_import_without_an_extension_for_this_python(tmp_path):
-    assert "not built for this Python" in last_line(
-        guarded_import(tmp_path, build_of("2.13.0"), extension=False)
-    )
+def test_a_library_that_does_not_load_is_told_of(tmp_path):
+    broken = write(tmp_path / f"_C.torch2.13{SUFFIX}", "no library")
+    built_for, _, told = loaded(tmp_path, "2.13.0", None, broken)
+    assert built_for == "any torch" and broken.name in told
 
 
 # Make and CI.
@@ -204,6 +274,7 @@ def test_make_lists_its_verbs(bare):
         "bench",
         "readme",
         "check",
+        "wheel",
         "clean",
         "help",
     ):
@@ -232,13 +303,11 @@ def test_ci_fails_if_either_fails(bare):
 
 
 def test_version_is_written_in_one_place():
-    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert mlpext.__version__ == version
-    others = [
-        ROOT / "setup.py",
-        *(path for path in (ROOT / "mlpext").glob("*.py") if path.name != "_build.py"),
-    ]
-    assert not [path.name for path in others if version in path.read_text()]
+    version = mlpext.__version__
+    others = [ROOT / "setup.py", ROOT / "pyproject.toml", *(ROOT / "mlpext").rglob("*.py")]
+    assert [path.name for path in others if f'"{version}"' in path.read_text()] == ["_version.py"]
+    result = run([sys.executable, "setup.py", "--version"])
+    assert result.stdout.split() == [version], result.stderr
 
 
 def test_pip_has_the_range_of_torch_that_setup_has():
