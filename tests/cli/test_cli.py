@@ -231,7 +231,11 @@ def test_ctrl_c_exits_with_130_and_keeps_the_checkpoint(tmp_path):
         stdout=subprocess.DEVNULL,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(package)},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(package),
+            "PYTHONWARNINGS": "ignore:mlpext:RuntimeWarning",  # that there is no library, where there is none
+        },
     )
     index = tmp_path / "runs/iris/mini-batch/checkpoint/checkpoint.json"
     deadline = time.monotonic() + 120
