@@ -96,12 +96,21 @@ def linear_maxout(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return maxout(z, weight.size(0))
 
 
+def linear_gated(
+    input: Tensor, weight: Tensor, bias: Tensor | None, name: str, params: tuple[float, ...] = ()
+) -> Tensor:
+    """The activation `name` of one half of a linear layer times the other: weight (2, out, in)."""
+    z = F.linear(input, weight.flatten(0, 1), None if bias is None else bias.flatten(0, 1))
+    gate, value = torch.unflatten(z, -1, (2, -1)).unbind(-2)
+    return (gate if name == "identity" else activation(gate, name, params)) * value
+
+
 def mlp(module: torch.nn.Module, input: Tensor) -> Any:
     """NotImplemented, upon which MLP.forward calls layer by layer."""
     return NotImplemented
 
 
-_SUBSTITUTES = (activation, maxout, linear_activation, linear_maxout, mlp)
+_SUBSTITUTES = (activation, maxout, linear_activation, linear_maxout, linear_gated, mlp)
 for _function in _SUBSTITUTES:
     _C.register_fallback(_function.__name__, _function)
 

@@ -21,9 +21,10 @@ from mlpext import nn
 from mlpext.fusion._calls import Calls
 from mlpext.fusion._graph import FusedGraph, fuse_graph
 from mlpext.fusion._pairs import Row, find_pairs
-from mlpext.fusion._patterns import OURS, activation_of
+from mlpext.fusion._patterns import activation_of
 from mlpext.fusion._source import reads
 from mlpext.fusion._trace import HOOKS
+from mlpext.nn._activations import OURS
 
 M = TypeVar("M", bound=Module)
 
