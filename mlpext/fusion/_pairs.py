@@ -20,8 +20,11 @@ from mlpext.nn._activations import OURS
 Pairs = dict[Module, dict[Module, None]]
 
 
+ACTIONS = ("fused", "replaced", "left", "unchanged")
+
+
 class Row(NamedTuple):
-    """What became of one module: `action` is "fused", "replaced" or "left"."""
+    """What became of one module: `action` is one of ACTIONS."""
 
     path: str
     action: str
