@@ -13,8 +13,8 @@ INCLUDES = $(shell $(V)/python -c "import sysconfig; from torch.utils.cpp_extens
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
-.PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme check tidy emulated \
-	sanitize tsan coverage cuda-link clean
+.PHONY: help train test quick test-all test-clients fuzz gradcheck accuracy bench readme docs check tidy \
+	emulated sanitize tsan coverage cuda-link clean
 .DEFAULT_GOAL := help
 
 help:        ## this list
@@ -41,6 +41,10 @@ bench: .venv/.built        ## every benchmark; results in benchmarks/results/CPU
 	set -e; for file in $(filter-out %/harness.py %/calls.py %/cache_traffic.py,$(wildcard benchmarks/*.py)); do $(V)/python $$file; done
 readme: .venv/.built       ## the tables of README.md and docs/benchmarks.md, from benchmarks/results
 	$(V)/python tools/readme.py
+docs: .venv/.docs          ## the site, to build/site: the code on its pages runs, links are checked
+	rm -rf build/docs && mkdir -p build/docs  # where that code runs and writes its files
+	cd build/docs && PATH="$(CURDIR)/$(V):$$PATH" OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 \
+		mkdocs build --strict -f ../../mkdocs.yml
 check: .venv/.built        ## ruff, mypy, clang-format, clang-tidy, C++ with warnings as errors, CUDA by nvcc if it is there
 	$(V)/ruff check .
 	$(V)/ruff format --check .
@@ -117,6 +121,9 @@ endif
 	$(V)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(V)/python -m pip install -q "$(TORCH)" ninja "setuptools>=77" wheel
 	@echo "$(TORCH)" > $@
+.venv/.docs: .venv/.built
+	$(V)/python -m pip install -q "mlpext[docs]"
+	@touch $@
 .venv/.built: .venv/.deps setup.py pyproject.toml $(shell find csrc)
 	@PYTHON=$(V)/python sh tools/preflight.sh
 	$(V)/python -m pip install -q --no-build-isolation --config-settings editable_mode=compat -e ".[train,mnist,test,dev]"

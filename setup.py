@@ -53,8 +53,11 @@ cuda = choice != "0" and toolkit and bool(kernels)
 flags = ["-std=c++20", "-O2", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
 # at::parallel_for is a plain loop without it. Not for the linker: so it finds the OpenMP that torch brings
 # and torch.set_num_threads sets, not the system's.
+link = []
 if sys.platform == "linux":
     flags.append("-fopenmp")
+    if "clang" in os.environ.get("CXX", "c++"):  # whose loops call an OpenMP of its own
+        link.append("-fopenmp")
 if os.environ.get("MLPEXT_WERROR") == "1":
     # g++ 12 sees uninitialised values, wrongly, where torch's templates and AVX-512 intrinsics are inlined.
     flags += ["-Wall", "-Wextra", "-Werror", "-Wno-maybe-uninitialized"]
@@ -68,6 +71,7 @@ if os.environ.get("MLPEXT_EMULATE_AVX512") == "1":
 make_extension = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
 extension = make_extension("mlpext._C", sources + (kernels if cuda else []))
 extension.define_macros = [("MLPEXT_WITH_CUDA", None)] if cuda else []
+extension.extra_link_args = link
 instrument = os.environ.get("MLPEXT_INSTRUMENT", "")
 if instrument not in ("", "address", "thread", "coverage"):
     stop(f"MLPEXT_INSTRUMENT={instrument!r} is none of address, thread, coverage")
@@ -84,7 +88,7 @@ elif instrument == "coverage":
     instruments = ["--coverage"]
 if instrument:
     flags += [*instruments, "-fno-omit-frame-pointer", "-O1"]
-    extension.extra_link_args = instruments
+    extension.extra_link_args += instruments
 if instrument in ("address", "thread"):
     extension.define_macros.append(("MLPEXT_DEBUG", None))
 # torch's headers become system headers: a warning in them is not ours to mend.

@@ -52,7 +52,7 @@ def load(source: str | os.PathLike[str], target: str | None = None, task: str = 
 
     Args:
         source: one of NAMES, or a file that ends in .csv (a header line, then numbers in all columns but the
-            target's; `mlpext.tabular` reads others) or .npz (the inputs as `x`, (N, features)).
+            target's; `mlpext train` reads others) or .npz (the inputs as `x`, (N, features)).
         target: what to predict: the column of a CSV, or the array of an NPZ, "target" if None.
         task: whether targets are "classes" or "numbers". "auto" takes text, and up to 20 different whole
             numbers, as classes.

@@ -174,10 +174,6 @@ TABLES: dict[str, Callable[[], str]] = {
         listed, "linear", "dtype | work | (batch, in, out)",
         rf"(\w+) (\w+) {SHAPE}, eager", *EAGER, SHARE,
     ),
-    "linear, large": partial(
-        listed, "linear", "linear + elu | (batch, in, out)",
-        r"(\w+ \w+) (\(\d+, (?!64)\d+, \d+\)), eager", ratio("eager"), SHARE,
-    ),
     "linear peers": partial(
         listed, "linear", "work | (batch, in, out) | peer",
         rf"float32 (\w+) {SHAPE}, (oneDNN|JAX)", ratio(""), target(""),
@@ -186,10 +182,6 @@ TABLES: dict[str, Callable[[], str]] = {
         listed, "linear", "linear + maxout, training",
         r"float32 training (.*, maxout of \d)",
         *(ratio(peer, peer) for peer in ("amax", "max(dim)", "maximum of chunks")),
-    ),
-    "activations": partial(
-        listed, "activations", "1 M float32 values",
-        r"float32 1 M, (tanh|mish|elu|gelu_tanh|sigmoid|silu)", ratio("eager"),
     ),
     "all activations": partial(
         crossed, "activations", "activation",

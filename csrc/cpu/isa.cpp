@@ -3,12 +3,21 @@
 
 #include "cpu/kernels.h"
 #include "ops/switches.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace mlpext {
 
+#if defined(__aarch64__)
+namespace neon {
+extern const cpu::Kernels kernels;
+}
+#else
 namespace baseline {
 extern const cpu::Kernels kernels;
 }
+#endif
 #if defined(__x86_64__)
 namespace avx2 {
 extern const cpu::Kernels kernels;
@@ -22,6 +31,11 @@ namespace cpu {
 namespace {
 
 #if defined(__x86_64__)
+bool has_avx2() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid(1, &a, &b, &c, &d);  // of F16C clang 14's builtin does not know
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (c & bit_F16C) != 0;
+}
 bool has_avx512() {
 #ifdef MLPEXT_EMULATED_AVX512  // the tests' table: AVX2's instructions, and the same masks
   return __builtin_cpu_supports("bmi2");
@@ -34,13 +48,16 @@ bool has_avx512() {
 #endif
 
 std::vector<const Kernels*> available() {
+#if defined(__aarch64__)
+  return {&neon::kernels};
+#else
   std::vector<const Kernels*> tables{&baseline::kernels};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    tables.push_back(&avx2::kernels);
+  if (has_avx2()) tables.push_back(&avx2::kernels);
   if (tables.size() == 2 && has_avx512()) tables.push_back(&avx512::kernels);
 #endif
   return tables;
+#endif
 }
 
 const Kernels& choose() {

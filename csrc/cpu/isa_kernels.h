@@ -1,6 +1,6 @@
 // All that is compiled once an instruction set: from the formulas, the loops of activations and maxout, those
-// of a gemm and of an epoch, and the table of them. baseline.cpp, avx2.cpp and avx512.cpp include this page,
-// each in a namespace of its own (MLPEXT_ISA).
+// of a gemm and of an epoch, and the table of them. baseline.cpp, avx2.cpp, avx512.cpp and neon.cpp include
+// this page, each in a namespace of its own (MLPEXT_ISA).
 #pragma once
 #include "cpu/epoch/epoch.h"
 #include "cpu/gemm/microkernels.h"

@@ -20,7 +20,8 @@ namespace {
 // Whether the package's gemm is the faster one (docs/benchmarks.md). Not on the baseline, whose loops are
 // made to run on every machine while torch's product picks its instructions at run time; nor for bfloat16
 // with AVX-512 but without AVX512_BF16: the values would be widened to float first, which torch does better
-// there. On AVX2 torch has no such loops, and takes 4 to 100 times as long.
+// there. On AVX2 torch has no such loops, and takes 4 to 100 times as long. On NEON neither has been
+// measured.
 bool uses_gemm(Dtype dtype) {
   if (kernels().isa == "baseline") return false;
   return dtype != bfloat16 || has_pairs() || kernels().isa == "avx2";

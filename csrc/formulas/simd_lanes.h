@@ -1,15 +1,17 @@
 // SIMD lanes: the operations that a formula may use, on whole registers of float or double. Lanes<float> has
 // 4, 8 or 16 lanes, Lanes<double> half as many.
 //
-// The including file sets MLPEXT_ISA (a namespace: baseline, avx2, avx512) and MLPEXT_VECTOR_BYTES (16, 32,
-// 64) and switches its target on: 64 means AVX-512 F/BW/VL/DQ + BMI2, 32 means AVX2 + FMA + F16C, 16 is
-// portable. Include standard headers before switching the target: their inline functions must not be compiled
-// for it, or other files may run them.
+// The including file sets MLPEXT_ISA (a namespace: baseline, avx2, avx512, neon) and MLPEXT_VECTOR_BYTES (16,
+// 32, 64) and switches its target on: 64 means AVX-512 F/BW/VL/DQ + BMI2, 32 means AVX2 + FMA + F16C, 16 is
+// portable; on 64-bit ARM it is NEON, which always has FMA. Include standard headers before switching the
+// target: their inline functions must not be compiled for it, or other files may run them.
 #pragma once
 
 #include <cstdint>
 #if MLPEXT_VECTOR_BYTES > 16 || defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "formulas/dtype.h"
@@ -18,7 +20,13 @@
 
 namespace mlpext::MLPEXT_ISA {
 
+#if defined(__aarch64__)
+constexpr bool fused_madd = true;
+constexpr int vector_registers = 32;
+#else
 constexpr bool fused_madd = MLPEXT_VECTOR_BYTES > 16;
+constexpr int vector_registers = MLPEXT_VECTOR_BYTES == 64 ? 32 : 16;
+#endif
 
 template <class A, class B> constexpr bool same = false;
 template <class A> constexpr bool same<A, A> = true;
@@ -28,6 +36,15 @@ template <class M, int N> struct PackedOf {
   typedef M type __attribute__((vector_size(N * sizeof(M))));
 };
 template <class M, int N> using Packed = typename PackedOf<M, N>::type;
+
+// Lane i of the result is lane index[i] of a and b, counted through both.
+template <int... index, class P> MLPEXT_INLINE P shuffle(P a, P b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, index...);
+#else  // GCC 11
+  return __builtin_shuffle(a, b, decltype(a < b){index...});
+#endif
+}
 
 template <class T> struct Format;
 template <> struct Format<float> {
@@ -171,6 +188,9 @@ template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> mad
 #elif MLPEXT_VECTOR_BYTES == 32
   if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm256_fmadd_ps(a.v, b.v, c.v));
   else return Lanes<T, low_precision>(_mm256_fmadd_pd(a.v, b.v, c.v));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(vfmaq_f32(c.v, a.v, b.v));
+  else return Lanes<T, low_precision>(vfmaq_f64(c.v, a.v, b.v));
 #else
   return a * b + c;
 #endif
@@ -187,6 +207,9 @@ template <class T, bool low_precision> MLPEXT_INLINE Lanes<T, low_precision> sqr
 #elif defined(__SSE2__)
   if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(_mm_sqrt_ps(x.v));
   else return Lanes<T, low_precision>(_mm_sqrt_pd(x.v));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 4) return Lanes<T, low_precision>(vsqrtq_f32(x.v));
+  else return Lanes<T, low_precision>(vsqrtq_f64(x.v));
 #else
   for (int i = 0; i < Lanes<T, low_precision>::size; ++i)
     x.v[i] = T(__builtin_sqrt(x.v[i]));  // float by way of double rounds the same

@@ -135,6 +135,8 @@ template <int N> MLPEXT_INLINE Packed<float, N> widen_half(Packed<uint16_t, N> x
   return _mm512_maskz_cvtph_ps(0xffff, (__m256i)x);
 #elif MLPEXT_VECTOR_BYTES == 32
   return _mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+  return vcvt_f32_f16((float16x4_t)x);
 #else
   using U = Packed<uint32_t, N>;
   using I = Packed<int32_t, N>;
@@ -153,6 +155,8 @@ template <int N> MLPEXT_INLINE Packed<uint16_t, N> narrow_half(Packed<float, N> 
   return (Packed<uint16_t, N>)_mm512_maskz_cvtps_ph(0xffff, x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #elif MLPEXT_VECTOR_BYTES == 32
   return (Packed<uint16_t, N>)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (Packed<uint16_t, N>)vcvt_f16_f32(x);
 #else
   using U = Packed<uint32_t, N>;
   U b = (U)x, sign = (b >> 16) & 0x8000;

@@ -126,14 +126,15 @@ std::vector<Tensor> mlp_backward_from_input(const Tensor& grad_output, const Ten
                                             at::IntArrayRef output_mask) {
   const Network network(weights, biases, activations, params);
   const auto [outputs, sources] = outputs_of(network, input);
-  return network.gradients(grad_output, output_mask, [&](int64_t l, const Tensor& dy, Mask mask) {
+  const auto gradients = [&, &outputs = outputs, &sources = sources](int64_t l, const Tensor& dy, Mask mask) {
     const Network::Layer& layer = network.layers[l];
     const Tensor& x = l ? outputs[l - 1] : input;
     return layer.is_maxout()
                ? linear_maxout_backward(dy, x, weights[l], sources[l], weights[l].size(0), mask)
                : linear_activation_backward(dy, x, weights[l], sources[l], layer.name(), layer.params,
                                             /*from_output=*/false, mask);
-  });
+  };
+  return network.gradients(grad_output, output_mask, gradients);
 }
 
 }  // namespace composite

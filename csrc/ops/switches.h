@@ -16,7 +16,8 @@ struct Switch {
 };
 
 inline constexpr Switch cpu_isa_switch{
-    "MLPEXT_CPU_ISA", "baseline, avx2 or avx512: the instruction set to run (the best of this machine)"};
+    "MLPEXT_CPU_ISA",
+    "baseline, avx2, avx512, or neon on ARM: the instruction set to run (the best of this machine)"};
 inline constexpr Switch choices_switch{
     "MLPEXT_TUNE",
     "which of torch's operators run in the place of the package's: none (0), or by a file of `mlpext tune` "

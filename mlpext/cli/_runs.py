@@ -74,8 +74,9 @@ def evaluate(options: argparse.Namespace) -> None:
     picture = folder / "evaluation.png" if options.out is None else Path(options.out)
     measures = _measures(source, predicted, probabilities, about)
     print(f"{name}: {len(source)} samples")
+    width = max(28, *(len(measure) + 2 for measure in measures))
     for measure, value in measures.items():
-        print(f"{measure:<28}{value}")
+        print(f"{measure:<{width}}{value}")
     _draw(source, predicted, about, picture)
     print(picture)
 
@@ -117,8 +118,8 @@ def _draw(source: Source, predicted: Any, about: dict[str, Any], path: Path) -> 
     names = about["names"]
     if about["kind"] == "classes":
         confusion = sklearn.metrics.confusion_matrix(np.asarray(names)[source.y], predicted, labels=names)
-        plots.plot_confusion(confusion, names, path)
+        plots.plot_confusion_matrix(confusion, names, path)
     elif about["kind"] == "labels":  # of each label that a sample has, how often each is said of it
-        plots.plot_confusion(source.y.T @ predicted, names, path)
+        plots.plot_confusion_matrix(source.y.T @ predicted, names, path)
     else:
-        plots.plot_predicted(source.y, predicted.reshape(source.y.shape), names, path)
+        plots.plot_predictions(source.y, predicted.reshape(source.y.shape), names, path)

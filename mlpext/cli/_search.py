@@ -59,13 +59,13 @@ def search(data: Data, loss: LossName, options: argparse.Namespace, out: Path) -
     for reached, negative, hidden, activation, lr in results:
         shown = f"{reached:.1%}" if metric == "accuracy" else f"{reached:.3f}"
         print(ROW.format("-".join(map(str, hidden)), activation, f"{lr:.3g}", shown, f"{-negative:.5f}"))
-    from mlpext.plots import plot_search
+    from mlpext.plots import plot_learning_rates
 
     rows = [
-        ("-".join(map(str, hidden)), activation, lr, reached)
+        ("hidden " + "-".join(map(str, hidden)), activation, lr, reached)
         for reached, _, hidden, activation, lr in results
     ]
-    plot_search(rows, metric, out / "search.png")
+    plot_learning_rates(rows, metric, out / "search.png")
     print(f"{out / 'search.png'}; the first is trained:")
     _, _, options.hidden, options.activation, options.lr = results[0]
     if options.activation != "maxout" and "activation" not in options.given:

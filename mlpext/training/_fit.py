@@ -111,7 +111,9 @@ def fit(
             `reduction="none"`. A loss that is a module is kept with the model.
         reduction: what a step minimises, the "mean" over its samples or the "sum", which is the lecture's
             literal batch update. The losses reported are means either way.
-        momentum, weight_decay, nesterov: as in torch.optim.SGD, see `GradientDescent`.
+        momentum: the share of a step that the next one repeats, as in torch.optim.SGD.
+        weight_decay: what is added to the gradient, times the weight, as in torch.optim.SGD; biases too.
+        nesterov: Nesterov's momentum, as in torch.optim.SGD. `GradientDescent` has the formulas.
         l2: the weight of a penalty on large weights, as scikit-learn's alpha: l2 / 2 ||W||^2 is added to the
             sum of E over the samples of a step, before it is divided by their number. Biases are left out.
             The losses reported contain it, those of validation do not.

@@ -45,10 +45,11 @@ def fit_many(
     Args:
         models: different modules, of any shapes. Epochs of the native engine run beside one another; the
             PyTorch loop of one model waits for that of another wherever it runs Python.
-        x, target, options: as for `fit`. `checkpoint` and `log_dir` become a folder with one for each model:
-            0, 1, ...
+        x: as for `fit`.
+        target: as for `fit`.
         each: the options of each model that are its own, one mapping a model.
         threads: models trained at a time; None takes torch.get_num_threads(). Batched products take all.
+        **options: as for `fit`. `checkpoint` and `log_dir` become a folder with one for each model: 0, 1, ...
 
     Raises what `fit` raises, once the other models under way have stopped after the step that they were in;
     ValueError for a model given twice, a wrong number of `each`, or several ranks (`fit` takes those).

@@ -155,7 +155,7 @@ class History:
 
         Needs matplotlib (ImportError without it).
         """
-        from mlpext.plots import plot_histories
+        from mlpext.plots._histories import plot_histories
 
         return plot_histories({str(self.config.get("mode", "training")): self}, path)
 

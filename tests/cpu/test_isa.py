@@ -29,7 +29,7 @@ def python(*arguments, isa):
 
 
 def test_the_list():
-    assert ISAS[0] == "baseline" and set(ISAS) <= {"baseline", "avx2", "avx512"}
+    assert ISAS in (["neon"], ["baseline", "avx2", "avx512"][: len(ISAS)])
     assert mlpext._C.cpu_isa() in ISAS
     if "MLPEXT_CPU_ISA" not in os.environ:
         assert mlpext._C.cpu_isa() == ISAS[-1], "the best is the default"
@@ -57,6 +57,7 @@ def test_everything_again(isa):
     assert " passed" in run.stdout
 
 
+@pytest.mark.skipif(ISAS == ["neon"], reason="there is but one")
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_no_symbol_but_the_table_leaves_its_object(isa):
     """A weak function compiled for one instruction set could be the copy that the linker keeps for all."""

@@ -24,6 +24,8 @@ struct Philox {
     return (Lane)_mm256_mul_epu32((__m256i)a, (__m256i)(Lane{} + b));
 #elif defined(__SSE2__)
     return (Lane)_mm_mul_epu32((__m128i)a, (__m128i)(Lane{} + b));
+#elif defined(__aarch64__)
+    return (Lane)vmull_u32(vmovn_u64(a), vdup_n_u32(b));
 #else
     return (a & 0xffffffff) * b;
 #endif
@@ -43,8 +45,8 @@ struct Philox {
     }
     const Lane first = (c0 & 0xffffffff) | c1 << 32, second = (c2 & 0xffffffff) | c3 << 32;
     [&]<int... i>(std::integer_sequence<int, i...>) MLPEXT_LAMBDA {  // lane by lane in turn
-      write(to, __builtin_shufflevector(first, second, (i / 2 + i % 2 * size)...));
-      write(to + words / 2, __builtin_shufflevector(first, second, (size / 2 + i / 2 + i % 2 * size)...));
+      write(to, shuffle<(i / 2 + i % 2 * size)...>(first, second));
+      write(to + words / 2, shuffle<(size / 2 + i / 2 + i % 2 * size)...>(first, second));
     }(std::make_integer_sequence<int, size>());
   }
 };

@@ -9,8 +9,8 @@
 namespace mlpext::MLPEXT_ISA {
 namespace {
 
-// 4 vectors x 6 rows of sums fill 24 of 32 registers (AVX-512); 2 x 6 fill 12 of 16.
-constexpr int panel_vectors = MLPEXT_VECTOR_BYTES == 64 ? 4 : 2;
+// 4 vectors x 6 rows of sums fill 24 of 32 registers (AVX-512, NEON); 2 x 6 fill 12 of 16.
+constexpr int panel_vectors = vector_registers == 32 ? 4 : 2;
 template <class T> constexpr int64_t panel_width = panel_vectors * Lanes<T>::size;
 // SampleRows of a tile of so many vectors. Narrow tiles need more rows to hide the latency of madd: 8 in
 // flight.

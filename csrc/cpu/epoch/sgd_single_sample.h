@@ -97,7 +97,7 @@ template <class T> struct SgdLayer : Values<T> {
           v * V::size, registers, [](const T* p) MLPEXT_LAMBDA { return load<V>(p); },
           [](T* p, V w) MLPEXT_LAMBDA { store(p, w); });
     };
-    if constexpr (MLPEXT_VECTOR_BYTES == 64) in_steps<8, 4, 2, 1>(0, in / V::size, whole);
+    if constexpr (vector_registers == 32) in_steps<8, 4, 2, 1>(0, in / V::size, whole);
     else in_steps<4, 2, 1>(0, in / V::size, whole);
     const int left = static_cast<int>(in % V::size);
     if (left > 0)

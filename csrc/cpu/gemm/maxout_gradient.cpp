@@ -148,15 +148,15 @@ void run(const Winners& winners, const Matrix& x, const Matrix& w, void* dx, voi
 }
 
 bool pays(Dtype dtype, const Winners& winners, const Matrix& x, const Matrix& w, bool with_dx, bool with_dw) {
-  const auto& [dy, index, pieces] = winners;
+  const Matrix& dy = winners.dy;
   const int64_t features = with_dx ? w.columns : x.columns;
   const auto all_known = [&] {  // an index beyond the pieces means no gradient, and has no row to go with
     uint8_t most = 0;
-    for (int64_t i = 0; i < dy.rows * dy.columns; ++i) most = std::max(most, index[i]);
-    return most < pieces;
+    for (int64_t i = 0; i < dy.rows * dy.columns; ++i) most = std::max(most, winners.index[i]);
+    return most < winners.pieces;
   };
   return (with_dx || with_dw) && dy.rows > 0 && dy.columns > 0 && (dtype == float64 || dtype == float32) &&
-         pieces > 1 && pieces * features >= least_features && dy.column_stride == 1 &&
+         winners.pieces > 1 && winners.pieces * features >= least_features && dy.column_stride == 1 &&
          (!with_dx || w.column_stride == 1) && (!with_dw || x.column_stride == 1) && all_known();
 }
 

@@ -18,7 +18,7 @@ template <int N, int block, int high> constexpr int interleaved(int i) {
 }
 template <int block, int high, class V> MLPEXT_INLINE V interleave(V a, V b) {
   return [&]<int... i>(std::integer_sequence<int, i...>) MLPEXT_LAMBDA {
-    return V(__builtin_shufflevector(a.v, b.v, interleaved<V::size, block, high>(i)...));
+    return V(shuffle<interleaved<V::size, block, high>(i)...>(a.v, b.v));
   }(std::make_integer_sequence<int, V::size>());
 }
 
@@ -48,7 +48,7 @@ template <int block = 1, class V> MLPEXT_INLINE V sum_each(V* rows) {
 // of two values apart.
 template <int odd, class V> MLPEXT_INLINE V alternate(V a, V b) {
   return [&]<int... i>(std::integer_sequence<int, i...>) MLPEXT_LAMBDA {
-    return V(__builtin_shufflevector(a.v, b.v, (2 * i + odd)...));
+    return V(shuffle<(2 * i + odd)...>(a.v, b.v));
   }(std::make_integer_sequence<int, V::size>());
 }
 
@@ -261,10 +261,10 @@ MLPEXT_INLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_term, const T*
     }
 }
 
-// c = start + a b for a block: columns in steps of 64 (16 on AVX2), within each the rows in strips of 6. 6 x 4
-// sums, 4 registers of b and a factor fill the 32 registers of AVX-512, 6 x 2 the 16 of the others; so many
-// independent sums hide the four cycles that a multiply-add takes. What is left of rows and columns takes
-// smaller tiles and partial loads; b is never read beyond its columns.
+// c = start + a b for a block: columns in steps of four registers (two on AVX2), within each the rows in
+// strips of 6. 6 x 4 sums, 4 registers of b and a factor fill the 32 registers of AVX-512 and NEON, 6 x 2 the
+// 16 of the others; so many independent sums hide the four cycles that a multiply-add takes. What is left of
+// rows and columns takes smaller tiles and partial loads; b is never read beyond its columns.
 template <class T, bool pairs = false>
 void gemm_block(const void* a_, int64_t a_row, int64_t a_term, int64_t a_strip, const void* b_,
                 int64_t b_stride, int64_t b_strip, const void* start_, int64_t start_stride, void* c_,
@@ -289,7 +289,7 @@ void gemm_block(const void* a_, int64_t a_row, int64_t a_term, int64_t a_strip, 
         j * V::size, std::integral_constant<int, registers>(),
         [](const T* p) MLPEXT_LAMBDA { return load<V>(p); }, [](T* p, V x) MLPEXT_LAMBDA { store(p, x); });
   };
-  if constexpr (MLPEXT_VECTOR_BYTES == 64) in_steps<4, 2, 1>(0, columns / V::size, whole);
+  if constexpr (vector_registers == 32) in_steps<4, 2, 1>(0, columns / V::size, whole);
   else in_steps<2, 1>(0, columns / V::size, whole);
   const int left = static_cast<int>(columns % V::size);
   if (left > 0)

@@ -6,6 +6,8 @@ pytest.importorskip("matplotlib")
 
 import mlpext
 from mlpext import plots
+from mlpext.plots._activations import _with_gaps
+from mlpext.plots._histories import _colours
 from mlpext.training.history import Epoch, History
 
 
@@ -25,11 +27,11 @@ def lines(axis):
 @pytest.mark.thorough
 def test_every_activation_is_drawn_with_its_derivative(tmp_path):
     figure = plots.plot_activations(tmp_path / "activations.png")
-    panels = [axis for axis in figure.axes if axis.get_visible()]
+    panels = figure.axes
     names = [axis.get_title(loc="left") for axis in panels]
     assert names == [*mlpext.activations(), "maxout"]
     for axis in panels:
-        slope, curve = (line.get_ydata() for line in lines(axis))
+        curve, slope = (line.get_ydata() for line in lines(axis))
         x = np.asarray(lines(axis)[1].get_xdata())
         assert np.isfinite(curve).mean() > 0.99
         # Away from kinks the curve rises as its derivative says.
@@ -40,10 +42,27 @@ def test_every_activation_is_drawn_with_its_derivative(tmp_path):
     assert (tmp_path / "activations.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_some_activations_are_drawn_in_the_order_asked_for():
+    figure = plots.plot_activations(names=["maxout", "elu"])
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["maxout", "elu"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["x", "x"]
+    maxout = figure.axes[0]
+    x, y = lines(maxout)[0].get_data()
+    pieces = [line for line in maxout.get_lines() if line.get_linestyle() == ":"]
+    tallest = np.max([line.get_xy1()[1] + line.get_slope() * x for line in pieces], 0)
+    assert len(pieces) == 3 and np.allclose(y, tallest)
+
+
+@pytest.mark.parametrize("names", [[], ["swish"], ["relu", "Maxout"]])
+def test_an_unknown_activation(names):
+    with pytest.raises(ValueError, match=r"names: .*expected some of identity, .*, maxout"):
+        plots.plot_activations(names=names)
+
+
 def test_a_jump_is_a_gap():
     values = torch.tensor([0.0, 0.01, 0.02, 1.0, 1.01, 1.02]).double()
-    assert plots._with_gaps(values).isnan().tolist() == [False, False, False, True, False, False]
-    assert not plots._with_gaps(torch.linspace(0, 40, 500).sin()).isnan().any()
+    assert _with_gaps(values).isnan().tolist() == [False, False, False, True, False, False]
+    assert not _with_gaps(torch.linspace(0, 40, 500).sin()).isnan().any()
 
 
 def test_one_run_over_its_epochs(tmp_path):
@@ -105,11 +124,14 @@ def test_no_global_figure_is_left_open():
 
 
 def test_a_mode_has_its_colour_alone_and_beside_others():
-    alone = plots._colours(["runs/iris/batch"])
-    beside = plots._colours(
-        ["runs/iris/stochastic", "runs/iris/mini-batch", "runs/iris/batch", "other/batch"]
-    )
+    alone = _colours(["runs/iris/batch"])
+    beside = _colours(["runs/iris/stochastic", "runs/iris/mini-batch", "runs/iris/batch", "other/batch"])
     assert alone == beside[2:3] and len({*beside}) == 4
+
+
+def test_many_runs_have_colours_of_their_own():
+    labels = [f"mini-batch-seed-{seed}" for seed in range(20)]
+    assert len({*_colours(labels)}) == 20
 
 
 def test_a_loss_of_0_does_not_flatten_the_others_and_every_metric_has_a_panel():
