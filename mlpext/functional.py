@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -296,7 +297,7 @@ def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
     return _C.activation(input, "squareplus", (b,))
 
 
-def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
+def maxout(input: Tensor, pieces: int, dim: int = -1, interleaved: bool = False) -> Tensor:
     """Maximum over `pieces` groups of the slices of `dim`, exact.
 
     Values as of `input.unflatten(dim, (pieces, -1)).amax(dim)`. In a tie the first piece takes the whole
@@ -307,6 +308,8 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
         input: `dim` holds piece 0 of every output, then piece 1, and so on.
         pieces: how many inputs each output is the maximum of.
         dim: the dimension that holds the pieces.
+        interleaved: `dim` holds all pieces of output 0, then those of output 1, and so on, as in Paddle,
+            Chainer and Lasagne. A copy of the input is put in order then.
 
     Shape:
         (..., pieces * n, ...) -> (..., n, ...)
@@ -314,9 +317,16 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
     Raises:
         RuntimeError: `pieces` does not divide the size of `dim`.
 
-    >>> mlpext.functional.maxout(torch.tensor([1.0, 5.0, 3.0, 2.0]), pieces=2)
-    tensor([3., 5.])
+    >>> x = torch.tensor([1.0, 5.0, 3.0, 2.0])
+    >>> mlpext.functional.maxout(x, pieces=2), mlpext.functional.maxout(x, pieces=2, interleaved=True)
+    (tensor([3., 5.]), tensor([5., 3.]))
     """
+    if interleaved:
+        size = input.size(dim)
+        if pieces < 1 or size % pieces:
+            raise RuntimeError(f"pieces: {pieces} does not divide dimension {dim} of input, {size}")
+        dim %= input.dim()
+        input = torch.unflatten(input, dim, (-1, pieces)).transpose(dim, dim + 1).flatten(dim, dim + 1)
     return _C.maxout(input, pieces, dim)
 
 
@@ -369,3 +379,40 @@ def linear_maxout(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     torch.Size([2, 3])
     """
     return _C.linear_maxout(input, weight, bias)
+
+
+def linear_gated(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "silu",
+    **params: float,
+) -> Tensor:
+    """f(x W1' + b1) * (x W2' + b2) as one operator, a layer whose one half gates the other.
+
+    weight[0] and bias[0] are W1 and b1, of the gate. Without gradients z = x W' + b is never stored; with
+    them backward keeps z, two values an output, where torch's operators keep three. Shazeer, 2020,
+    arXiv:2002.05202; Dauphin et al., 2017, arXiv:1612.08083 (sigmoid).
+
+    Args:
+        activation: f, one of `mlpext.activations()`: "silu" (SwiGLU), "gelu" (GEGLU), "relu" (ReGLU),
+            "sigmoid" (GLU), "identity" (bilinear).
+        params: its parameters, as of `linear_activation`.
+
+    Shape:
+        input (*, in_features), weight (2, out_features, in_features), bias (2, out_features), all of one
+        dtype -> (*, out_features)
+
+    Raises:
+        ValueError: `activation` is no known name.
+        TypeError: it lacks one of `params`.
+
+    >>> mlpext.functional.linear_gated(x, torch.randn(2, 3, x.size(-1)), activation="gelu").shape
+    torch.Size([2, 3])
+    """
+    values = (
+        activation_parameters(activation, params)
+        if params or activation not in _DEFAULTS
+        else _DEFAULTS[activation]
+    )
+    return _C.linear_gated(input, weight, bias, activation, values)

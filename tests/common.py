@@ -192,6 +192,27 @@ def linear_maxout_op(pieces: int, bias: bool = True) -> Op:
     )
 
 
+def linear_gated_op(name: str, parameters: dict, bias: bool = True) -> Op:
+    f = differentiable(name, parameters)
+
+    def halves(x, w, b=None):
+        z = TF.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
+        return z.unflatten(-1, (2, -1)).unbind(-2)
+
+    def eager(*tensors):
+        gate, value = halves(*tensors)
+        return f(gate) * value
+
+    return Op(
+        id=f"linear_gated_{reference.case_id((name, parameters))}" + ("" if bias else "_no_bias"),
+        ours=lambda x, w, b=None: F.linear_gated(x, w, b, activation=name, **parameters),
+        eager=eager,
+        shapes=((3, 4), (2, 5, 4), (2, 5)) if bias else ((3, 4), (2, 5, 4)),
+        net=lambda *tensors: halves(*tensors)[0],
+        kinks=reference.kinks(name, parameters),
+    )
+
+
 def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
     """A network of 4, 5, 5, ... units; at most one layer may have kinks or be maxout (of 2 pieces)."""
     count, pieces = len(layers), 2
@@ -251,7 +272,11 @@ MLP_OPS = [
     mlp_op(("gelu", {}), ("elu", {"alpha": 0.3}), bias=False),
     mlp_op(("maxout", {}), ("softplus", {})),
 ]
-ALL_OPS = [*ACTIVATION_OPS, *LINEAR_OPS, *MAXOUT_OPS, *MLP_OPS]
+GATED_OPS = [
+    *(linear_gated_op(*case.values) for case in CASES),
+    linear_gated_op("silu", {}, bias=False),
+]
+ALL_OPS = [*ACTIVATION_OPS, *LINEAR_OPS, *MAXOUT_OPS, *GATED_OPS, *MLP_OPS]
 # One of each way through the core: what is kept (x, y, neither, an index), a parameter, the composite path.
 FEW_OPS = [
     activation_op("sigmoid", {}),
@@ -264,6 +289,9 @@ FEW_OPS = [
     linear_op("elu", {"alpha": 0.3}, bias=False),
     linear_op("elu", {"alpha": -0.5}),
     linear_op("gelu", {}),
+    linear_gated_op("silu", {}),
+    linear_gated_op("identity", {}),
+    linear_gated_op("elu", {"alpha": -0.5}, bias=False),
     *MAXOUT_OPS,
     *MLP_OPS,
 ]

@@ -46,8 +46,14 @@ class Layer:
     name: str = "tanh"
     params: Params = ()
     pieces: int = 2
+    gated: bool = False  # the activation is that of a gate; in the family "layer"
 
     __repr__ = short
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """How many matrices its weight has."""
+        return (self.pieces,) if self.name == "maxout" else (2,) if self.gated else ()
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +105,17 @@ def _native_layer(layer: Layer, x: Any, weight: Any, bias: Any) -> Any:
     if layer.name == "maxout":
         return common.eager_linear_maxout(x, weight, bias)
     torchs = common.differentiable if x.is_floating_point() else common.eager
-    return torchs(layer.name, dict(layer.params))(TF.linear(x, weight, bias))
+    f = torchs(layer.name, dict(layer.params))
+    if layer.gated:
+        gate, value = _halves(x, weight, bias)
+        return f(gate) * value
+    return f(TF.linear(x, weight, bias))
+
+
+def _halves(x: Any, weight: Any, bias: Any) -> Any:
+    """z of the gate and of the value."""
+    z = TF.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
+    return z.unflatten(-1, (2, -1)).unbind(-2)
 
 
 def _module(layer: Layer, weight: Any, bias: Any) -> torch.nn.Module:
@@ -108,6 +124,8 @@ def _module(layer: Layer, weight: Any, bias: Any) -> torch.nn.Module:
     if layer.name == "maxout":
         return mlpext.nn.Maxout(weight.shape[-1], weight.shape[1], weight.shape[0], **sizes)
     sizes |= dict(layer.params)
+    if layer.gated:
+        return mlpext.nn.GatedLinear(weight.shape[-1], weight.shape[1], layer.name, **sizes)
     return mlpext.nn.LinearActivation(weight.shape[-1], weight.shape[0], layer.name, **sizes)
 
 
@@ -117,6 +135,8 @@ def _our_layer(layer: Layer, module: Any, x: Any, weight: Any, bias: Any) -> Any
         return functional_call(module, given, (x,))
     if layer.name == "maxout":
         return F.linear_maxout(x, weight, bias)
+    if layer.gated:
+        return F.linear_gated(x, weight, bias, layer.name, **dict(layer.params))
     return F.linear_activation(x, weight, bias, layer.name, **dict(layer.params))
 
 
@@ -246,7 +266,7 @@ def inputs(case: Case) -> Tensors:
     if case.family in ("activation", "maxout"):
         return tensors
     sizes = [case.shape[-1] if case.shape else 1, *(layer.width for layer in case.layers)]
-    stacks = [(layer.pieces,) if layer.name == "maxout" else () for layer in case.layers]
+    stacks = [layer.stack for layer in case.layers]
     if case.wrong == "in_features":
         sizes[0] += 1
     for i, stack in enumerate(stacks):
@@ -544,7 +564,7 @@ def _margins(case: Case, tensors: Tensors) -> float:
             gaps = top[..., 0, :] - top[..., -1, :] if layer.pieces > 1 else torch.full((), math.inf)
             x = z.amax(-2)
         else:
-            z = TF.linear(x, weight, bias)
+            z = _halves(x, weight, bias)[0] if layer.gated else TF.linear(x, weight, bias)
             kinks = reference.kinks(layer.name, dict(layer.params))
             gaps = torch.stack([(z - k).abs() for k in kinks or (math.inf,)])
             x = common.eager(layer.name, dict(layer.params))(z)
@@ -662,6 +682,9 @@ def _referenced(case: Case, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tenso
         bias = rest[len(case.layers) + i] if case.bias else None
         if layer.name == "maxout":
             x = common.eager_linear_maxout(x, rest[i], bias)
+        elif layer.gated:
+            gate, value = _halves(x, rest[i], bias)
+            x = Referenced.apply(gate, layer) * value
         else:
             x = Referenced.apply(TF.linear(x, rest[i], bias), layer)
     return x
@@ -725,7 +748,7 @@ def _numbers(case: Case, got: Outcome, theirs: Outcome, exact: Tensors) -> Probl
             size = wanted[wanted.isfinite()].abs()
             scale = max(1.0, float(size.max()) if size.numel() else 1.0)
             for layer in case.layers:  # an error before a steep layer is a larger one behind it
-                scale *= max(1.0, abs(dict(layer.params).get("omega", 1.0)))
+                scale *= max(1.0, abs(dict(layer.params).get("omega", 1.0))) * (8 if layer.gated else 1)
             units = CLOSE[precision(case)] * len(case.layers) * (1 if case.way in ORDINARY else 2)
             if case.layouts[0] in ("expanded", "one number"):  # rows that are the same have the same errors
                 units *= max(1.0, math.prod(case.shape[:-1]) / 16)
@@ -832,6 +855,8 @@ def draw(r: random.Random, compiled: bool = False) -> Case:
                 Layer(each.width, each.name) if dict(each.params).get("alpha", 1) < 0 else each
                 for each in layers
             )
+        elif layers[0].name != "maxout" and r.random() < 0.3:
+            layers = (dataclasses.replace(layers[0], gated=True),)
         case = dataclasses.replace(case, layers=layers, shape=shape, bias=r.random() < 0.8)
         if r.random() < 0.03 and not compiled:
             case = dataclasses.replace(case, wrong=r.choice(WRONG[: 3 + case.bias]))

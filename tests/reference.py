@@ -333,6 +333,20 @@ def linear_activation_gradient(g, x, weight, bias, name, parameters):
     return delta @ weight, delta.T @ x, delta.sum(0)
 
 
+def linear_gated(x, weight, bias, name, parameters):
+    """f(x W1' + b1) (x W2' + b2)."""
+    gate, value = (linear(x, weight[k], None if bias is None else bias[k]) for k in range(2))
+    return fast(name, parameters, gate)[0] * value
+
+
+def linear_gated_gradient(g, x, weight, bias, name, parameters):
+    gate, value = (linear(x, weight[k], None if bias is None else bias[k]) for k in range(2))
+    f, slope = fast(name, parameters, gate)
+    deltas = [g * value * slope, g * f]
+    d_x = sum(delta @ w for delta, w in zip(deltas, weight, strict=True))
+    return d_x, np.stack([delta.T @ x for delta in deltas]), np.stack([delta.sum(0) for delta in deltas])
+
+
 def linear_maxout(x, weight, bias):
     """max over k of (W_k x + b_k), and the k that wins."""
     nets = [linear(x, weight[k], None if bias is None else bias[k]) for k in range(len(weight))]

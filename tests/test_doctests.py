@@ -41,4 +41,4 @@ def test_every_function_and_layer_has_an_example():
         if callable(value) and value.__module__ == "mlpext.functional"
     ]
     public = [f"mlpext.functional.{name}" for name in functions if not name.startswith("_")]
-    assert {*public, "mlpext.nn.MLP", "mlpext.fusion.fuse"} <= names
+    assert {*public, "mlpext.nn._networks.MLP", "mlpext.fusion.fuse"} <= names

@@ -119,6 +119,13 @@ template <class M, class Index> void maxout_backward(const void* grad_output_, c
   }
 }
 
+template <class M> void multiply(const void* a, const void* b, void* product, int64_t n) {
+  using V = LanesOf<M>;
+  map(
+      n, static_cast<M*>(product), [](V x, V y) MLPEXT_LAMBDA { return x * y; }, static_cast<const M*>(a),
+      static_cast<const M*>(b));
+}
+
 template <class Index> constexpr PerDtype<cpu::MaxoutForward> maxout_forward_kernels() {
   return {maxout_forward<double, Index>, maxout_forward<float, Index>, maxout_forward<BFloat16, Index>,
           maxout_forward<Half, Index>};
@@ -140,6 +147,7 @@ constinit const cpu::Kernels kernels{
     all_activation_kernels(static_cast<Activations*>(nullptr)),
     {maxout_forward_kernels<uint8_t>(), maxout_forward_kernels<int32_t>()},
     {maxout_backward_kernels<uint8_t>(), maxout_backward_kernels<int32_t>()},
+    {multiply<double>, multiply<float>, multiply<BFloat16>, multiply<Half>},
     gemm_kernels<double, float, BFloat16, Half>(),
     {train<double>, train<float>},
     {dropout_mask<double>, dropout_mask<float>},

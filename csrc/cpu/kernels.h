@@ -43,6 +43,9 @@ using MaxoutForward = void (*)(const void* x, void* y, void* index, int64_t piec
 using MaxoutBackward = void (*)(const void* grad_output, const void* index, void* grad_input, int64_t pieces,
                                 int64_t stride, int64_t n);
 
+// product[i] = a[i] b[i]; product may be a.
+using Multiply = void (*)(const void* a, const void* b, void* product, int64_t n);
+
 // The innermost loops of a gemm, C = A B (gemm/microkernels.h). Strides count elements. The sums of 16-bit
 // types are float.
 using CopyRows = void (*)(const void* from, int64_t from_stride, void* to, int64_t to_stride, int64_t rows,
@@ -97,6 +100,7 @@ struct Kernels {
   // By width of the index: [0] one byte, [1] int32.
   std::array<PerDtype<MaxoutForward>, 2> maxout_forward;
   std::array<PerDtype<MaxoutBackward>, 2> maxout_backward;
+  PerDtype<Multiply> multiply;
   GemmKernels gemm;
   // float64 and float32.
   std::array<TrainEpoch, 2> train;

@@ -1,10 +1,13 @@
-// Linear + activation and linear + maxout on CPU: tensors to pointers for the gemm, whose tiles take bias and
-// activation, or maxout, while they are in the cache (gemm/gemm.h). Where that gemm is not the faster one,
-// torch's product, then the activation in place.
+// Linear + activation, linear + maxout and gated layers on CPU: tensors to pointers for the gemm, whose tiles
+// take bias and activation, maxout or gate while they are in the cache (gemm/gemm.h). Where that gemm is not
+// the faster one, torch's product, then the rest in place.
+#include <ATen/Parallel.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <torch/library.h>
+
+#include <cstring>
 
 #include "cpu/choice.h"
 #include "cpu/gemm/gemm.h"
@@ -181,7 +184,14 @@ std::tuple<Tensor, Tensor> run_linear_maxout(const Tensor& input, const Tensor& 
   if (uses_gemm(dtype) && pieces <= max_fused_pieces) {
     output = empty({x.size(0), weight.size(1)}, input.scalar_type());
     if (with_index) index = empty(output.sizes(), maxout_index_dtype(pieces));
-    gemm_maxout(dtype, matrix(x), matrix(w), data(b), pieces, data(output), data(index));
+    auto* const y = static_cast<char*>(data(output));
+    auto* const winner = static_cast<uint8_t*>(data(index));
+    const int64_t columns = output.size(1), size = output.element_size();
+    const MaxoutForward maxout = kernels().maxout_forward[0][dtype];
+    gemm_pieces(dtype, matrix(x), matrix(w), data(b), pieces, [&](const PiecesOfRow& part) {
+      const int64_t at = part.row * columns + part.column;
+      maxout(part.z, y + at * size, winner ? winner + at : nullptr, pieces, part.columns, part.columns);
+    });
   } else if (with_index) {
     std::tie(output, index) = maxout_forward(torch_linear(x, w, b), pieces, 1);
   } else {
@@ -238,6 +248,132 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
   return {shaped(dx, grad_output), dw, db};
 }
 
+namespace {
+
+// What a gated layer does between its products, on n values of the gate z1 and of the value z2.
+struct Gate {
+  Dtype dtype;
+  const ActivationKernels& activation;
+  const double* params;
+
+  // y = f(z1) z2
+  void forward(const void* z1, const void* z2, void* y, int64_t n) const {
+    activation.forward[dtype](params, z1, y, n);
+    kernels().multiply[dtype](y, z2, y, n);
+  }
+  // dz1 = g z2 f'(z1), dz2 = g f(z1)
+  void backward(const void* g, const void* z1, const void* z2, void* dz1, void* dz2, int64_t n) const {
+    forward(z1, g, dz2, n);
+    kernels().multiply[dtype](g, z2, dz1, n);
+    activation.backward[dtype](params, dz1, z1, dz1, n);
+  }
+};
+
+// Calls run(row) for all rows of z, cut for the threads.
+template <class Run> void by_rows(const Tensor& z, Run run) {
+  at::parallel_for(0, z.size(0), 1 + grain_size / std::max<int64_t>(1, z.size(1)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t row = begin; row < end; ++row) run(row);
+                   });
+}
+
+// y, and z (rows, 2 out_features), the gate's and the value's side by side, if it is asked for.
+std::tuple<Tensor, Tensor> run_linear_gated(const Tensor& input, const Tensor& weight,
+                                            const OptionalTensor& bias, std::size_t index, Params params,
+                                            bool with_z) {
+  check_linear_gated(input, weight, bias);
+  const Tensor x = rows_of(input), w = weight.flatten(0, 1);
+  const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1).contiguous()) : bias;
+  const Dtype dtype = dtype_of(input);
+  const int64_t columns = weight.size(1), size = input.element_size();
+  const Gate gate{dtype, kernels().activations[index], params.data()};
+  const Tensor output = empty({x.size(0), columns}, input.scalar_type());
+  auto* const y = static_cast<char*>(data(output));
+  Tensor z;
+  if (uses_gemm(dtype) && !by_few_rows(matrix(x), matrix(w)) &&
+      !torch_serves(Product::forward, dtype, x.size(0), x.size(1), 2 * columns)) {
+    if (with_z) z = empty({x.size(0), 2 * columns}, input.scalar_type());
+    auto* const kept = static_cast<char*>(data(z));
+    gemm_pieces(dtype, matrix(x), matrix(w), data(b), 2, [&](const PiecesOfRow& part) {
+      const auto* const z1 = static_cast<const char*>(part.z);
+      const int64_t bytes = part.columns * size, at = (part.row * columns + part.column) * size;
+      if (kept)
+        for (int64_t half = 0; half < 2; ++half)
+          std::memcpy(kept + at + (part.row + half) * columns * size, z1 + half * bytes, bytes);
+      gate.forward(z1, z1 + bytes, y + at, part.columns);
+    });
+  } else {
+    z = linear_activation(x, w, b, Identity::name, {});
+    const auto* const z1 = static_cast<const char*>(z.const_data_ptr());
+    by_rows(z, [&](int64_t row) {
+      const auto* const from = z1 + 2 * row * columns * size;
+      gate.forward(from, from + columns * size, y + row * columns * size, columns);
+    });
+  }
+  return {shaped(output, input), with_z ? shaped(z, input) : Tensor()};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_gated_forward(const Tensor& input, const Tensor& weight,
+                                                const OptionalTensor& bias, std::string_view name,
+                                                Params params) {
+  const std::size_t index = activation_index(name, params);
+  if (!is_supported_linear_maxout(input, weight, bias) || !has_kernel(input, index, params))
+    return composite::linear_gated_forward(input, weight, bias, name, params);
+  return run_linear_gated(input, weight, bias, index, params, /*with_z=*/true);
+}
+
+Tensor linear_gated(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                    std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  if (!is_supported_linear_maxout(input, weight, bias) || !has_kernel(input, index, params))
+    return composite::linear_gated(input, weight, bias, name, params);
+  return std::get<0>(run_linear_gated(input, weight, bias, index, params, /*with_z=*/false));
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_gated_backward(const Tensor& grad_output,
+                                                         const OptionalTensor& input,
+                                                         const OptionalTensor& weight,
+                                                         const Tensor& preactivation, std::string_view name,
+                                                         Params params, Mask output_mask) {
+  const std::size_t index = activation_index(name, params);
+  if (!is_supported(preactivation) || grad_output.scalar_type() != preactivation.scalar_type() ||
+      !has_kernel(grad_output, index, params))
+    return composite::linear_gated_backward(grad_output, input, weight, preactivation, name, params,
+                                            output_mask);
+  const OptionalTensor w = weight ? OptionalTensor(weight->flatten(0, 1)) : weight;
+  const Tensor z = rows_of(preactivation).contiguous();
+  Tensor dy = rows_of(grad_output);
+  if (dy.stride(1) != 1) dy = dy.contiguous();
+  const Dtype dtype = dtype_of(dy);
+  const int64_t columns = dy.size(1), half = columns * dy.element_size();
+  const Gate gate{dtype, kernels().activations[index], params.data()};
+  const auto* const g = static_cast<const char*>(dy.const_data_ptr());
+  const auto* const z1 = static_cast<const char*>(z.const_data_ptr());
+  const int64_t g_stride = dy.stride(0) * dy.element_size();
+  const auto form = [&](int64_t row, int64_t rows, void* to, int64_t stride) {
+    auto* dz = static_cast<char*>(to);
+    for (const int64_t end = row + rows; row < end; ++row, dz += stride * dy.element_size()) {
+      const auto* const kept = z1 + 2 * row * half;
+      gate.backward(g + row * g_stride, kept, kept + half, dz, dz + half, columns);
+    }
+  };
+  std::tuple<Tensor, Tensor, Tensor> gradients;
+  auto& [dx, dw, db] = gradients;
+  if (any(torch_gradients(z, input, w, /*all=*/false, output_mask))) {
+    const Tensor dz = empty(z.sizes(), z.scalar_type());
+    auto* const to = static_cast<char*>(data(dz));
+    by_rows(dz, [&](int64_t row) { form(row, 1, to + 2 * row * half, 2 * columns); });
+    gradients = linear_activation_backward(dz, input, w, std::nullopt, Identity::name, {},
+                                           /*from_output=*/true, output_mask);
+  } else {
+    gradients = gemm_gradients(dtype, dy.scalar_type(), {dy.size(0), 2 * columns, nullptr, form}, input, w,
+                               output_mask);
+  }
+  return {shaped(dx, grad_output), composite::in_halves(dw), composite::in_halves(db)};
+}
+
 TORCH_LIBRARY_IMPL(mlpext, CPU, m) {
   m.impl("linear_activation", linear_activation);
   m.impl("linear_activation_forward", linear_activation_forward);
@@ -245,6 +381,9 @@ TORCH_LIBRARY_IMPL(mlpext, CPU, m) {
   m.impl("linear_maxout", linear_maxout);
   m.impl("linear_maxout_forward", linear_maxout_forward);
   m.impl("linear_maxout_backward", linear_maxout_backward);
+  m.impl("linear_gated", linear_gated);
+  m.impl("linear_gated_forward", linear_gated_forward);
+  m.impl("linear_gated_backward", linear_gated_backward);
 }
 
 }  // namespace mlpext::cpu

@@ -47,6 +47,17 @@ Tensor autocast_linear_maxout(const Tensor& input, const Tensor& weight, const O
                                    cached_cast(dtype, bias, device));
 }
 
+Tensor autocast_linear_gated(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                             std::string_view name, Params params) {
+  c10::impl::ExcludeDispatchKeyGuard guard(autocast_keys);
+  const auto device = device_type(input);
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const Tensor x = cached_cast(dtype, input, device), w = cached_cast(dtype, weight, device);
+  const OptionalTensor b = cached_cast(dtype, bias, device);
+  if (autocasts_to_float(input, name)) return composite::linear_gated(x, w, b, name, params);
+  return ops::linear_gated().call(x, w, b, name, params);
+}
+
 Tensor autocast_mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
                     at::IntArrayRef activations, Params params) {
   const auto device = device_type(input);
@@ -63,6 +74,7 @@ void register_autocast(torch::Library& m) {
   m.impl("activation", autocast_activation);
   m.impl("linear_activation", autocast_linear_activation);
   m.impl("linear_maxout", autocast_linear_maxout);
+  m.impl("linear_gated", autocast_linear_gated);
   m.impl("mlp", autocast_mlp);
 }
 

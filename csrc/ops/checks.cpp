@@ -105,6 +105,12 @@ void check_linear_maxout(const Tensor& input, const Tensor& weight, const Option
   check_dtypes(input, weight, bias);
 }
 
+void check_linear_gated(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK(weight.dim() == 3 && weight.size(0) == 2, "weight: shape ", weight.sizes(),
+              ", expected (2, out_features, in_features), that of the gate and that of the value");
+  check_linear_maxout(input, weight, bias);
+}
+
 int64_t check_maxout(const Tensor& input, int64_t pieces, int64_t dim) {
   dim = at::maybe_wrap_dim(dim, input.dim());
   TORCH_CHECK(input.dim() >= 1, "input: a 0-d tensor has no dimension to split into pieces");

@@ -28,6 +28,7 @@ bool is_supported_linear_maxout(const Tensor& input, const Tensor& weight, const
 // Refuse shapes and dtypes that do not fit together, naming the argument, its value and what is accepted.
 void check_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 void check_linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
+void check_linear_gated(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);
 // `dim` counted from the front, after a check that `pieces` divides that dimension.
 int64_t check_maxout(const Tensor& input, int64_t pieces, int64_t dim);
 

@@ -324,6 +324,59 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(T grad_output, const O
 
 namespace {
 
+// The gate's and the value's half of z.
+std::pair<Tensor, Tensor> halves(T z) {
+  const std::vector<Tensor> both = z.chunk(2, -1);
+  return {both[0], both[1]};
+}
+
+Tensor gated(T z, std::string_view name, Params params) {
+  const auto [gate, value] = halves(z);
+  return (name == Identity::name ? gate : activation(gate, name, params)) * value;
+}
+
+}  // namespace
+
+Tensor gate_backward(T grad_output, T z, std::string_view name, Params params) {
+  const auto [gate, value] = halves(z);
+  const Tensor of_gate = grad_output * value;
+  if (name == Identity::name) return at::cat({of_gate, grad_output * gate}, -1);
+  return at::cat({activation_backward(of_gate, gate, name, params, /*from_output=*/false),
+                  grad_output * activation(gate, name, params)},
+                 -1);
+}
+
+Tensor in_halves(T rows) {
+  if (!rows.defined()) return rows;
+  std::vector<c10::SymInt> sizes(rows.sym_sizes().begin(), rows.sym_sizes().end());
+  sizes[0] = sizes[0] / 2;
+  sizes.insert(sizes.begin(), 2);
+  return rows.reshape_symint(sizes);
+}
+
+Tensor linear_gated(T input, T weight, const OptionalTensor& bias, std::string_view name, Params params) {
+  return std::get<0>(linear_gated_forward(input, weight, bias, name, params));
+}
+
+std::tuple<Tensor, Tensor> linear_gated_forward(T input, T weight, const OptionalTensor& bias,
+                                                std::string_view name, Params params) {
+  check_linear_gated(input, weight, bias);
+  const Tensor z = stacked_linear(input, weight, bias);
+  return {gated(z, name, params), z};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_gated_backward(T grad_output, const OptionalTensor& input,
+                                                         const OptionalTensor& weight, T preactivation,
+                                                         std::string_view name, Params params,
+                                                         Mask output_mask) {
+  auto [dx, dw, db] =
+      linear_backward(gate_backward(grad_output, preactivation, name, params), input,
+                      weight ? std::optional(weight->flatten(0, 1)) : std::nullopt, output_mask);
+  return {dx, in_halves(dw), in_halves(db)};
+}
+
+namespace {
+
 void register_composites(torch::Library& m) {
 #define MLPEXT_IMPL(name) m.impl(#name, composite::name);
   MLPEXT_FOR_EACH_OPERATOR(MLPEXT_IMPL)

@@ -30,6 +30,14 @@ TORCH_LIBRARY(mlpext, m) {
       "linear_maxout_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor index, int pieces, "
       "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
+  m.def("linear_gated(Tensor input, Tensor weight, Tensor? bias, str name, float[] params) -> Tensor");
+  m.def(
+      "linear_gated_forward(Tensor input, Tensor weight, Tensor? bias, str name, float[] params) -> "
+      "(Tensor output, Tensor preactivation)");
+  m.def(
+      "linear_gated_backward(Tensor grad_output, Tensor? input, Tensor? weight, Tensor preactivation, "
+      "str name, float[] params, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+
   m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases, int[] activations, float[] params) -> Tensor");
   // `kept` are the outputs of all layers but the last, then what a device may add for its own backward (CUDA:
   // cuda/mlp.cpp), then, of those of them that need it, preactivations and indices of the winner; `last` is

@@ -4,6 +4,7 @@
 // torch's own operators in `composite` and of the kernels of a device in `cpu` and `cuda`. Shapes: input x
 // (*, in_features), weight W (out_features, in_features) or, of maxout, (pieces, out_features, in_features),
 // bias (out_features) or (pieces, out_features); the pre-activation is z = x W' + b and the output y = f(z).
+// A gated layer has two pieces, the gate and the value, side by side in z: y = f(z1) z2.
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -50,6 +51,15 @@ using linear_maxout_backward = std::tuple<Tensor, Tensor, Tensor>(const Tensor& 
                                                                   const Tensor& index, int64_t pieces,
                                                                   Mask output_mask);
 
+using linear_gated = Tensor(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                            std::string_view name, Params params);
+using linear_gated_forward = std::tuple<Tensor, Tensor>(const Tensor& input, const Tensor& weight,
+                                                        const OptionalTensor& bias, std::string_view name,
+                                                        Params params);
+using linear_gated_backward = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+    const Tensor& preactivation, std::string_view name, Params params, Mask output_mask);
+
 // A network (network.h): `activations` has an index of the list for each layer, or maxout_layer; `params` are
 // theirs, one layer after the other.
 using mlp = Tensor(const Tensor& input, at::TensorList weights, at::TensorList biases,
@@ -79,7 +89,10 @@ using mlp_backward = std::vector<Tensor>(const Tensor& grad_output, const Tensor
   X(linear_activation_backward)     \
   X(linear_maxout)                  \
   X(linear_maxout_forward)          \
-  X(linear_maxout_backward) X(mlp) X(mlp_forward) X(mlp_backward)
+  X(linear_maxout_backward)         \
+  X(linear_gated)                   \
+  X(linear_gated_forward)           \
+  X(linear_gated_backward) X(mlp) X(mlp_forward) X(mlp_backward)
 
 // Declares a function of an operator's type (a function may be declared, not defined, by the name of its
 // type).
@@ -105,6 +118,12 @@ MLPEXT_FOR_EACH_OPERATOR(MLPEXT_HANDLE)
 // torch's behaviour, and derivatives of any order.
 namespace composite {
 MLPEXT_FOR_EACH_OPERATOR(MLPEXT_DECLARE)
+
+// dE/dz of a gated layer from dE/dy, for the z that it keeps.
+Tensor gate_backward(const Tensor& grad_output, const Tensor& preactivation, std::string_view name,
+                     Params params);
+// (2 n, ...) as (2, n, ...), in operators that every vmap takes; an undefined tensor as it is.
+Tensor in_halves(const Tensor& rows);
 
 // mlp_backward without what mlp_forward kept: it goes forward again from the input, so that a graph of it
 // reaches all that the gradients depend on.

@@ -118,6 +118,18 @@ py::object linear_maxout(py::handle input, py::handle weight, py::handle bias) {
       [&] { return ops::linear_maxout().call(tensor(input), tensor(weight), optional_tensor(bias)); });
 }
 
+py::object linear_gated(py::handle input, py::handle weight, py::handle bias, py::handle name,
+                        py::handle params) {
+  const Numbers numbers(params);
+  if (!numbers.valid || !is_plain(input) || !is_plain(weight) || !is_plain_or_none(bias) ||
+      at::impl::torch_function_mode_enabled())
+    return fall_back("linear_gated", input, weight, bias, name, params);
+  return released([&] {
+    return ops::linear_gated().call(tensor(input), tensor(weight), optional_tensor(bias), text(name),
+                                    numbers.params());
+  });
+}
+
 py::object mlp(py::handle module, py::handle input) {
   NetworkModule network;
   HANDLE_TH_ERRORS
@@ -152,6 +164,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_activation", linear_activation, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("name"), py::arg("params") = py::tuple());
   m.def("linear_maxout", linear_maxout, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none());
+  m.def("linear_gated", linear_gated, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("name"),
+        py::arg("params") = py::tuple());
   m.def(
       "mlp", mlp, py::arg("module"), py::arg("input"),
       "The output of a module with LinearActivation and Maxout layers, as one operator; NotImplemented where "

@@ -10,6 +10,7 @@ the `_patterns`, and `_graph` does graph=True.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, overload
 
@@ -20,10 +21,11 @@ from torch.nn import Identity, Linear, Module
 from mlpext import nn
 from mlpext.fusion._calls import Calls
 from mlpext.fusion._graph import FusedGraph, fuse_graph
-from mlpext.fusion._pairs import Row, find_pairs
-from mlpext.fusion._patterns import OURS, activation_of
+from mlpext.fusion._pairs import ACTIONS, Row, find_pairs
+from mlpext.fusion._patterns import activation_of
 from mlpext.fusion._source import reads
 from mlpext.fusion._trace import HOOKS
+from mlpext.nn._activations import OURS
 
 M = TypeVar("M", bound=Module)
 
@@ -54,12 +56,18 @@ class FusedActivation(Identity):
 
 
 class Report(list[Row]):
-    """The rows of `fuse(..., report=True)`; as text, a table."""
+    """The rows of `fuse(..., report=True)`, what concerns the model as a whole last; as text, a table and
+    how many modules each action has met."""
 
     def __str__(self) -> str:
-        head = Row("module", "action", "reason")
-        widths = [max(len(row[column]) for row in [head, *self]) for column in range(2)]
-        return "\n".join(f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in [head, *self])
+        if not self:
+            return "nothing to fuse: there is no Linear layer and no activation"
+        rows = [Row("module", "action", "reason"), *self]
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        table = (f"{row[0]:{widths[0]}}  {row[1]:{widths[1]}}  {row[2]}" for row in rows)
+        counts = Counter(row.action for row in self if row.path)
+        summary = (f"{counts[action]} {action}" for action in ACTIONS if counts[action])
+        return "\n".join([*table, ", ".join(summary)])
 
 
 @overload
@@ -99,6 +107,7 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
     0       fused   with 1 (Tanh)
     1       fused   into 0
     2       left    no activation follows it: its output is a result
+    2 fused, 1 left
     """
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -106,7 +115,7 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
     rows = _fuse(result)
     if graph:
         result = fuse_graph(result, rows)
-    return (result, Report(rows.values())) if report else result
+    return (result, Report(sorted(rows.values(), key=lambda row: not row.path))) if report else result
 
 
 def unfuse(model: Module) -> Module:
@@ -160,6 +169,9 @@ def _copy(model: Module) -> Module:
 def _fuse(model: Module) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
     pairs, rows = find_pairs(Calls(model))
+    for path, module in model.named_modules():
+        if was := vars(module).get(_WAS):
+            rows[module] = Row(path, "unchanged", f"fused already: it was {was.__name__}")
     for linear, activations in pairs.items():
         linear.activation, linear.params = activation_of(next(iter(activations)))  # type: ignore[misc,assignment]
     for linear in pairs:

@@ -12,15 +12,19 @@ from torch import fx
 from torch.nn import Linear, Module
 
 from mlpext.fusion._calls import Calls
-from mlpext.fusion._patterns import OURS, activation_called, activation_of, why_not_linear
+from mlpext.fusion._patterns import activation_called, activation_of, why_not_linear
 from mlpext.fusion._trace import describe, has_hooks, is_from_torch, producer, sole_user
+from mlpext.nn._activations import OURS
 
 # Linear layer -> the activations that follow it, a set in the order of the calls; all of them are alike.
 Pairs = dict[Module, dict[Module, None]]
 
 
+ACTIONS = ("fused", "replaced", "left", "unchanged")
+
+
 class Row(NamedTuple):
-    """What became of one module: `action` is "fused", "replaced" or "left"."""
+    """What became of one module: `action` is one of ACTIONS."""
 
     path: str
     action: str

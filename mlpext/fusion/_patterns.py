@@ -16,32 +16,19 @@ import torch.nn.functional as TF
 from torch import Tensor, fx
 from torch.nn import Linear, Module, Parameter
 
-from mlpext import _C, nn
+from mlpext import _C
 from mlpext import functional as F
 from mlpext.fusion._trace import Untraceable, has_hooks, is_from_torch, modes, sole_user, trace
+from mlpext.nn._activations import NAME_OF, name_and_parameters
 
 Activation = tuple[str, dict[str, float]]
 
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _module_class(name: str) -> type[Module]:
-    """The module of an activation, by its name in the compiled list."""
-    wanted = "gelu" if name == "gelu_tanh" else name.replace("_", "")
-    cls: type[Module] = next(cls for word, cls in vars(nn).items() if word.lower() == wanted)
-    return cls
-
-
-# identity is no activation to fuse, and gelu_tanh is a GELU of another `approximate`.
-_NAMES = [name for name in F.activations() if name not in ("identity", "gelu_tanh")]
-# Class -> name of its activation, for torch.nn's classes and ours, none derived from them; torch's -> ours.
-_ACTIVATIONS = {_module_class(name): name for name in _NAMES}
-OURS = {getattr(torch.nn, cls.__name__): cls for cls in _ACTIVATIONS if hasattr(torch.nn, cls.__name__)}
-_ACTIVATIONS |= {theirs: _ACTIVATIONS[ours] for theirs, ours in OURS.items()}
-
 # torch's function, or the name of Tensor's method -> name of ours.
 _FUNCTIONS: dict[Any, str] = {torch.sin: "sine", "sin": "sine"}
-for _name in _NAMES:
+for _name in NAME_OF.values():
     _FUNCTIONS |= {getattr(TF, _name, None): _name, getattr(torch, _name, None): _name}
     _FUNCTIONS |= {_name: _name} if hasattr(Tensor, _name) else {}
 del _FUNCTIONS[None]
@@ -51,15 +38,9 @@ def activation_of(module: Module) -> Activation | None:
     """The activation that a module is, None for any other."""
     if "forward" in vars(module):
         return None
-    name = _ACTIVATIONS.get(type(module))
-    if name is None:
-        return _activation_by_trace(module)
-    if name == "gelu" and getattr(module, "approximate", "none") != "none":
-        name = "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    params = {param: getattr(module, param) for param in _C.activations()[name]}
-    if any(type(value) not in (int, float) for value in params.values()):
-        return None
-    return name, params
+    if type(module) in NAME_OF:
+        return name_and_parameters(module)
+    return _activation_by_trace(module)
 
 
 def _activation_by_trace(module: Module) -> Activation | None:

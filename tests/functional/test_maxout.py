@@ -266,3 +266,21 @@ def test_neither_input_nor_output_is_kept():
         doubled.zero_()
         y.zero_()
     assert_same_bits(torch.autograd.grad(y, x, torch.ones(4, 3))[0], expected)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+def test_pieces_side_by_side_as_other_packages_have_them(dim):
+    x = torch.randn(6, 6, 6, dtype=torch.float64, requires_grad=True)
+    expected = x.unflatten(dim, (-1, 3)).amax(dim + 1 if dim >= 0 else dim)
+    actual = F.maxout(x, 3, dim, interleaved=True)
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (actual, expected)]
+    assert torch.equal(*gradients)
+    flat = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert F.maxout(flat, 2).tolist() == [3, 4] and F.maxout(flat, 2, interleaved=True).tolist() == [2, 4]
+
+
+@pytest.mark.parametrize("pieces", [0, -1, 4])
+def test_interleaved_pieces_that_do_not_fit(pieces):
+    with pytest.raises(RuntimeError, match=f"pieces: {pieces} does not divide dimension -1 of input, 6"):
+        F.maxout(torch.randn(2, 6), pieces, interleaved=True)

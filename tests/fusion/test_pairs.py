@@ -18,7 +18,36 @@ def test_the_plain_pair():
         "module  action  reason",
         "fc      fused   with act (Tanh)",
         "act     fused   into fc",
+        "2 fused",
     ]
+
+
+def test_a_second_fuse_says_what_is_fused_already():
+    once, _ = fuse(Pair())
+    twice, report = mlpext.fuse(once, report=True)
+    assert list(report) == [
+        ("fc", "unchanged", "fused already: it was Linear"),
+        ("act", "unchanged", "fused already: it was Tanh"),
+    ]
+    assert [type(module) for module in twice.modules()] == [type(module) for module in once.modules()]
+    assert not any(row.action == "unchanged" for row in fuse(mlpext.unfuse(twice))[1])
+
+
+def test_a_report_of_nothing_and_one_with_a_refused_trace():
+    assert str(fuse(torch.nn.Flatten())[1]) == "nothing to fuse: there is no Linear layer and no activation"
+
+    class Branches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pair, self.alone = Pair(), torch.nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.pair(x) if x.sum() > 0 else self.alone(x)
+
+    for graph in (False, True):
+        _, report = mlpext.fuse(Branches(), report=True, graph=graph)
+        assert [row.path for row in report] == ["pair.fc", "pair.act", "alone", ""]
+        assert str(report).splitlines()[-1] == "2 fused, 1 left"
 
 
 HOOKS = {

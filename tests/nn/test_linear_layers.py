@@ -366,8 +366,9 @@ def test_shared_and_deleted_parameters(make):
 
 
 def test_class_names_and_inheritance():
-    for name in itertools.chain(CLASSES, ("LinearActivation", "Maxout", "MLP")):
+    layers = ("LinearActivation", "Maxout", "GatedLinear", "MLP", "GatedMLP")
+    for name in itertools.chain(CLASSES, layers):
         cls = getattr(mlpext.nn, name)
-        assert cls.__module__ == "mlpext.nn" and cls.__qualname__ == name
+        assert cls.__module__.startswith("mlpext.nn.") and cls.__qualname__ == name
         assert cls.__doc__, name
     assert issubclass(nn.LinearActivation, torch.nn.Module)

@@ -16,6 +16,7 @@ from common import (
     assert_close,
     default_ops,
     few_ops,
+    linear_gated_op,
     linear_maxout_op,
     linear_op,
     mlp_op,
@@ -27,6 +28,7 @@ CORE_OPS = [
     activation_op("mish", {}),
     linear_op("elu", {}),
     linear_op("gelu", {}),
+    linear_gated_op("silu", {}),
     *MAXOUT_OPS,
 ]
 one_of_each = pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in CORE_OPS])
@@ -172,7 +174,10 @@ def test_a_changed_parameter_is_seen():
         assert_close(compiled(x), torch.nn.functional.elu(x, alpha))
 
 
-INDUCTOR = [activation_op("elu", {}), linear_op("elu", {}), MAXOUT_OPS[0], MAXOUT_OPS[2]]
+INDUCTOR = [
+    *(activation_op("elu", {}), linear_op("elu", {}), linear_gated_op("silu", {})),
+    *(MAXOUT_OPS[0], MAXOUT_OPS[2]),
+]
 
 
 def inductor(op):

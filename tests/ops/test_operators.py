@@ -35,7 +35,8 @@ def test_the_operators_are_these():
         for n, suffixes in {
             "activation": ("", "_", "_backward"),
             **dict.fromkeys(
-                ("maxout", "linear_activation", "linear_maxout", "mlp"), ("", "_forward", "_backward")
+                ("maxout", "linear_activation", "linear_maxout", "linear_gated", "mlp"),
+                ("", "_forward", "_backward"),
             ),
         }.items()
         for suffix in suffixes
@@ -120,6 +121,27 @@ def test_linear_maxout_backward(mask):
     for grad in (False, True):
         tensors = (randn(3, 5, grad=grad), x.requires_grad_(grad), weight.requires_grad_(grad), index)
         opcheck(ops.linear_maxout_backward.default, (*tensors, 3, mask))
+
+
+@pytest.mark.parametrize("name", ["identity", "silu", "elu"])
+def test_linear_gated(name):
+    for bias in (randn(2, 5), None):
+        arguments = (randn(3, 6), randn(2, 5, 6), bias, name, values_of(name, {}))
+        opcheck(ops.linear_gated.default, arguments)
+        opcheck(ops.linear_gated_forward.default, arguments)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("name", ["identity", "silu"])
+def test_linear_gated_backward(name, mask):
+    for grad in (False, True):
+        tensors = (
+            randn(3, 5, grad=grad),
+            randn(3, 6, grad=grad),
+            randn(2, 5, 6, grad=grad),
+            randn(3, 10, grad=grad),
+        )
+        opcheck(ops.linear_gated_backward.default, (*tensors, name, values_of(name, {}), mask))
 
 
 NETWORKS = {

@@ -110,6 +110,17 @@ def test_maxout_keeps_a_byte_an_output(pieces):
 
 
 @pytest.mark.native
+@every_float
+@pytest.mark.parametrize("name", ["silu", "gelu", "relu", "sigmoid"])
+def test_a_gated_layer_keeps_two_values_an_output(name, dtype):
+    tensors = [
+        torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((8, 16), (2, 64, 16), (2, 64))
+    ]
+    kept = kept_by(lambda x, w, b: F.linear_gated(x, w, b, name), *tensors)
+    assert kept.bytes == 2 * 8 * 64 * tensors[0].element_size()
+
+
+@pytest.mark.native
 def test_maxout_keeps_four_bytes_beyond_256_pieces():
     x = torch.randn(8, 4 * 257, requires_grad=True)
     assert kept_by(lambda x: F.maxout(x, 257), x).bytes == 4 * 8 * 4

@@ -43,6 +43,18 @@ template <> struct Types<float16> {
   using T = float;
 };
 
+}  // namespace
+
+// Few rows of x, or few columns of the result: dot products with the rows of w as they lie, a panel of w at
+// a time. That saves packing w, and columns that do not fill a register of `gemm_block`.
+bool by_few_rows(const Matrix& x, const Matrix& w) {
+  const int64_t most = kernels().gemm.columns_at_once == panel_columns ? 48 : 12;
+  return x.column_stride == 1 && w.column_stride == 1 &&
+         (x.rows <= std::min(most, x.columns / 16) || (w.rows <= 8 && x.columns >= 32));
+}
+
+namespace {
+
 // With `pairs`, of bfloat16: the T of an operand is a pair of M, neighbours along the sum; an odd end is
 // paired with 0.
 template <Dtype dtype, bool pairs = false> struct Gemm {
@@ -289,14 +301,6 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
         });
   }
 
-  // Few rows of x, or few columns of the result: dot products with the rows of w as they lie, a panel of w at
-  // a time. That saves packing w, and columns that do not fill a register of `gemm_block`.
-  static bool by_few_rows(const Matrix& x, const Matrix& w) {
-    const int64_t most = kernels().gemm.columns_at_once == panel_columns ? 48 : 12;
-    return x.column_stride == 1 && w.column_stride == 1 &&
-           (x.rows <= std::min(most, x.columns / 16) || (w.rows <= 8 && x.columns >= 32));
-  }
-
   // z = x w' + bias, where B is w': a panel of it is 64 rows of w, transposed as they are packed. The bias is
   // what the sums start from, so that it costs nothing.
   static void forward(const Matrix& x, const Matrix& w, const void* bias, void* z_, OnTile finish) {
@@ -332,13 +336,10 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
         });
   }
 
-  // The same for several pieces: a panel holds the same columns of each, piece after piece, so that the
-  // maximum over them is taken of a row of sums in the cache, and z is never stored.
-  static void maxout(const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y_,
-                     void* index_) {
+  // The same for several pieces: a panel holds the same columns of each, piece after piece, so that what
+  // follows finds all of them in the cache, and z is never stored.
+  static void several(const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, OnRow finish) {
     const int64_t columns = w.rows / pieces;
-    M* const y = static_cast<M*>(y_);
-    auto* const index = static_cast<uint8_t*>(index_);
     const M* const b = static_cast<const M*>(bias);
     multiply(
         x.rows, columns, terms_of(x.columns), pieces, {},
@@ -353,10 +354,8 @@ template <Dtype dtype, bool pairs = false> struct Gemm {
         [&](const OutputTile& tile, SumRows sums) {
           for (int64_t i = 0; i < tile.rows; ++i) {
             T* const row = sums.data + i * sums.stride;
-            const int64_t at = (tile.row + i) * columns + tile.column;
             if constexpr (widens) kernels().gemm.narrow[dtype](row, 0, row, 0, 1, tile.columns * pieces);
-            kernels().maxout_forward[0][dtype](row, y + at, index ? index + at : nullptr, pieces,
-                                               tile.columns, tile.columns);
+            finish({tile.row + i, tile.column, tile.columns, row});
           }
         });
   }
@@ -560,9 +559,9 @@ void gemm_forward(Dtype dtype, const Matrix& x, const Matrix& w, const void* bia
   by_dtype(dtype, [&](auto gemm) { gemm.forward(x, w, bias, z, finish); });
 }
 
-void gemm_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
-                 void* index) {
-  by_dtype(dtype, [&](auto gemm) { gemm.maxout(x, w, bias, pieces, y, index); });
+void gemm_pieces(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces,
+                 OnRow finish) {
+  by_dtype(dtype, [&](auto gemm) { gemm.several(x, w, bias, pieces, finish); });
 }
 
 void gemm_backward(Dtype dtype, const PreactivationGradient& dz, const Matrix& x, const Matrix& w, void* dx,

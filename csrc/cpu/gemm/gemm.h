@@ -1,6 +1,6 @@
-// The blocked product behind linear + activation and linear + maxout, on pointers: x W' + b forward, and the
-// three gradients backward. What follows the product (activation, maxout) is given as a function that meets
-// each tile while it is in the cache.
+// The blocked product behind layers, on pointers: x W' + b forward, and the three gradients backward. What
+// follows the product (activation, maxout, gate) is given as a function that meets each tile while it is in
+// the cache.
 #pragma once
 #include <c10/util/FunctionRef.h>
 
@@ -32,11 +32,21 @@ using OnTile = c10::function_ref<void(const OutputTile&)>;
 // tile.
 void gemm_forward(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, void* z, OnTile finish);
 
-// Maxout of z = x w' + bias, where w holds `pieces` times as many rows as y has columns: y, and the index of
-// the winner (null if nobody asks), are dense. z itself never exists beyond a tile. At most max_fused_pieces.
+// Some columns of a row of each piece's z, piece after piece, which the next row overwrites.
+struct PiecesOfRow {
+  int64_t row, column, columns;
+  void* z;
+};
+using OnRow = c10::function_ref<void(const PiecesOfRow&)>;
+
+// z = x w' + bias for the rows of several pieces, one piece after the other in w and bias. z itself never
+// exists beyond a tile: `finish` makes of it what follows. At most max_fused_pieces.
 inline constexpr int64_t max_fused_pieces = 64;
-void gemm_maxout(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces, void* y,
-                 void* index);
+void gemm_pieces(Dtype dtype, const Matrix& x, const Matrix& w, const void* bias, int64_t pieces,
+                 OnRow finish);
+
+// Whether a product of x and w' is made by gemm_forward with dot products, in which nothing is packed.
+bool by_few_rows(const Matrix& x, const Matrix& w);
 
 // Where dz is that of maxout: dy, and which piece has won each output, dense. The other pieces' dz is 0.
 struct Winners {
