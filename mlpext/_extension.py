@@ -48,9 +48,12 @@ def file_names(torch_version: str, cuda: str | None) -> list[str]:
 
 
 def described(names: list[str]) -> str:
-    """What libraries were built for, by their names: "torch 2.12 with Python 3.11, ..."."""
-    parts = [re.match(r"_C\.torch([\d.]+\d(?:-cu\d+)?)\.cpython-(\d)(\d+)", name) for name in names]
-    return ", ".join(f"torch {part[1]} with Python {part[2]}.{part[3]}" for part in parts if part)
+    """What libraries were built for, by their names: "torch 2.12 with Python 3.11, 3.12; ..."."""
+    pythons: dict[str, list[str]] = {}
+    for name in names:
+        if part := re.match(r"_C\.torch([\d.]+\d(?:-cu\d+)?)\.cpython-(\d)(\d+)", name):
+            pythons.setdefault(part[1], []).append(f"{part[2]}.{part[3]}")
+    return "; ".join(f"torch {torch} with Python {', '.join(each)}" for torch, each in pythons.items())
 
 
 def load() -> ModuleType:

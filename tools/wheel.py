@@ -87,7 +87,10 @@ def interpreter(name: str) -> dict[str, str]:
         "import json, sysconfig; print(json.dumps({'include': sysconfig.get_path('include'), "
         "'suffix': sysconfig.get_config_var('EXT_SUFFIX')}))"
     )
-    return json.loads(subprocess.run([path, "-c", code], check=True, capture_output=True, text=True).stdout)
+    told = subprocess.run([path, "-c", code], capture_output=True, text=True)
+    if told.returncode != 0:
+        sys.exit(f"wheel: {path} does not run: {' '.join(told.stderr.split())}")
+    return json.loads(told.stdout)
 
 
 def flags() -> list[str]:

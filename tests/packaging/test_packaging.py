@@ -195,7 +195,8 @@ def test_the_library_of_this_torch_is_taken(tmp_path, library, met, cuda, expect
 @pytest.mark.emulator
 def test_without_a_library_that_fits_torch_does_the_work_and_a_warning_says_so(tmp_path, library):
     other_python = write(tmp_path / f"_C.torch2.15{SUFFIX.replace('cpython-3', 'cpython-30')}", "")
-    files = [library("torch2.13-cu130"), library("torch2.12"), other_python]
+    older = write(tmp_path / f"_C.torch2.12{SUFFIX.replace('cpython-3', 'cpython-30')}", "")
+    files = [library("torch2.13-cu130"), library("torch2.12"), other_python, older]
     built_for, state, told = loaded(tmp_path, "2.15.1+cpu", None, *files)
     assert built_for == "any torch" and state == ["False", "False"]
     (line, source) = told.splitlines()
@@ -203,8 +204,8 @@ def test_without_a_library_that_fits_torch_does_the_work_and_a_warning_says_so(t
     python = f"Python 3.{sys.version_info.minor}"
     assert f"no compiled library for torch 2.15.1+cpu with {python} (there is one for " in line
     assert (
-        f"torch 2.12 with {python}, torch 2.13-cu130 with {python}, "
-        f"torch 2.15 with Python 3.0{sys.version_info.minor})" in line
+        f"torch 2.12 with Python 3.0{sys.version_info.minor}, 3.{sys.version_info.minor}; "
+        f"torch 2.13-cu130 with {python}; torch 2.15 with Python 3.0{sys.version_info.minor})" in line
     )
     assert "pip install --no-build-isolation" in line and "sdist" in line
 
