@@ -150,12 +150,14 @@ def linear_activation(
     return z if name == "identity" else activation(z, name, params)
 
 
-def _stacked_linear(input: Tensor, weight: Tensor, bias: Tensor | None, pieces: str) -> Tensor:
+def _stacked_linear(input: Tensor, weight: Tensor, bias: Tensor | None, pieces: int | None = None) -> Tensor:
     """The linear layers of a weight (pieces, out_features, in_features) side by side."""
     if _have_shapes(input, weight):
         shape = tuple(weight.shape)
-        if len(shape) != 3 or shape[0] < 1 or pieces not in ("pieces", str(shape[0])):
-            raise RuntimeError(f"weight: shape {shape}, expected ({pieces}, out_features, in_features)")
+        if len(shape) != 3 or (shape[0] < 1 if pieces is None else shape[0] != pieces):
+            raise RuntimeError(
+                f"weight: shape {shape}, expected ({pieces or 'pieces'}, out_features, in_features)"
+            )
         if input.dim() < 1 or input.size(-1) != shape[2]:
             raise RuntimeError(f"input: shape {tuple(input.shape)}, expected (*, {shape[2]}) of the weight")
         if bias is not None and bias.shape != shape[:2]:
@@ -165,14 +167,14 @@ def _stacked_linear(input: Tensor, weight: Tensor, bias: Tensor | None, pieces: 
 
 def linear_maxout(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The maximum of `pieces` linear layers: weight (pieces, out_features, in_features)."""
-    return maxout(_stacked_linear(input, weight, bias, "pieces"), weight.size(0))
+    return maxout(_stacked_linear(input, weight, bias), weight.size(0))
 
 
 def linear_gated(
     input: Tensor, weight: Tensor, bias: Tensor | None, name: str, params: tuple[float, ...] = ()
 ) -> Tensor:
     """The activation `name` of one linear layer times the other: weight (2, out_features, in_features)."""
-    gate, value = torch.unflatten(_stacked_linear(input, weight, bias, "2"), -1, (2, -1)).unbind(-2)
+    gate, value = torch.unflatten(_stacked_linear(input, weight, bias, 2), -1, (2, -1)).unbind(-2)
     return (gate if name == "identity" else activation(gate, name, params)) * value
 
 

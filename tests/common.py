@@ -36,7 +36,10 @@ def indices(names: Iterable[str]) -> list[int]:
 
 
 def usual(name: str, parameters: dict) -> bool:
-    """Whether the formulas of C++ take these parameters; torch's operators take the others."""
+    """Whether the formulas of C++ take these parameters; torch's operators take the others, and all where
+    there is no library."""
+    if mlpext._extension.missing is not None:
+        return False
     return name == "maxout" or mlpext._C.has_kernel(name, tuple(values_of(name, parameters)))
 
 

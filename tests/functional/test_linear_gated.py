@@ -151,10 +151,14 @@ def test_layouts(dtype):
         check([xs[keys[0]], ws[keys[1]], bs[keys[2]]], gs[keys[3]], about=str(keys))
 
 
+@pytest.mark.native
 @pytest.mark.isa
+@pytest.mark.usefixtures("own_loops")
 @every_float
 def test_a_row_has_the_same_bits_alone(dtype):
     """Whatever block of rows and columns it is in, as long as the same loop serves it."""
+    if mlpext._C.cpu_isa() == "baseline":
+        pytest.skip("torch's product, which promises no such thing, serves there")
     x, w, b = inputs(dtype, (200,), 64, 70)
     whole = F.linear_gated(x, w, b)
     assert torch.equal(whole[100:], F.linear_gated(x[100:], w, b))
@@ -183,13 +187,10 @@ def test_nan_and_inf_are_torchs(name):
 @pytest.mark.parametrize(
     "shapes, message",
     [
-        (
-            ((3, 4), (3, 5, 4), (3, 5)),
-            r"weight: shape \[3, 5, 4\], expected \(2, out_features, in",
-        ),
-        (((3, 4), (5, 4), (5,)), r"weight: shape \[5, 4\], expected \(2, out_features"),
-        (((3, 4), (2, 5, 3), (2, 5)), r"input: shape \[3, 4\] does not end in the in_features"),
-        (((3, 4), (2, 5, 4), (5,)), r"bias: shape \[5\], expected \[2, 5\]"),
+        (((3, 4), (3, 5, 4), (3, 5)), r"weight: shape .3, 5, 4., expected \(2, out_features, in_features\)"),
+        (((3, 4), (5, 4), (5,)), r"weight: shape .5, 4., expected \(2, out_features"),
+        (((3, 4), (2, 5, 3), (2, 5)), r"input: shape .3, 4."),
+        (((3, 4), (2, 5, 4), (5,)), r"bias: shape .5,?., expected .2, 5."),
     ],
 )
 def test_shapes_that_do_not_fit(shapes, message):
@@ -197,10 +198,15 @@ def test_shapes_that_do_not_fit(shapes, message):
         F.linear_gated(*(torch.randn(shape) for shape in shapes))
 
 
-def test_wrong_calls():
+@pytest.mark.native
+def test_dtypes_that_do_not_match():
     x, w, b = inputs()
     with pytest.raises(RuntimeError, match="weight: dtype Float does not match input's Double"):
         F.linear_gated(x, w.float(), b)
+
+
+def test_wrong_calls():
+    x, w, b = inputs()
     with pytest.raises(ValueError, match="activation: unknown name 'swiglu'"):
         F.linear_gated(x, w, b, "swiglu")
     with pytest.raises(TypeError, match="alpha: not a parameter of activation 'silu'"):

@@ -50,6 +50,7 @@ def test_from_sequential_and_back(name):
     assert [repr(module) for module in back] == [repr(m).replace(", inplace=True", "") for m in modules]
 
 
+@pytest.mark.native
 def test_an_mlp_that_comes_of_layers_trains_natively():
     torch.manual_seed(0)
     network = MLP.from_sequential(layers([Tanh()]))

@@ -16,6 +16,7 @@ CASES = {
     "activations": "16 K, elu",
     "everywhere": ": elu, float32, 100",
     "fuse": "PPO policy",
+    "gated": "a layer of a policy",
     "linear": "(32, 64, 64)",
     "maxout": "(64, 256)",
     "overhead": "elu module",

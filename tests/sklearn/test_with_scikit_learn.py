@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import re
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -150,12 +148,3 @@ def test_no_random_state_takes_numpys_global_one():
         models.append(fitted(ours, "binary", X, y, batch_size=16, max_iter=3))
     one, same, other = (model.coefs_[0] for model in models)
     assert np.array_equal(one, same) and not np.array_equal(one, other)
-
-
-@pytest.mark.thorough
-def test_the_examples_of_the_page_run():
-    page = (Path(__file__).parents[2] / "docs" / "scikit-learn.md").read_text()
-    names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(block, names)
-    assert names["search"].best_score_ > 0.9
