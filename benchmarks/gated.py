@@ -87,4 +87,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--compile", action="store_true")
     options, rest = parser.parse_known_args()
-    run(cases(options.compile), "Gated MLPs", rest)
+    run(cases(options.compile), "Gated", rest)

@@ -70,6 +70,12 @@ def kept(who: str, head: str) -> Column:
     return Column(head, lambda case: f"{case['kept'][who] / 1024:.0f}", everywhere=True)
 
 
+def kept_if(who: str, head: str) -> Column:
+    """Nothing where a case keeps nothing."""
+    column = kept(who, head)
+    return column._replace(cell=lambda case: column.cell(case) if case["kept"] else "")
+
+
 def _share(case: Record) -> str:
     return f"{case['reached']['gflops'] / (2 if 'bfloat16' in case['name'] else 1):.2f}"
 
@@ -186,6 +192,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "all activations": partial(
         crossed, "activations", "activation",
         r"(?!bf.*backward)\w+ (?:1 M|16 K), (\w+)(?:, forward \+ backward)?",
+    ),
+    "gated": partial(
+        listed, "gated", "dtype | MLP | f | work",
+        r"(\w+) (.*), (\w+), (inference|training)", *EAGER, SHARE, kept_if("eager", "KiB kept, torch"),
+        kept_if("mlpext", "KiB kept, mlpext"),
     ),
     "everywhere": everywhere,
     "large": partial(
