@@ -119,7 +119,7 @@ def _draw(source: Source, predicted: Any, about: dict[str, Any], path: Path) -> 
     if about["kind"] == "classes":
         confusion = sklearn.metrics.confusion_matrix(np.asarray(names)[source.y], predicted, labels=names)
         plots.plot_confusion_matrix(confusion, names, path)
-    elif about["kind"] == "labels":  # of each label that a sample has, how often each is said of it
-        plots.plot_confusion_matrix(source.y.T @ predicted, names, path)
+    elif about["kind"] == "labels":
+        plots.plot_labels(source.y, predicted, names, path)
     else:
         plots.plot_predictions(source.y, predicted.reshape(source.y.shape), names, path)

@@ -9,7 +9,7 @@ from mlpext.plots._contours import plot_contour
 from mlpext.plots._decisions import plot_decision_boundary
 from mlpext.plots._histories import plot_histories, plot_learning_rates
 from mlpext.plots._networks import plot_network
-from mlpext.plots._predictions import plot_confusion_matrix, plot_predictions
+from mlpext.plots._predictions import plot_confusion_matrix, plot_labels, plot_predictions
 
 __all__ = [
     "plot_activations",
@@ -17,6 +17,7 @@ __all__ = [
     "plot_contour",
     "plot_decision_boundary",
     "plot_histories",
+    "plot_labels",
     "plot_learning_rates",
     "plot_network",
     "plot_predictions",

@@ -79,7 +79,11 @@ def plot_histories(
             # A loss of 0 is left out, where it would flatten the others on a linear axis.
             axis.set_yscale("log")
             low, high = axis.get_ylim()
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else range(1, 10)))
+            # Single steps may reach far below the means over epochs, which are what one looks at.
+            low = max(low, min(_losses_above_0(histories)) / 10)
+            axis.set_ylim(low, high)
+            subs = range(1, 10) if high <= 5 * low else (1, 2, 5) if high <= 1000 * low else (1,)
+            axis.yaxis.set_major_locator(LogLocator(subs=subs))
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_locator(NullLocator())
         across = "epoch" if against == "epoch" else "seconds of training"
@@ -147,6 +151,13 @@ def plot_learning_rates(
         handles.append(Line2D([], [], color="0.4", marker="x", linestyle="", label="not finite"))
     _legend_below(figure, handles, columns=2 * len(networks))
     return finish(figure, path)
+
+
+def _losses_above_0(histories: Mapping[str, Run]) -> list[float]:
+    """The means over epochs, of training and validation."""
+    names = ("loss", "val_loss")
+    columns = (run[name] for run in histories.values() for name in names if name in run.columns)
+    return [loss for column in columns for loss in column if loss > 0]
 
 
 def _legend_below(figure: Figure, handles: Sequence[Line2D], columns: int) -> None:

@@ -46,27 +46,68 @@ def plot_confusion_matrix(
         raise ValueError(f"counts: shape {counts.shape}, expected (classes, classes) with {classes} names")
     if counts.min() < 0:
         raise ValueError(f"counts: {counts.min()}, expected 0 or more")
+    figure = _matrix(counts, names, names, "share of the samples of the true class")
+    clean(figure.axes[0], "predicted class", "true class")
+    return finish(figure, path)
+
+
+def plot_labels(
+    true: Any, predicted: Any, names: Sequence[str], path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw how often each of several labels was given rightly and wrongly, a row a label.
+
+    Writes the picture to `path` if given.
+
+    Args:
+        true: 1 for each label that a sample has, else 0, (n, labels).
+        predicted: the same as a model says it, (n, labels).
+        names: of the labels, in their order.
+        path: where the picture goes.
+
+    Raises:
+        ValueError: shapes that do not go together.
+
+    >>> from mlpext.plots import plot_labels
+    >>> figure = plot_labels([[1, 0], [1, 1]], [[1, 1], [0, 1]], ["hot", "wet"], "labels.png")
+    """
+    true, predicted = np.asarray(true).astype(bool), np.asarray(predicted).astype(bool)
+    if true.shape != predicted.shape or true.ndim != 2 or true.shape[1] != len(names) or not true.size:
+        raise ValueError(
+            f"true {true.shape} and predicted {predicted.shape}: expected (n, {len(names)}), a column a name"
+        )
+    cases = (true & predicted, true & ~predicted, ~true & predicted, ~true & ~predicted)
+    counts = np.stack([case.sum(0) for case in cases], 1)
+    figure = _matrix(
+        counts, names, ["found", "missed", "wrongly said", "rightly not said"], "share of the samples"
+    )
+    clean(figure.axes[0], "what was said of the samples", "label")
+    return finish(figure, path)
+
+
+def _matrix(counts: Any, rows: Sequence[str], columns: Sequence[str], share_of: str) -> Figure:
+    """Counts in cells, whose colour is their share of the row."""
     share = counts / counts.sum(1, keepdims=True).clip(min=1)
-    few = classes <= COUNTED
-    side = min(max(2.4, 0.5 * classes), 10.0)
-    figure = Picture(side + 2.4, side + 1.4)
+    height, width = counts.shape
+    few = max(height, width) <= COUNTED
+    across, down = (min(max(2.4, 0.5 * size), 10.0) for size in (width, height))
+    figure = Picture(across + 2.4, down + 1.4)
     axis = figure.subplots()
     # Of many classes one looks for the rare confusions: the root of their share is darker.
     image = axis.imshow(share, cmap="Blues", norm=PowerNorm(1 if few else 0.5, 0, 1))
     if few:
-        for row, column in itertools.product(range(classes), repeat=2):
+        for row, column in itertools.product(range(height), range(width)):
             count = counts[row, column]
             colour = "0.7" if count == 0 else "white" if share[row, column] > 0.6 else "black"
             axis.text(column, row, f"{count:g}", ha="center", va="center", color=colour, fontsize=8)
-    places = range(0, classes, math.ceil(classes / NAMED))
-    shown = short(names)[:: places.step]
-    axis.set_xticks(places, shown, rotation=0 if few and max(map(len, shown)) <= 5 else 90)
-    axis.set_yticks(places, shown)
-    clean(axis, "predicted class", "true class")
+    for set_ticks, names in ((axis.set_xticks, columns), (axis.set_yticks, rows)):
+        places = range(0, len(names), math.ceil(len(names) / NAMED))
+        set_ticks(places, short(names)[:: places.step])
+    if not few or max(map(len, short(columns))) > 5:
+        axis.tick_params(axis="x", rotation=90)
     bar = figure.colorbar(image, shrink=0.9)
-    bar.set_label("share of the samples of the true class", fontsize=9)
+    bar.set_label(share_of, fontsize=9)
     bar.ax.tick_params(labelsize=8)
-    return finish(figure, path)
+    return figure
 
 
 def plot_predictions(

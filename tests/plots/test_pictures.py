@@ -82,6 +82,30 @@ def test_negative_counts_and_no_classes():
         plots.plot_confusion_matrix(np.zeros((0, 0)), [])
 
 
+@pytest.mark.parametrize("labels", [1, 2, 20, 21, 60])
+def test_labels_have_a_row_each_of_what_was_said(labels):
+    random = np.random.default_rng(labels)
+    true, predicted = random.random((2, 50, labels)) < 0.4
+    figure = plots.plot_labels(true.astype(int), predicted, [f"label {k}" for k in range(labels)])
+    axis = figure.axes[0]
+    shares = axis.images[0].get_array()
+    assert shares.shape == (labels, 4)
+    for k in range(labels):
+        said = [(t, p) for t, p in zip(true[:, k], predicted[:, k], strict=True)]
+        wanted = [said.count(pair) / 50 for pair in ((1, 1), (1, 0), (0, 1), (0, 0))]
+        np.testing.assert_allclose(shares[k], wanted)
+    assert len(axis.texts) == (4 * labels if labels <= 20 else 0)
+    assert axis.get_xlabel() and axis.get_ylabel() == "label"
+    figure.canvas.draw()
+    assert figure.get_size_inches().max() < 13
+
+
+@pytest.mark.parametrize("true, predicted", [(np.ones((3, 2)), np.ones((3, 3))), (np.ones(3), np.ones(3))])
+def test_labels_that_do_not_go_together(true, predicted):
+    with pytest.raises(ValueError, match="a column a name"):
+        plots.plot_labels(true, predicted, ["hot", "wet"])
+
+
 def test_predictions_are_points_with_the_same_range_both_ways():
     true, predicted = np.array([[1.0, -5], [2, 5]]), np.array([[1.5, 0], [2, 9]])
     figure = plots.plot_predictions(true, predicted, ["price (EUR)", "area (m²)"])

@@ -105,6 +105,17 @@ def test_losses_of_zero_have_no_logarithm():
     assert run.plot().axes[0].get_yscale() == "linear"
 
 
+def test_single_steps_do_not_squeeze_the_curves():
+    """Those of a large table reach 1e-9, and took 20 ticks, one over the other."""
+    run = history(epochs=0)
+    for epoch in range(1, 6):
+        run.append(Epoch(epoch, 100 * epoch, 0.1 / epoch, {}, 0.5, 100.0), torch.logspace(-9, 0, 100))
+    axis = run.plot().axes[0]
+    low, high = axis.get_ylim()
+    assert low == pytest.approx(0.002) and high >= 1
+    assert len([tick for tick in axis.get_yticks() if low <= tick <= high]) <= 10
+
+
 @pytest.mark.parametrize("runs", [{}, {"none": history(epochs=0)}])
 def test_nothing_to_plot(runs):
     with pytest.raises(ValueError, match="there is no epoch to plot"):
