@@ -457,7 +457,7 @@ class Problem:
 
 
 def _of_a_gradient(case: Case, problem: Problem) -> bool:
-    return problem.what == "strides" and problem.result > 0
+    return problem.what == "strides" and (problem.result > 0 or case.way == "per sample")
 
 
 DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
@@ -750,8 +750,11 @@ def _numbers(case: Case, got: Outcome, theirs: Outcome, exact: Tensors) -> Probl
             for layer in case.layers:  # an error before a steep layer is a larger one behind it
                 scale *= max(1.0, abs(dict(layer.params).get("omega", 1.0))) * (8 if layer.gated else 1)
             units = CLOSE[precision(case)] * len(case.layers) * (1 if case.way in ORDINARY else 2)
-            if case.layouts[0] in ("expanded", "one number"):  # rows that are the same have the same errors
+            same = ("expanded", "one number")  # what is the same has the same errors, which add up
+            if case.layouts[0] in same:
                 units *= max(1.0, math.prod(case.shape[:-1]) / 16)
+            if {*same} & {*case.layouts[1 : 1 + len(case.layers)]}:
+                units *= max(1.0, max(layer.width for layer in case.layers) / 4)
             bound = units * eps * scale + 4 * eagers.max()
         if (error > bound).any():
             return _worst(k, error > bound, actual, wanted, eager)

@@ -159,14 +159,42 @@ def test_parameters_that_16_bits_round(case):
         masks=(True, True, True, False, True, False, True),
         seed=836608303,
     ),
+    Case(
+        "mlp",
+        (
+            Layer(15, "hardshrink", (("lambd", 1.25),)),
+            Layer(15, "leaky_relu", (("negative_slope", -0.3),)),
+            Layer(15, "elu"),
+            Layer(12, "elu", (("alpha", 2.5),)),
+        ),
+        (12, 33),
+        bias=False,
+        entry="module",
+        dtype="float64",
+        values="grid",
+        layouts=("contiguous", "contiguous", "one number", "contiguous", "one number", "contiguous"),
+        masks=(True, True, True, False, True),
+        seed=506156484,
+    ),
 )
 def test_roundings_that_decide(case):
     """The sign of z near 0, where softsign'' jumps; 65533, to float16 65504 or inf; the sign of a y that is
-    multiplied by inf; the error of a row that 130 rows have in common."""
+    multiplied by inf; the error of a row that 130 rows have in common, and of a unit that 15 have."""
     check(case)
 
 
 ON_PURPOSE = (
+    Case(
+        "layer",
+        (Layer(0, "celu", (("alpha", -2.0),), gated=True),),
+        (12,),
+        bias=False,
+        dtype="float16",
+        layouts=("negative", "contiguous", "channels last"),
+        masks=(False, True),
+        way="per sample",
+        seed=739647765,
+    ),
     _layer("mish", shape=(49,), layouts=("contiguous", "overlapping", "offset"), masks=(True, True, False)),
     _alone("leaky_relu", shape=(12, 12, 5), layouts=("transposed", "contiguous")),
     _alone("identity", shape=(48, 3), layouts=("contiguous", "one number"), way="twice"),
