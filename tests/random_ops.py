@@ -457,7 +457,8 @@ class Problem:
 
 
 def _of_a_gradient(case: Case, problem: Problem) -> bool:
-    return problem.what == "strides" and (problem.result > 0 or case.way == "per sample")
+    every = case.family in ("layer", "mlp") and case.way == "per sample"
+    return problem.what == "strides" and (problem.result > 0 or every)
 
 
 DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
