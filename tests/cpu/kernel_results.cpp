@@ -121,9 +121,16 @@ template <Dtype dtype, class M> void products(int64_t rows, int64_t in, int64_t 
   const int64_t pieces = 3;
   const std::vector<M> v = wholes<dtype, M>(pieces * out * in);
   std::vector<uint8_t> index(rows * out);
-  cpu::gemm_maxout(dtype, x_matrix, {v.data(), pieces * out, in, in, 1}, nullptr, pieces, z.data(),
-                   index.data());
+  std::vector<M> product(rows * out);
+  cpu::gemm_pieces(dtype, x_matrix, {v.data(), pieces * out, in, in, 1}, nullptr, pieces,
+                   [&](const cpu::PiecesOfRow& part) {
+                     const int64_t at = part.row * out + part.column, n = part.columns;
+                     cpu::kernels().maxout_forward[0][dtype](part.z, &z[at], &index[at], pieces, n, n);
+                     const M* const piece = static_cast<const M*>(part.z);
+                     cpu::kernels().multiply[dtype](piece, piece + n, &product[at], n);
+                   });
   emit("product_maxout " + name, z), emit("product_maxout_index " + name, index);
+  emit("product_of_pieces " + name, product);
 }
 
 // Two epochs of 7 -> 13 (tanh, dropout) -> 5 (maxout of 3) -> 3 by cross-entropy: what the weights become.
