@@ -275,8 +275,11 @@ MLP_OPS = [
     mlp_op(("gelu", {}), ("elu", {"alpha": 0.3}), bias=False),
     mlp_op(("maxout", {}), ("softplus", {})),
 ]
+# The gate is an activation like any other, and test_linear_gated.py has all of them: here are those that
+# people take, one with a parameter, and one without a kernel.
 GATED_OPS = [
-    *(linear_gated_op(*case.values) for case in CASES),
+    *(linear_gated_op(name, {}) for name in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "identity")),
+    *(linear_gated_op("elu", {"alpha": alpha}) for alpha in (0.3, -0.5)),
     linear_gated_op("silu", {}, bias=False),
 ]
 ALL_OPS = [*ACTIVATION_OPS, *LINEAR_OPS, *MAXOUT_OPS, *GATED_OPS, *MLP_OPS]
