@@ -30,18 +30,17 @@ class _Affine(Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """torch.nn.Linear's initialisation: uniform within 1 / sqrt(in_features)."""
-        torch.nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
-
-    def _name_activation(self, activation: str, params: dict[str, float]) -> None:
-        """Set `activation`, and `params` with those of its parameters that are given and defaults."""
-        if isinstance(activation, bool):
-            raise TypeError(
-                f"activation: expected a name (str), got {activation!r}; write bias={activation!r}"
-            )
-        values = activation_parameters(activation, params)
-        self.activation = activation
-        self.params = dict(zip(PARAMETERS[activation], values, strict=True))
+        """torch.nn.Linear's initialisation, uniform within 1 / sqrt(in_features); several pieces get
+        the numbers of as many torch.nn.Linear made in a row."""
+        if self.weight.dim() == 2:
+            torch.nn.Linear.reset_parameters(self)  # type: ignore[arg-type]
+            return
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        with torch.no_grad():
+            for piece in range(len(self.weight)):
+                self.weight[piece].uniform_(-bound, bound)
+                if self.bias is not None:
+                    self.bias[piece].uniform_(-bound, bound)
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         # Module.__getattr__, behind `self.weight` and `self.bias`, costs 1 us of a call that takes 4. A
@@ -53,7 +52,28 @@ class _Affine(Module):
         return weight, parameters["bias"]
 
 
-class LinearActivation(_Affine):
+class _Activated(_Affine):
+    """What LinearActivation and GatedLinear share: the name of an activation, and its parameters."""
+
+    def _name_activation(self, activation: str, params: dict[str, float]) -> None:
+        """Set `activation`, and `params` with those of its parameters that are given and defaults."""
+        if isinstance(activation, bool):
+            raise TypeError(
+                f"activation: expected a name (str), got {activation!r}; write bias={activation!r}"
+            )
+        values = activation_parameters(activation, params)
+        self.activation = activation
+        self.params = dict(zip(PARAMETERS[activation], values, strict=True))
+
+    def extra_repr(self) -> str:
+        params = "".join(f", {name}={value}" for name, value in self.params.items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self._weight_and_bias()[1] is not None}, activation={self.activation!r}{params}"
+        )
+
+
+class LinearActivation(_Activated):
     """f(x W' + b): a linear layer whose activation is part of it. x (*, in_features) -> (*, out_features).
 
     `weight` (out_features, in_features) and `bias` (out_features,) have torch.nn.Linear's names, shapes and
@@ -91,27 +111,6 @@ class LinearActivation(_Affine):
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self._weight_and_bias()
         return _C.linear_activation(input, weight, bias, self.activation, tuple(self.params.values()))
-
-    def extra_repr(self) -> str:
-        return _extra_repr_of(self)
-
-
-def _extra_repr_of(layer: LinearActivation | GatedLinear) -> str:
-    params = "".join(f", {name}={value}" for name, value in layer.params.items())
-    return (
-        f"in_features={layer.in_features}, out_features={layer.out_features}, "
-        f"bias={layer._weight_and_bias()[1] is not None}, activation={layer.activation!r}{params}"
-    )
-
-
-def _reset_pieces(layer: _Affine) -> None:
-    """The numbers of as many torch.nn.Linear made in a row as `weight` has pieces."""
-    bound = 1 / math.sqrt(layer.in_features) if layer.in_features else 0.0
-    with torch.no_grad():
-        for piece in range(len(layer.weight)):
-            layer.weight[piece].uniform_(-bound, bound)
-            if layer.bias is not None:
-                layer.bias[piece].uniform_(-bound, bound)
 
 
 class Maxout(_Affine):
@@ -178,10 +177,6 @@ class Maxout(_Affine):
             layer.bias = Parameter(ordered.clone(memory_format=torch.contiguous_format))
         return layer
 
-    def reset_parameters(self) -> None:
-        """The numbers of `pieces` torch.nn.Linear made in a row."""
-        _reset_pieces(self)
-
     def forward(self, input: Tensor) -> Tensor:
         return _C.linear_maxout(input, *self._weight_and_bias())
 
@@ -192,7 +187,7 @@ class Maxout(_Affine):
         )
 
 
-class GatedLinear(_Affine):
+class GatedLinear(_Activated):
     """f(x W1' + b1) * (x W2' + b2). x (*, in_features) -> (*, out_features).
 
     `weight` (2, out_features, in_features) and `bias` (2, out_features): first the gate's, W1 and b1, then
@@ -284,16 +279,9 @@ class GatedLinear(_Affine):
         bias = None if self.bias is None else self.bias[order].flatten()
         return linear(self.weight[order].flatten(0, 1), bias)
 
-    def reset_parameters(self) -> None:
-        """The numbers of two torch.nn.Linear made in a row, the gate's first."""
-        _reset_pieces(self)
-
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self._weight_and_bias()
         return _C.linear_gated(input, weight, bias, self.activation, tuple(self.params.values()))
-
-    def extra_repr(self) -> str:
-        return _extra_repr_of(self)
 
 
 def _stacked(layers: Sequence[Linear]) -> tuple[Tensor, Tensor | None]:
