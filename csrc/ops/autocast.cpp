@@ -26,13 +26,23 @@ Tensor autocast_activation(const Tensor& input, std::string_view name, Params pa
       params);
 }
 
+// The tensors of a layer in autocast's dtype.
+struct Layer {
+  Tensor input, weight;
+  OptionalTensor bias;
+
+  Layer(const Tensor& x, const Tensor& w, const OptionalTensor& b) {
+    const auto device = device_type(x);
+    const auto dtype = at::autocast::get_autocast_dtype(device);
+    input = cached_cast(dtype, x, device), weight = cached_cast(dtype, w, device);
+    bias = cached_cast(dtype, b, device);
+  }
+};
+
 Tensor autocast_linear_activation(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                   std::string_view name, Params params) {
   c10::impl::ExcludeDispatchKeyGuard guard(autocast_keys);
-  const auto device = device_type(input);
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  const Tensor x = cached_cast(dtype, input, device), w = cached_cast(dtype, weight, device);
-  const OptionalTensor b = cached_cast(dtype, bias, device);
+  const auto [x, w, b] = Layer(input, weight, bias);
   if (autocasts_to_float(input, name))
     return ops::activation().call(ops::linear_activation().call(x, w, b, Identity::name, {}).to(at::kFloat),
                                   name, params);
@@ -41,20 +51,16 @@ Tensor autocast_linear_activation(const Tensor& input, const Tensor& weight, con
 
 Tensor autocast_linear_maxout(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   c10::impl::ExcludeDispatchKeyGuard guard(autocast_keys);
-  const auto device = device_type(input);
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  return ops::linear_maxout().call(cached_cast(dtype, input, device), cached_cast(dtype, weight, device),
-                                   cached_cast(dtype, bias, device));
+  const auto [x, w, b] = Layer(input, weight, bias);
+  return ops::linear_maxout().call(x, w, b);
 }
 
 Tensor autocast_linear_gated(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                              std::string_view name, Params params) {
+  // By torch's operators, each under autocast.
+  if (autocasts_to_float(input, name)) return composite::linear_gated(input, weight, bias, name, params);
   c10::impl::ExcludeDispatchKeyGuard guard(autocast_keys);
-  const auto device = device_type(input);
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  const Tensor x = cached_cast(dtype, input, device), w = cached_cast(dtype, weight, device);
-  const OptionalTensor b = cached_cast(dtype, bias, device);
-  if (autocasts_to_float(input, name)) return composite::linear_gated(x, w, b, name, params);
+  const auto [x, w, b] = Layer(input, weight, bias);
   return ops::linear_gated().call(x, w, b, name, params);
 }
 
