@@ -21,7 +21,6 @@ def to_layers(modules: Sequential) -> tuple[list[Module], float]:
     dropouts: list[float] = []
     ended = True  # whether the last layer has its activation
     for key, module in modules.named_children():
-        where = f"layers[{key}]"
         if isinstance(module, Linear):
             layers.append(_copied(module))
             ended = False
@@ -39,7 +38,7 @@ def to_layers(modules: Sequential) -> tuple[list[Module], float]:
         else:
             flat = "; give the network flat inputs" if isinstance(module, Flatten) else ""
             raise ValueError(
-                f"{where}: {module} has no place in an MLP: Linear layers, an activation after each, "
+                f"layers[{key}]: {module} has no place in an MLP: Linear layers, an activation after each, "
                 f"and dropout{flat}"
             )
     if not layers:
