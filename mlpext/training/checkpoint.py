@@ -98,15 +98,13 @@ class Checkpoint:
         index = {"tensors": name, "log": log.record(), "state": record}
         write_atomically(self._index, json.dumps(index, indent=1))
         self._log, self._held_back, self._saved = log, (None, []), time.monotonic()
-        for old in (*self.folder.glob("state-*.safetensors"), *self.folder.glob("log-*.jsonl")):
-            if old.name not in (name, log.name):
-                old.unlink(missing_ok=True)
-        sweep(self.folder)
+        self._sweep(name)
 
     def load(self) -> dict[str, Any]:
         """The saved state, and under "log" the entries of the log, which `save` then goes on with.
 
-        Raises FileNotFoundError without a checkpoint, ValueError for a damaged one.
+        Who holds the lock also removes what a killed run left. Raises FileNotFoundError without a checkpoint,
+        ValueError for a damaged one.
         """
         try:
             index = json.loads(self._index.read_text())
@@ -122,7 +120,16 @@ class Checkpoint:
         except (*DAMAGE, safetensors.SafetensorError) as error:
             raise ValueError(f"the checkpoint in {self.folder} is damaged: {error}") from error
         self._log = log
+        if self._lock is not None:
+            self._sweep(index["tensors"])
         return {**state, "log": entries}
+
+    def _sweep(self, tensors: str) -> None:
+        """Remove the files of this folder that are not the checkpoint's."""
+        for file in (*self.folder.glob("state-*.safetensors"), *self.folder.glob("log-*.jsonl")):
+            if file.name not in (tensors, self._log.name):
+                file.unlink(missing_ok=True)
+        sweep(self.folder)
 
     def _file(self, name: str) -> Path:
         """A file of this folder, wherever its name would lead."""

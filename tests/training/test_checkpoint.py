@@ -79,6 +79,22 @@ def test_resuming_a_finished_run_gives_its_result(tmp_path):
     assert same_weights(first, again) and same.epochs == history.epochs
 
 
+def test_a_finished_run_resumed_takes_away_what_a_killed_one_left(tmp_path):
+    x, d = classes()
+    train(network(), x, d, checkpoint=tmp_path)
+    left = (
+        "state-0123456789abcdef.safetensors",
+        "log-0123456789abcdef.jsonl",
+        ".checkpoint.json.0123abcd.tmp",
+    )
+    for name in left:
+        (tmp_path / name).touch()
+    Checkpoint(tmp_path).load()  # who only reads touches nothing: a run may be at work
+    assert all((tmp_path / name).exists() for name in left)
+    train(network(), x, d, checkpoint=tmp_path, resume=True)
+    assert sorted(name.partition("-")[0] for name in os.listdir(tmp_path)) == FILES
+
+
 def test_logs_of_a_resumed_run_have_each_epoch_once(tmp_path):
     x, d = classes()
     train(network(), x, d, epochs=2, checkpoint=tmp_path / "c", log_dir=tmp_path)
