@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -20,16 +20,16 @@ from torch.nn import Identity, Linear, Module
 
 from mlpext import nn
 from mlpext.fusion._calls import Calls
+from mlpext.fusion._forwards import WAS, FusedForward, forwards_with_gates, set_class
+from mlpext.fusion._gates import Gate
 from mlpext.fusion._graph import FusedGraph, fuse_graph
 from mlpext.fusion._pairs import ACTIONS, Row, find_pairs
 from mlpext.fusion._patterns import activation_of
 from mlpext.fusion._source import reads
-from mlpext.fusion._trace import HOOKS
+from mlpext.fusion._trace import HOOKS, class_before
 from mlpext.nn._activations import OURS
 
 M = TypeVar("M", bound=Module)
-
-_WAS = "_class_before_fuse"  # the attribute of a fused module that keeps the class it had
 
 
 class FusedActivation(Identity):
@@ -42,7 +42,7 @@ class FusedActivation(Identity):
     """
 
     def __setattr__(self, name: str, value: Any) -> None:
-        was = vars(self).get(_WAS)
+        was = vars(self).get(WAS)
         if was and name in {*dir(was), *reads(was)} - {*dir(Identity), "inplace", "training"}:
             raise AttributeError(
                 f"{name}: this {was.__name__} has become part of the linear layer before it, and a change "
@@ -51,7 +51,7 @@ class FusedActivation(Identity):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        was = vars(self).get(_WAS)
+        was = vars(self).get(WAS)
         return was.__name__ if was else ""
 
 
@@ -137,11 +137,11 @@ def unfuse(model: Module) -> Module:
     if isinstance(model, FusedGraph):
         model = model.model
     for module in model.modules():
-        was = vars(module).pop(_WAS, None)
+        was = vars(module).pop(WAS, None)
         if was is not None:
             if was is Linear:
                 del module.activation, module.params
-            module.__class__ = was
+            set_class(module, was)
     return model
 
 
@@ -168,14 +168,19 @@ def _copy(model: Module) -> Module:
 
 def _fuse(model: Module) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
-    pairs, rows = find_pairs(Calls(model))
+    calls = Calls(model)
+    replaced = forwards_with_gates(model)
+    gated = {m: row for module, (_, gates) in replaced.items() for m, row in _gate_rows(module, gates, calls)}
+    pairs, rows = find_pairs(calls, gated)
     for path, module in model.named_modules():
-        if was := vars(module).get(_WAS):
+        if was := vars(module).get(WAS):
             rows[module] = Row(path, "unchanged", f"fused already: it was {was.__name__}")
     for linear, activations in pairs.items():
         linear.activation, linear.params = activation_of(next(iter(activations)))  # type: ignore[misc,assignment]
     for linear in pairs:
         _change_class(linear, nn.LinearActivation)
+    for module, (cls, _) in replaced.items():
+        _change_class(module, cls)
     for activation in {a: None for activations in pairs.values() for a in activations}:
         _change_class(activation, FusedActivation)
     for module, row in rows.items():
@@ -184,6 +189,18 @@ def _fuse(model: Module) -> dict[Module, Row]:
     return rows
 
 
+def _gate_rows(module: Module, gates: list[Gate], calls: Calls) -> Iterator[tuple[Module, Row]]:
+    """The rows of a module with gated units, and of their parts."""
+    action = "unchanged" if isinstance(module, FusedForward) else "fused"
+    owner = calls.paths[module] or "the model"
+    yield module, Row(calls.paths[module], action, "its forward has " + ", ".join(map(str, gates)))
+    for gate in gates:
+        for node in gate.parts:
+            if node.op == "call_module":
+                part = node.meta["module"]
+                yield part, Row(calls.paths[part], action, f"in the gated unit of {owner}")
+
+
 def _change_class(module: Module, cls: type[Module]) -> None:
-    vars(module)[_WAS] = type(module)
-    module.__class__ = cls
+    vars(module)[WAS] = class_before(module)
+    set_class(module, cls)

@@ -11,7 +11,7 @@ from torch import fx
 from torch.nn import Linear, Module, Sequential
 
 from mlpext.fusion._source import Uses, changes, methods, reachable
-from mlpext.fusion._trace import Untraceable, is_chain, is_from_torch, is_list, trace
+from mlpext.fusion._trace import Untraceable, class_before, is_chain, is_from_torch, is_list, trace
 
 
 class Calls:
@@ -58,7 +58,7 @@ class Calls:
 
     def _why_not_traced(self, module: Module) -> str | None:
         """Why there is no use in tracing `module`; empty if there is nothing to know of it."""
-        cls = type(module)
+        cls = class_before(module)
         if not any(module.children()) or is_list(module):
             return ""
         if isinstance(module, torch.jit.ScriptModule):
@@ -84,7 +84,7 @@ class Calls:
     def decided_by(self, node: fx.Node) -> str | None:
         """The attribute without whose change there would be no such call, for the report."""
         name = self.decided.get(node.graph)
-        cls = type(self.owner[node.graph]).__name__
+        cls = class_before(self.owner[node.graph]).__name__
         return name and f"{cls}.forward branches on {name}, which may change"
 
     def why_unseen(self, module: Module) -> str | None:
@@ -106,15 +106,17 @@ class Calls:
 
     def _used_apart_inside(self, owner: Module, names: set[str]) -> str | None:
         """The same of methods of `owner` itself, for its attributes `names`: a pair, or the chain of both."""
-        uses = self.methods[type(owner)]
+        uses = self.methods[class_before(owner)]
         if isinstance(owner, Sequential):  # whoever holds it may take it apart
             for parent, name in self.parents[owner]:
-                if type(parent) in self.methods and (reason := self._used_apart_inside(parent, {name})):
+                if class_before(parent) in self.methods and (
+                    reason := self._used_apart_inside(parent, {name})
+                ):
                     return reason
         seen = set() if owner in self.untraced else reachable(uses)
         for method, use in uses.items():
             if method not in seen and "self" in use.opened:
-                return f"{type(owner).__name__}.{method} takes it apart"
+                return f"{class_before(owner).__name__}.{method} takes it apart"
             if len(names) == 1:
                 bad = method not in seen and names <= use.opened
             else:
@@ -122,18 +124,18 @@ class Calls:
                 bad = len(touched) == 1 if method in seen else bool(touched)
             if bad:
                 what = " and ".join(sorted(names & use.touched))
-                return f"{type(owner).__name__}.{method} uses {what} in a way that cannot be followed"
+                return f"{class_before(owner).__name__}.{method} uses {what} in a way that cannot be followed"
         return None
 
     def _used_from_outside(self, owner: Module, first: fx.Node, second: fx.Node) -> str | None:
         """The same of methods of other classes: `self.block.fc(x)`."""
         names = {str(node.target).rpartition(".")[2] for node in (first, second)}
         for cls, uses in self.methods.items():
-            if cls is type(owner):
+            if cls is class_before(owner):
                 continue
-            followed = not any(type(module) is cls for module in self.untraced)
+            followed = not any(class_before(module) is cls for module in self.untraced)
             seen = reachable(uses) if followed else set()
             for method, use in uses.items():
                 if method not in seen and names & use.foreign:
-                    return f"{cls.__name__}.{method} reaches into {type(owner).__name__}"
+                    return f"{cls.__name__}.{method} reaches into {class_before(owner).__name__}"
         return None

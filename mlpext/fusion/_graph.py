@@ -11,29 +11,20 @@ import copy
 import inspect
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as TF
 from torch import fx
-from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import Linear, Module
 
 from mlpext import functional as F
+from mlpext.fusion._gates import find_gates, fuse_gate
 from mlpext.fusion._pairs import Row
 from mlpext.fusion._patterns import activation_after, activation_called, why_not_linear
 from mlpext.fusion._source import reads
-from mlpext.fusion._trace import (
-    Untraceable,
-    describe,
-    has_hooks,
-    is_chain,
-    is_from_torch,
-    modes,
-    sole_user,
-    trace,
-)
+from mlpext.fusion._trace import describe, expect, has_hooks, sole_user, steady_graph
 
 
 class FusedGraph(fx.GraphModule):
@@ -74,12 +65,16 @@ class FusedGraph(fx.GraphModule):
 def fuse_graph(model: Module, rows: dict[Module, Row]) -> Module:
     """The graph of `model` with functional calls fused, or `model` itself where no one graph holds in every
     mode. What came of it is added to `rows`."""
-    steady = {module for module in model.modules() if _steady_graph(module)}
-    graph = None if has_hooks(model) else _steady_graph(model, steady.__contains__)
-    if graph is None:
-        rows[model] = Row("", "left", "graph=True: no one graph of its forward holds in every mode")
+    steady = {module for module in model.modules() if steady_graph(module)}
+    graph = None if has_hooks(model) else steady_graph(model, steady.__contains__)
+    if graph is None or any(node.target is expect for node in graph.nodes):
+        said = rows.get(model, Row("", "left", ""))
+        reason = "graph=True: no one graph of its forward holds in every mode"
+        rows[model] = said._replace(reason=f"{said.reason}; {reason}" if said.action != "left" else reason)
         return model
     paths = {module: path for path, module in model.named_modules()}
+    for gate in find_gates(graph):
+        fuse_gate(gate)
     for node in list(graph.nodes):
         if _is_linear(node):
             what = _fuse_activation(node) or _fuse_maxout(node)
@@ -90,41 +85,6 @@ def fuse_graph(model: Module, rows: dict[Module, Row]) -> Module:
         _replace_lone_activation(node)
     graph.lint()
     return FusedGraph(model, graph)
-
-
-def _steady_graph(module: Module, inline: Callable[[Module], bool] = lambda module: False) -> fx.Graph | None:
-    """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
-    arguments whose default is None, all of it in one mode of autograd and autocast. `inline` says of a module
-    in it whether its calls stand in the graph too, or it is called."""
-    cls = type(module)
-    is_leaf = (is_from_torch(cls) or cls.__module__.startswith("mlpext.")) and not is_chain(module)
-    if isinstance(module, torch.jit.ScriptModule) or is_leaf:
-        return None
-    try:
-        graphs, _ = trace(module, inline)
-    except Untraceable:
-        return None
-    graph, *others = graphs
-    known = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
-    for node in graph.nodes:
-        if node.meta["modes"] != modes() or (node.op == "get_attr" and node.target not in known):
-            return None
-    operations = list(_operations(graph))
-    return graph if all(list(_operations(other)) == operations for other in others) else None
-
-
-def _operations(graph: fx.Graph) -> Iterator[str]:
-    """What a graph does, whatever its nodes are called and whichever of its arguments it ignores."""
-    names: dict[fx.Node, str] = {}
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            names[node] = str(node.target)
-            if names[node].startswith("*"):  # how many there are is part of what it does
-                yield names[node]
-        elif node.target is not _assert_is_none:
-            names[node] = str(len(names))
-            args = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
-            yield f"{node.op} {node.target} {args}"
 
 
 def _is_linear(node: fx.Node) -> bool:

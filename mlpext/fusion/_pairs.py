@@ -31,12 +31,13 @@ class Row(NamedTuple):
     reason: str
 
 
-def find_pairs(calls: Calls) -> tuple[Pairs, dict[Module, Row]]:
-    """The pairs to fuse, and a row for every linear layer and activation, in the model's order."""
+def find_pairs(calls: Calls, gated: dict[Module, Row]) -> tuple[Pairs, dict[Module, Row]]:
+    """The pairs to fuse, and a row for every linear layer and activation, in the model's order. `gated` are
+    the rows of modules that are part of gated units."""
     pairs: Pairs = {}
     left: dict[Module, str] = {}
     for module in calls.paths:
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and module not in gated:
             following = why_not_linear(module) or _activations_after(calls, module)
             if isinstance(following, str):
                 left[module] = following
@@ -50,7 +51,9 @@ def find_pairs(calls: Calls) -> tuple[Pairs, dict[Module, Row]]:
             fused_into.setdefault(activation, []).append(calls.paths[linear])
     rows: dict[Module, Row] = {}
     for module, path in calls.paths.items():
-        if module in pairs:
+        if module in gated:
+            rows[module] = gated[module]
+        elif module in pairs:
             names = ", ".join(f"{calls.paths[a]} ({type(a).__name__})" for a in pairs[module])
             rows[module] = Row(path, "fused", f"with {names}")
         elif module in fused_into:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from mlpext.fusion._trace import class_before
+
 
 @dataclass
 class Uses:
@@ -160,8 +162,9 @@ _PLAIN: tuple[Any, ...] = (object.__new__, types.SimpleNamespace.__new__)
 def changes(module: Module) -> Iterator[tuple[str, dict[str, Any]]]:
     """The plain attributes that the forward of `module` may read, and those of plain objects in them, each
     with other values: `model.return_pre = True` takes another way through the same forward."""
-    names = sorted(reads(type(module)))
-    words = sorted({"", *(word for code in _code_objects(type(module)) for word in _words(code))})
+    cls = class_before(module)
+    names = sorted(reads(cls))
+    words = sorted({"", *(word for code in _code_objects(cls) for word in _words(code))})
     for name in names:
         value = inspect.getattr_static(module, name, ...)
         for other in _other_values(value, words):

@@ -10,15 +10,19 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import operator
+import random
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from itertools import product
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import fx
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import Identity, Module, Sequential
 
 from mlpext import _C
@@ -65,8 +69,24 @@ def is_from_torch(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "torch"
 
 
+def class_before(module: Module) -> type[Module]:
+    """The class that wrote the forward of `module`: its own, or, where `fuse` has replaced that, the one
+    before."""
+    return getattr(type(module), "class_before", type(module))
+
+
 class Untraceable(Exception):
     """Why torch.fx cannot follow a forward."""
+
+
+class OtherWay(Exception):
+    """A forward would go another way than its graph, because dtypes differ."""
+
+
+def expect(answer: bool, expected: bool) -> None:
+    """In the graph: what a forward asks of dtypes. OtherWay where the answer is not the expected one."""
+    if answer is not expected:
+        raise OtherWay
 
 
 def modes() -> tuple[bool, ...]:
@@ -75,15 +95,25 @@ def modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
+class _TensorProxy(fx.Proxy):
+    """A proxy that says it is a Tensor, which is what a forward would meet."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Tensor
+
+
 class Tracer(fx.Tracer):
     """Notes in each node's `meta` the module it calls, and whether autograd and autocast are on there.
 
     `inline` says of a module in the traced one whether its calls stand in the graph, or it is called as a
-    whole; `arity` is how many arguments `*args` stands for.
+    whole; `arity` is how many arguments `*args` stands for. With `steady`, a forward that compares dtypes is
+    followed as if all were that of the parameters, and the graph calls `expect` there.
     """
 
-    def __init__(self, inline: Callable[[Module], bool], arity: int) -> None:
+    def __init__(self, inline: Callable[[Module], bool], arity: int, steady: bool) -> None:
         super().__init__()
+        self.steady = steady
         self.proxy_buffer_attributes = True  # else `self.count += 1` would count the tracing too
         self.inline = inline
         self.arity = arity
@@ -106,6 +136,14 @@ class Tracer(fx.Tracer):
                 self.graph.erase_node(proxy.node)
         return function, proxies
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _TensorProxy(node, self) if self.steady else super().proxy(node)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        return super().create_arg(a)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if len(self.graph.nodes) > 10_000:  # `while self.flag:`, with the flag set for once
             raise Untraceable("it has no end")
@@ -116,7 +154,23 @@ class Tracer(fx.Tracer):
         return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.steady and (expected := self._on_dtypes(obj.node)) is not None:
+            self.create_node("call_function", expect, (obj.node, expected), {})
+            return expected
         return self._last_use(bool, super().to_bool, obj)  # type: ignore[no-any-return]
+
+    def _on_dtypes(self, node: fx.Node) -> bool | None:
+        """The answer of `x.dtype == y.dtype`, or `!=`, where tensors have the dtype of the parameters; None
+        for any other question."""
+        if node.target not in (operator.eq, operator.ne):
+            return None
+        own = next((p.dtype for p in self.root.parameters()), torch.get_default_dtype())
+        is_dtype = [
+            isinstance(a, fx.Node) and (a.target, *a.args[1:]) == (getattr, "dtype") for a in node.args
+        ]
+        sides = [own if of_tensor else a for a, of_tensor in zip(node.args, is_dtype, strict=True)]
+        known = any(is_dtype) and all(isinstance(side, torch.dtype) for side in sides)
+        return bool(node.target(*sides)) if known else None
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         return self._last_use(iter, super().iter, obj)  # type: ignore[no-any-return]
@@ -134,32 +188,38 @@ def trace(
     module: Module,
     inline: Callable[[Module], bool] = lambda module: False,
     change: Mapping[str, Any] = types.MappingProxyType({}),
+    *,
+    steady: bool = False,
 ) -> tuple[list[fx.Graph], set[Module]]:
     """The graphs of `module` in every mode, and the modules whose forward is part of them. The module, and
     the random numbers to come, stay untouched. Untraceable where the forward cannot be followed.
 
     `change` gives attributes other values than they have. Where a forward fails with them, as it would on
-    tensors, there is no graph; where it only cannot be followed to its end, the graph is what came before."""
+    tensors, there is no graph; where it only cannot be followed to its end, the graph is what came before.
+    With `steady`, one that draws random numbers of its own is Untraceable, since they could decide on it."""
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
-    if type(module).__call__ is not Module.__call__ and not isinstance(module, fx.GraphModule):
+    cls = class_before(module)
+    if cls.__call__ is not Module.__call__ and not isinstance(module, fx.GraphModule):
         raise Untraceable("its class has a __call__ of its own")
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    parameters = inspect.signature(cls.forward).parameters.values()
     absent = {p.name: None for p in parameters if p.default is None}
     arities = (1, 2) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else (1,)
     graphs, inlined = [], set()
     for training, concrete, arity in product((True, False), [{}, absent] if absent else [{}], arities):
         # What a forward assigns to `self`, or appends to a list there, goes to a copy.
-        twin = object.__new__(type(module))
+        twin = object.__new__(cls)
         for name, value in vars(module).items():
             vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
         vars(twin).update(change)
         twin.training = training
-        tracer = Tracer(inline, arity)
+        tracer = Tracer(inline, arity, steady)
         try:
-            with torch.random.fork_rng(devices=[]), redirect_stdout(io.StringIO()), catch_warnings():
+            with _same_random_numbers() as drawn, redirect_stdout(io.StringIO()), catch_warnings():
                 simplefilter("ignore")
                 graphs.append(tracer.trace(twin, concrete))
+                if steady and drawn():
+                    raise Untraceable("it draws random numbers")
         except Exception as error:  # whatever a forward does with a proxy
             if change:
                 graphs += [tracer.graph] if _came_of_a_proxy(error) else []
@@ -170,10 +230,66 @@ def trace(
     return graphs, inlined
 
 
+@contextmanager
+def _same_random_numbers() -> Iterator[Callable[[], bool]]:
+    """The random numbers to come are the same after it; what it gives says whether any were drawn within."""
+    numpy = sys.modules.get("numpy")
+
+    def states() -> list[Any]:
+        of_numpy = numpy.random.get_state(legacy=False) if numpy else None
+        return [torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(of_numpy)]
+
+    before, of_random = states(), random.getstate()
+    of_numpy = numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield lambda: states() != before
+        finally:
+            random.setstate(of_random)
+            if numpy:
+                numpy.random.set_state(of_numpy)
+
+
 def _came_of_a_proxy(error: Exception) -> bool:
     """Whether `error` came of a proxy, where a tensor may have done."""
     known = isinstance(error, (fx.proxy.TraceError, Untraceable))
     return known or any(word in str(error) for word in ("Proxy", "'Attribute'", "symbolic"))
+
+
+def steady_graph(module: Module, inline: Callable[[Module], bool] = lambda module: False) -> fx.Graph | None:
+    """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
+    arguments whose default is None, all of it in one mode of autograd and autocast. `inline` says of a module
+    in it whether its calls stand in the graph too, or it is called. Where the forward compares dtypes, the
+    graph calls `expect`."""
+    cls = class_before(module)
+    is_leaf = (is_from_torch(cls) or cls.__module__.startswith("mlpext.")) and not is_chain(module)
+    if isinstance(module, torch.jit.ScriptModule) or is_leaf:
+        return None
+    try:
+        graphs, _ = trace(module, inline, steady=True)
+    except Untraceable:
+        return None
+    graph, *others = graphs
+    known = {name for name, _ in [*module.named_parameters(), *module.named_buffers()]}
+    for node in graph.nodes:
+        if node.meta["modes"] != modes() or (node.op == "get_attr" and node.target not in known):
+            return None
+    steps = list(operations(graph))
+    return graph if all(list(operations(other)) == steps for other in others) else None
+
+
+def operations(graph: fx.Graph) -> Iterator[str]:
+    """What a graph does, whatever its nodes are called and whichever of its arguments it ignores."""
+    names: dict[fx.Node, str] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            names[node] = str(node.target)
+            if names[node].startswith("*"):  # how many there are is part of what it does
+                yield names[node]
+        elif node.target is not _assert_is_none:
+            names[node] = str(len(names))
+            args = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
+            yield f"{node.op} {node.target} {args}"
 
 
 def sole_user(node: fx.Node) -> fx.Node | str:

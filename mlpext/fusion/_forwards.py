@@ -1,0 +1,129 @@
+"""Forwards that `fuse` replaces, each in the module where it stands.
+
+A gated unit multiplies in the forward of its module, so that no exchange of parts can fuse it. The module
+gets a subclass of its class, whose forward is the traced one with the gated units fused. It calls the layers
+by their names, as the forward before did: what is put in their place later, an adapter for one, is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.nn import Module
+
+from mlpext.fusion._gates import Gate, find_gates, fuse_gate
+from mlpext.fusion._source import changes, reads
+from mlpext.fusion._trace import OtherWay, class_before, expect, operations, steady_graph, trace
+
+WAS = "_class_before_fuse"  # the attribute of a fused module that keeps the class it had
+
+
+class FusedForward(Module):
+    """A module whose forward is of `fuse`'s making. Where something is set that decided on that forward, it
+    goes back to the one before, in silence: nothing but time is lost."""
+
+    class_before: ClassVar[type[Module]]
+    decided_by: ClassVar[frozenset[str]] = frozenset()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.decided_by:
+            _restore(self)
+            setattr(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Nobody finds the class by its name. The forward is made again from what the module holds.
+        made: Any = super().__reduce_ex__(protocol)
+        return _without_state, (self.class_before,), *made[2:]
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _restore(self)
+        if new := _with_gates(self):
+            vars(self)[WAS] = type(self)
+            set_class(self, new[0])
+
+
+def _without_state(cls: type[Module]) -> Any:
+    return object.__new__(_subclass(cls, cls.forward, frozenset()))
+
+
+def _restore(module: FusedForward) -> None:
+    vars(module).pop(WAS, None)
+    set_class(module, module.class_before)
+
+
+def set_class(module: Module, cls: type[Module]) -> None:
+    """Make it one of `cls`, whatever its class does where an attribute is set."""
+    object.__setattr__(module, "__class__", cls)
+
+
+def forwards_with_gates(model: Module) -> dict[Module, tuple[type[Module], list[Gate]]]:
+    """The modules of `model` whose forward has gated units that can be fused, each with its new class and
+    those units."""
+    may = (m for m in model.modules() if isinstance(m, FusedForward) or WAS not in vars(m))
+    found = ((module, _with_gates(module)) for module in may)
+    return {module: new for module, new in found if new is not None}
+
+
+def _with_gates(module: Module) -> tuple[type[Module], list[Gate]] | None:
+    graph = steady_graph(module)
+    gates = [] if graph is None else [gate for gate in find_gates(graph) if _is_own(gate)]
+    if graph is None or not gates or not _always_holds(module, graph):
+        return None
+    for gate in gates:
+        fuse_gate(gate)
+    cls = class_before(module)
+    forward = type(fx.GraphModule(module, graph)).forward
+    if any(node.target is expect for node in graph.nodes):
+        forward = _or_before(forward, cls.forward)
+    parts = {str(n.target).partition(".")[0] for n in graph.nodes if n.op in ("call_module", "get_attr")}
+    by_name = parts - {gate.call.target for gate in gates}  # found when they are called: may be exchanged
+    return _subclass(cls, forward, frozenset(reads(cls) - by_name)), gates
+
+
+def _is_own(gate: Gate) -> bool:
+    """Whether its activation is a function or a part of the module itself, which notices when it is
+    exchanged."""
+    return gate.call.op != "call_module" or "." not in str(gate.call.target)
+
+
+def _always_holds(module: Module, graph: fx.Graph) -> bool:
+    """Whether the forward of `module` does what `graph` does without gradients too, under autocast, and with
+    other values in the objects that it reads, none of which would be noticed later."""
+    steps = list(operations(graph))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        other = steady_graph(module)
+    if other is None or list(operations(other)) != steps:
+        return False
+    for name, change in changes(module):
+        if name.count(".") > 1:  # self.config.gated, where self.gated would be noticed
+            graphs, _ = trace(module, change=change, steady=True)
+            if any(list(operations(each)) != steps for each in graphs):
+                return False
+    return True
+
+
+def _or_before(forward: Callable[..., Any], before: Callable[..., Any]) -> Callable[..., Any]:
+    def either(self: Module, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(self, *args, **kwargs)
+        except OtherWay:
+            return before(self, *args, **kwargs)
+
+    return either
+
+
+def _subclass(cls: type[Module], forward: Callable[..., Any], decided_by: frozenset[str]) -> type[Module]:
+    own = {
+        "forward": forward,
+        "class_before": cls,
+        "decided_by": decided_by,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
+    return type(f"Fused{cls.__name__}", (FusedForward, cls), own)
