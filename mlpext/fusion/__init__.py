@@ -24,7 +24,7 @@ from mlpext.fusion._forwards import WAS, FusedForward, forwards_with_gates, set_
 from mlpext.fusion._gates import Gate
 from mlpext.fusion._graph import FusedGraph, fuse_graph
 from mlpext.fusion._pairs import ACTIONS, Row, find_pairs
-from mlpext.fusion._patterns import activation_of
+from mlpext.fusion._patterns import activation_of, why_not_linear
 from mlpext.fusion._source import reads
 from mlpext.fusion._trace import HOOKS, class_before
 from mlpext.nn._activations import OURS
@@ -81,14 +81,15 @@ def fuse(
     model: Module, *, inplace: bool = ..., graph: bool = ..., report: Literal[True]
 ) -> tuple[Module, Report]: ...
 def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: bool = False) -> Any:
-    """`model` with each Linear and the activation after it as one LinearActivation, other activations as
-    this package's, and everything else as it was.
+    """`model` with each Linear and the activation after it as one LinearActivation, each gated unit as one
+    product, other Linear layers and activations as this package's, and everything else as it was.
 
     Same outputs, same parameters (the same objects: an optimizer made before goes on), same state_dict keys.
     The Linear becomes a LinearActivation, its activation a FusedActivation, which is an Identity. A pair is
-    fused only where every use of both is seen to be the one after the other; hooks, parametrizations,
-    subclasses of Linear and the like are left alone. Methods of the model are read; code outside it that
-    calls a Linear directly is not known. docs/fuse.md has the details.
+    fused only where every use of both is seen to be the one after the other. A module that multiplies,
+    `act(self.gate(x)) * self.up(x)`, gets a subclass of its class with another forward. Hooks,
+    parametrizations, subclasses of Linear and the like are left alone. Methods of the model are read; code
+    outside it that calls a Linear directly is not known. docs/fuse.md has the details.
 
     Args:
         model: any module; it stays as it is, and the result shares its parameters and buffers.
@@ -103,11 +104,11 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
     >>> fused, report = mlpext.fuse(model, report=True)
     >>> print(report)
-    module  action  reason
-    0       fused   with 1 (Tanh)
-    1       fused   into 0
-    2       left    no activation follows it: its output is a result
-    2 fused, 1 left
+    module  action    reason
+    0       fused     with 1 (Tanh)
+    1       fused     into 0
+    2       replaced  by mlpext.nn.Linear: no activation follows it: its output is a result
+    2 fused, 1 replaced
     """
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -139,7 +140,7 @@ def unfuse(model: Module) -> Module:
     for module in model.modules():
         was = vars(module).pop(WAS, None)
         if was is not None:
-            if was is Linear:
+            if type(module) is nn.LinearActivation:
                 del module.activation, module.params
             set_class(module, was)
     return model
@@ -184,7 +185,9 @@ def _fuse(model: Module) -> dict[Module, Row]:
     for activation in {a: None for activations in pairs.values() for a in activations}:
         _change_class(activation, FusedActivation)
     for module, row in rows.items():
-        if row.action == "replaced":
+        if type(module) is Linear and why_not_linear(module) is None:
+            _change_class(module, nn.Linear)
+        elif row.action == "replaced":
             _change_class(module, OURS[type(module)])
     return rows
 

@@ -59,7 +59,7 @@ def find_pairs(calls: Calls, gated: dict[Module, Row]) -> tuple[Pairs, dict[Modu
         elif module in fused_into:
             rows[module] = Row(path, "fused", f"into {', '.join(fused_into[module])}")
         elif isinstance(module, Linear):
-            rows[module] = Row(path, "left", left[module])
+            rows[module] = _lone_linear(path, module, left[module])
         elif type(module) in OURS or isinstance(module, tuple(OURS)):
             rows[module] = _lone_activation(calls, module)
         elif module in calls.untraced:
@@ -126,6 +126,13 @@ def _other_use(calls: Calls, activation: Module, pairs: Pairs) -> str | None:
         what = f"the output of {describe(came)}" if isinstance(came, fx.Node) else "something else"
         return calls.decided_by(node) or f"its activation {calls.paths[activation]} is also used on {what}"
     return None
+
+
+def _lone_linear(path: str, linear: Module, reason: str) -> Row:
+    """The row of a linear layer that is fused with nothing: ours computes the same."""
+    if type(linear) is not Linear or why_not_linear(linear) is not None:
+        return Row(path, "left", reason)
+    return Row(path, "replaced", f"by mlpext.nn.Linear: {reason}")
 
 
 def _lone_activation(calls: Calls, activation: Module) -> Row:

@@ -16,7 +16,7 @@ import torch.nn.functional as TF
 from torch import Tensor, fx
 from torch.nn import Linear, Module, Parameter
 
-from mlpext import _C
+from mlpext import _C, nn
 from mlpext import functional as F
 from mlpext.fusion._trace import Untraceable, has_hooks, is_from_torch, modes, sole_user, trace
 from mlpext.nn._activations import NAME_OF, name_and_parameters
@@ -92,7 +92,7 @@ def why_not_linear(linear: Module) -> str | None:
         return "its weight is parametrized"
     if linear._parameters.keys() != {"weight", "bias"}:
         return "its weight is computed at each call (weight_norm, spectral_norm, pruning)"
-    if type(linear) is not Linear:
+    if type(linear) not in (Linear, nn.Linear):
         return f"{type(linear).__name__} is not torch.nn.Linear itself"
     if has_hooks(linear):
         return "it has hooks"

@@ -30,7 +30,7 @@ from mlpext.nn._activations import (
     Tanh,
     Tanhshrink,
 )
-from mlpext.nn._layers import GatedLinear, LinearActivation, Maxout
+from mlpext.nn._layers import GatedLinear, Linear, LinearActivation, Maxout
 from mlpext.nn._networks import MLP, GatedMLP
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Hardswish",
     "Hardtanh",
     "LeakyReLU",
+    "Linear",
     "LinearActivation",
     "LogSigmoid",
     "Maxout",

@@ -47,7 +47,7 @@ def test_a_report_of_nothing_and_one_with_a_refused_trace():
     for graph in (False, True):
         _, report = mlpext.fuse(Branches(), report=True, graph=graph)
         assert [row.path for row in report] == ["pair.fc", "pair.act", "alone", ""]
-        assert str(report).splitlines()[-1] == "2 fused, 1 left"
+        assert str(report).splitlines()[-1] == "2 fused, 1 replaced"
 
 
 HOOKS = {
