@@ -25,6 +25,7 @@ from mlpext.fusion._pairs import ACTIONS, Row, find_pairs
 from mlpext.fusion._patterns import activation_of
 from mlpext.fusion._source import reads
 from mlpext.fusion._trace import HOOKS
+from mlpext.fusion._transformer import FUSED, find_layers
 from mlpext.nn._activations import OURS
 
 M = TypeVar("M", bound=Module)
@@ -168,20 +169,26 @@ def _copy(model: Module) -> Module:
 
 def _fuse(model: Module) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
-    pairs, rows = find_pairs(Calls(model))
+    calls = Calls(model)
+    pairs, rows = find_pairs(calls)
+    layers = find_layers(calls, rows)
     for path, module in model.named_modules():
         if was := vars(module).get(_WAS):
             rows[module] = Row(path, "unchanged", f"fused already: it was {was.__name__}")
     for linear, activations in pairs.items():
         linear.activation, linear.params = activation_of(next(iter(activations)))  # type: ignore[misc,assignment]
-    for linear in pairs:
         _change_class(linear, nn.LinearActivation)
+    for layer, found in layers.items():
+        linear = layer.get_submodule("linear1")
+        linear.activation, linear.params = found  # type: ignore[assignment]
+        _change_class(linear, nn.LinearActivation)
+        _change_class(layer, FUSED[type(layer)])
     for activation in {a: None for activations in pairs.values() for a in activations}:
         _change_class(activation, FusedActivation)
     for module, row in rows.items():
         if row.action == "replaced":
             _change_class(module, OURS[type(module)])
-    return rows
+    return {module: rows[module] for module in calls.paths if module in rows}
 
 
 def _change_class(module: Module, cls: type[Module]) -> None:

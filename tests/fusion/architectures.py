@@ -269,11 +269,8 @@ ARCHITECTURES = {
     "TransformerEncoderLayer": Architecture(
         lambda: nn.TransformerEncoderLayer(8, 2, 16, activation=nn.GELU(), batch_first=True),
         lambda: (randn(2, 5, 8),),
-        left={
-            "self_attn.out_proj": "NonDynamicallyQuantizableLinear",
-            "linear1": "torch.nn.TransformerEncoderLayer",
-            "linear2": "torch.nn.TransformerEncoderLayer",
-        },
+        fused=("linear1",),
+        left={"self_attn.out_proj": "NonDynamicallyQuantizableLinear", "linear2": "dropout2 (Dropout)"},
         graph=False,
     ),
     "lazy": Architecture(
