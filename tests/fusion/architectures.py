@@ -235,10 +235,11 @@ ARCHITECTURES = {
     ),
     "with dropout": Architecture(
         lambda: nn.Sequential(
-            *(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3)), *(nn.Linear(8, 8), nn.Dropout(0.3), nn.ReLU())
+            *(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Dropout(0.3), nn.ReLU()),
+            *(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.3)),
         ),
-        fused=("0",),
-        left={"3": "goes to 4 (Dropout)"},
+        fused=("0", "3"),
+        left={"6": "7 (Dropout) comes before its activation 8 (Tanh)", "9": "goes to 10 (Dropout)"},
     ),
     "with batch-norm": Architecture(
         lambda: nn.Sequential(
