@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -21,6 +22,16 @@ from torch.nn import Identity, Linear, Module
 from mlpext import nn
 from mlpext.fusion._calls import Calls
 from mlpext.fusion._graph import FusedGraph, fuse_graph
+from mlpext.fusion._inference import (
+    DROPOUTS,
+    KEPT,
+    FoldedBatchNorm,
+    FoldedLinear,
+    FusedDropout,
+    fold,
+    note_folded,
+    unfold,
+)
 from mlpext.fusion._pairs import ACTIONS, Row, find_pairs
 from mlpext.fusion._patterns import activation_of
 from mlpext.fusion._source import reads
@@ -73,15 +84,29 @@ class Report(list[Row]):
 
 @overload
 def fuse(
-    model: M, *, inplace: bool = ..., graph: Literal[False] = ..., report: Literal[False] = ...
+    model: M,
+    *,
+    inplace: bool = ...,
+    graph: Literal[False] = ...,
+    inference: bool = ...,
+    report: Literal[False] = ...,
 ) -> M: ...
 @overload
-def fuse(model: Module, *, inplace: bool = ..., graph: bool, report: Literal[False] = ...) -> Module: ...
+def fuse(
+    model: Module, *, inplace: bool = ..., graph: bool, inference: bool = ..., report: Literal[False] = ...
+) -> Module: ...
 @overload
 def fuse(
-    model: Module, *, inplace: bool = ..., graph: bool = ..., report: Literal[True]
+    model: Module, *, inplace: bool = ..., graph: bool = ..., inference: bool = ..., report: Literal[True]
 ) -> tuple[Module, Report]: ...
-def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: bool = False) -> Any:
+def fuse(
+    model: Module,
+    *,
+    inplace: bool = False,
+    graph: bool = False,
+    inference: bool = False,
+    report: bool = False,
+) -> Any:
     """`model` with each Linear and the activation after it as one LinearActivation, other activations as
     this package's, and everything else as it was.
 
@@ -96,6 +121,10 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
         inplace: change `model` itself instead, and return it.
         graph: fuse functional calls too, `F.elu(self.a(x))`. Where torch.fx can trace the whole model, the
             result is a torch.fx.GraphModule.
+        inference: for a model that will only be run. The result is in eval mode, and its `train()` raises
+            RuntimeError. A Linear and the BatchNorm1d after it are one layer, with a weight and a bias of its
+            own, which need no gradient; the BatchNorm1d's keys are gone from the state_dict. Dropout is an
+            Identity. Later changes of `model` are not seen. `unfuse` brings back what was, in eval mode.
         report: return (model, Report): what was fused, what was left, and why.
 
     Raises:
@@ -112,15 +141,15 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
     """
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    result = model if inplace else _copy(model)
-    rows = _fuse(result)
+    result = model if inplace else _copy(model, inference)
+    rows = _fuse(result, inference)
     if graph:
         result = fuse_graph(result, rows)
     return (result, Report(sorted(rows.values(), key=lambda row: not row.path))) if report else result
 
 
 def unfuse(model: Module) -> Module:
-    """Undo `fuse`, in place: every module is again of the class that it was.
+    """Undo `fuse`, in place: every module is again of the class that it was, with the parameters that it had.
 
     Returns `model`; for the GraphModule of `fuse(..., graph=True)`, the model it was made of.
 
@@ -143,19 +172,21 @@ def unfuse(model: Module) -> Module:
             if was is Linear:
                 del module.activation, module.params
             module.__class__ = was
+            unfold(module)
     return model
 
 
-def _copy(model: Module) -> Module:
+def _copy(model: Module, inference: bool) -> Module:
     """A copy of the modules, with the very same parameters, buffers and hooks."""
     memo: dict[int, Any] = {}
 
     def keep(values: Iterable[Any]) -> None:
         memo.update((id(value), value) for value in values)
 
-    for module in model.modules():
+    kept = (vars(module)[KEPT] for module in model.modules() if KEPT in vars(module))
+    for module in chain(model.modules(), kept):
         if isinstance(module, torch.jit.ScriptModule):
-            keep([module])  # nothing in it is changed
+            keep([] if inference else [module])  # nothing in it is changed, but for its mode
             continue
         keep(module._parameters.values())
         keep(module._buffers.values())
@@ -167,21 +198,29 @@ def _copy(model: Module) -> Module:
     return copy.deepcopy(model, memo)
 
 
-def _fuse(model: Module) -> dict[Module, Row]:
+def _fuse(model: Module, inference: bool) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
+    before = {module: vars(module)[_WAS] for module in model.modules() if _WAS in vars(module)}
+    if inference:
+        model.eval()
+        for dropout in [module for module in model.modules() if type(module) in DROPOUTS]:
+            _change_class(dropout, FusedDropout)
     calls = Calls(model)
+    folded, why_not_folded = fold(calls) if inference else ({}, {})
+    for norm in folded.values():
+        _change_class(norm, FoldedBatchNorm)
     pairs, rows = find_pairs(calls)
     layers = find_layers(calls, rows)
-    for path, module in model.named_modules():
-        if was := vars(module).get(_WAS):
-            rows[module] = Row(path, "unchanged", f"fused already: it was {was.__name__}")
-    for linear, activations in pairs.items():
-        linear.activation, linear.params = activation_of(next(iter(activations)))  # type: ignore[misc,assignment]
-        _change_class(linear, nn.LinearActivation)
-    for layer, found in layers.items():
-        linear = layer.get_submodule("linear1")
-        linear.activation, linear.params = found  # type: ignore[assignment]
-        _change_class(linear, nn.LinearActivation)
+    note_folded(calls, folded, why_not_folded, rows)
+    for module, was in before.items():
+        rows[module] = Row(calls.paths[module], "unchanged", f"fused already: it was {was.__name__}")
+
+    found = {linear: activation_of(next(iter(activations))) for linear, activations in pairs.items()}
+    found |= {layer.get_submodule("linear1"): activation for layer, activation in layers.items()}
+    for linear in found | folded:
+        linear.activation, linear.params = found.get(linear) or ("identity", {})  # type: ignore[assignment]
+        _change_class(linear, FoldedLinear if linear in folded else nn.LinearActivation)
+    for layer in layers:
         _change_class(layer, FUSED[type(layer)])
     for activation in {a: None for activations in pairs.values() for a in activations}:
         _change_class(activation, FusedActivation)
@@ -192,5 +231,5 @@ def _fuse(model: Module) -> dict[Module, Row]:
 
 
 def _change_class(module: Module, cls: type[Module]) -> None:
-    vars(module)[_WAS] = type(module)
+    vars(module).setdefault(_WAS, type(module))
     module.__class__ = cls

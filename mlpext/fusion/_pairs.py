@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import fx
-from torch.nn import Dropout, Linear, Module
+from torch.nn import BatchNorm1d, Dropout, Linear, Module
 
 from mlpext.fusion._calls import Calls
 from mlpext.fusion._patterns import Activation, activation_called, activation_of, why_not_linear
@@ -100,7 +100,8 @@ def _activation_after(calls: Calls, node: fx.Node) -> Module | str:
     activation: Module = user.meta["module"]
     found = activation_of(activation)
     if found is None:
-        return f"its output goes to {describe(after)}"
+        hint = ": see inference=True" if type(activation) is BatchNorm1d else ""
+        return f"its output goes to {describe(after)}{hint}"
     if user is not after and (reason := _why_not_before(after.meta["module"], found)):
         return f"{describe(after)} comes before its activation {describe(user)}, and {reason}"
     if has_hooks(activation):
