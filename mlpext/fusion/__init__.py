@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -23,10 +24,21 @@ from mlpext.fusion._calls import Calls
 from mlpext.fusion._forwards import WAS, FusedForward, forwards_with_gates, set_class
 from mlpext.fusion._gates import Gate
 from mlpext.fusion._graph import FusedGraph, fuse_graph
+from mlpext.fusion._inference import (
+    DROPOUTS,
+    KEPT,
+    FoldedBatchNorm,
+    FoldedLinear,
+    FusedDropout,
+    fold,
+    note_folded,
+    unfold,
+)
 from mlpext.fusion._pairs import ACTIONS, Row, find_pairs
 from mlpext.fusion._patterns import activation_of, why_not_linear
 from mlpext.fusion._source import reads
-from mlpext.fusion._trace import HOOKS, class_before
+from mlpext.fusion._trace import HOOKS
+from mlpext.fusion._transformer import FUSED, find_layers
 from mlpext.nn._activations import OURS
 
 M = TypeVar("M", bound=Module)
@@ -72,15 +84,29 @@ class Report(list[Row]):
 
 @overload
 def fuse(
-    model: M, *, inplace: bool = ..., graph: Literal[False] = ..., report: Literal[False] = ...
+    model: M,
+    *,
+    inplace: bool = ...,
+    graph: Literal[False] = ...,
+    inference: bool = ...,
+    report: Literal[False] = ...,
 ) -> M: ...
 @overload
-def fuse(model: Module, *, inplace: bool = ..., graph: bool, report: Literal[False] = ...) -> Module: ...
+def fuse(
+    model: Module, *, inplace: bool = ..., graph: bool, inference: bool = ..., report: Literal[False] = ...
+) -> Module: ...
 @overload
 def fuse(
-    model: Module, *, inplace: bool = ..., graph: bool = ..., report: Literal[True]
+    model: Module, *, inplace: bool = ..., graph: bool = ..., inference: bool = ..., report: Literal[True]
 ) -> tuple[Module, Report]: ...
-def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: bool = False) -> Any:
+def fuse(
+    model: Module,
+    *,
+    inplace: bool = False,
+    graph: bool = False,
+    inference: bool = False,
+    report: bool = False,
+) -> Any:
     """`model` with each Linear and the activation after it as one LinearActivation, each gated unit as one
     product, other Linear layers and activations as this package's, and everything else as it was.
 
@@ -96,6 +122,10 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
         inplace: change `model` itself instead, and return it.
         graph: fuse functional calls too, `F.elu(self.a(x))`. Where torch.fx can trace the whole model, the
             result is a torch.fx.GraphModule.
+        inference: for a model that will only be run. The result is in eval mode, and its `train()` raises
+            RuntimeError. A Linear and the BatchNorm1d after it are one layer, with a weight and a bias of its
+            own, which need no gradient; the BatchNorm1d's keys are gone from the state_dict. Dropout is an
+            Identity. Later changes of `model` are not seen. `unfuse` brings back what was, in eval mode.
         report: return (model, Report): what was fused, what was left, and why.
 
     Raises:
@@ -112,15 +142,15 @@ def fuse(model: Module, *, inplace: bool = False, graph: bool = False, report: b
     """
     if not isinstance(model, Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    result = model if inplace else _copy(model)
-    rows = _fuse(result)
+    result = model if inplace else _copy(model, inference)
+    rows = _fuse(result, inference)
     if graph:
         result = fuse_graph(result, rows)
     return (result, Report(sorted(rows.values(), key=lambda row: not row.path))) if report else result
 
 
 def unfuse(model: Module) -> Module:
-    """Undo `fuse`, in place: every module is again of the class that it was.
+    """Undo `fuse`, in place: every module is again of the class that it was, with the parameters that it had.
 
     Returns `model`; for the GraphModule of `fuse(..., graph=True)`, the model it was made of.
 
@@ -140,22 +170,24 @@ def unfuse(model: Module) -> Module:
     for module in model.modules():
         was = vars(module).pop(WAS, None)
         if was is not None:
-            if type(module) is nn.LinearActivation:
+            if isinstance(module, nn.LinearActivation):
                 del module.activation, module.params
             set_class(module, was)
+            unfold(module)
     return model
 
 
-def _copy(model: Module) -> Module:
+def _copy(model: Module, inference: bool) -> Module:
     """A copy of the modules, with the very same parameters, buffers and hooks."""
     memo: dict[int, Any] = {}
 
     def keep(values: Iterable[Any]) -> None:
         memo.update((id(value), value) for value in values)
 
-    for module in model.modules():
+    kept = (vars(module)[KEPT] for module in model.modules() if KEPT in vars(module))
+    for module in chain(model.modules(), kept):
         if isinstance(module, torch.jit.ScriptModule):
-            keep([module])  # nothing in it is changed
+            keep([] if inference else [module])  # nothing in it is changed, but for its mode
             continue
         keep(module._parameters.values())
         keep(module._buffers.values())
@@ -167,21 +199,34 @@ def _copy(model: Module) -> Module:
     return copy.deepcopy(model, memo)
 
 
-def _fuse(model: Module) -> dict[Module, Row]:
+def _fuse(model: Module, inference: bool) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
+    before = {module: vars(module)[WAS] for module in model.modules() if WAS in vars(module)}
+    if inference:
+        model.eval()
+        for dropout in [module for module in model.modules() if type(module) in DROPOUTS]:
+            _change_class(dropout, FusedDropout)
     calls = Calls(model)
-    replaced = forwards_with_gates(model)
-    gated = {m: row for module, (_, gates) in replaced.items() for m, row in _gate_rows(module, gates, calls)}
+    folded, why_not_folded = fold(calls) if inference else ({}, {})
+    for norm in folded.values():
+        _change_class(norm, FoldedBatchNorm)
+    forwards = forwards_with_gates(model)
+    gated = {m: row for module, (_, gates) in forwards.items() for m, row in _gate_rows(module, gates, calls)}
     pairs, rows = find_pairs(calls, gated)
-    for path, module in model.named_modules():
-        if was := vars(module).get(WAS):
-            rows[module] = Row(path, "unchanged", f"fused already: it was {was.__name__}")
-    for linear, activations in pairs.items():
-        linear.activation, linear.params = activation_of(next(iter(activations)))  # type: ignore[misc,assignment]
-    for linear in pairs:
-        _change_class(linear, nn.LinearActivation)
-    for module, (cls, _) in replaced.items():
+    layers = find_layers(calls, rows)
+    note_folded(calls, folded, why_not_folded, rows)
+    for module, was in before.items():
+        rows[module] = Row(calls.paths[module], "unchanged", f"fused already: it was {was.__name__}")
+
+    found = {linear: activation_of(next(iter(activations))) for linear, activations in pairs.items()}
+    found |= {layer.get_submodule("linear1"): activation for layer, activation in layers.items()}
+    for linear in found | folded:
+        linear.activation, linear.params = found.get(linear) or ("identity", {})  # type: ignore[assignment]
+        _change_class(linear, FoldedLinear if linear in folded else nn.LinearActivation)
+    for module, (cls, _) in forwards.items():
         _change_class(module, cls)
+    for layer in layers:
+        _change_class(layer, FUSED[type(layer)])
     for activation in {a: None for activations in pairs.values() for a in activations}:
         _change_class(activation, FusedActivation)
     for module, row in rows.items():
@@ -189,7 +234,7 @@ def _fuse(model: Module) -> dict[Module, Row]:
             _change_class(module, nn.Linear)
         elif row.action == "replaced":
             _change_class(module, OURS[type(module)])
-    return rows
+    return {module: rows[module] for module in calls.paths if module in rows}
 
 
 def _gate_rows(module: Module, gates: list[Gate], calls: Calls) -> Iterator[tuple[Module, Row]]:
@@ -205,5 +250,5 @@ def _gate_rows(module: Module, gates: list[Gate], calls: Calls) -> Iterator[tupl
 
 
 def _change_class(module: Module, cls: type[Module]) -> None:
-    vars(module)[WAS] = class_before(module)
+    vars(module).setdefault(WAS, type(module))
     set_class(module, cls)

@@ -11,7 +11,16 @@ from torch import fx
 from torch.nn import Linear, Module, Sequential
 
 from mlpext.fusion._source import Uses, changes, methods, reachable
-from mlpext.fusion._trace import Untraceable, class_before, is_chain, is_from_torch, is_list, trace
+from mlpext.fusion._trace import (
+    Untraceable,
+    class_before,
+    followed,
+    is_chain,
+    is_from_torch,
+    is_list,
+    is_transformer_layer,
+    trace,
+)
 
 
 class Calls:
@@ -38,7 +47,7 @@ class Calls:
                 self.parents[child].append((module, name))
             if (reason := self._why_not_traced(module)) is None:
                 try:
-                    graphs[module], parts = trace(module)
+                    graphs[module], parts = trace(followed(module))
                     inlined |= parts
                 except Untraceable as error:
                     reason = f"{type(module).__name__}.forward cannot be traced ({error})"
@@ -63,7 +72,8 @@ class Calls:
             return ""
         if isinstance(module, torch.jit.ScriptModule):
             return "it is scripted"
-        if is_from_torch(cls) and not is_chain(module) and not isinstance(module, fx.GraphModule):
+        known = is_chain(module) or is_transformer_layer(module) or isinstance(module, fx.GraphModule)
+        if is_from_torch(cls) and not known:
             return f"torch.nn.{cls.__name__} may read its parts directly"
         if cls not in self.methods:
             self.methods[cls] = methods(cls)
@@ -76,8 +86,9 @@ class Calls:
         if is_chain(module) or not any(isinstance(m, Linear) or len(self.parents[m]) > 1 for m in parts):
             return []
         found: dict[fx.Graph, str] = {}
-        for name, change in changes(module):
-            found |= dict.fromkeys(trace(module, change=change)[0], name)
+        traced = followed(module)
+        for name, change in changes(traced):
+            found |= dict.fromkeys(trace(traced, change=change)[0], name)
         self.decided |= found
         return list(found)
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import fx
-from torch.nn import Linear, Module
+from torch.nn import BatchNorm1d, Dropout, Linear, Module
 
 from mlpext.fusion._calls import Calls
-from mlpext.fusion._patterns import activation_called, activation_of, why_not_linear
+from mlpext.fusion._patterns import Activation, activation_called, activation_of, why_not_linear
 from mlpext.fusion._trace import describe, has_hooks, is_from_torch, producer, sole_user
 from mlpext.nn._activations import OURS
 
 # Linear layer -> the activations that follow it, a set in the order of the calls; all of them are alike.
 Pairs = dict[Module, dict[Module, None]]
 
+
+# f(c z) = c f(z) for c >= 0, and dropout multiplies by 0 or by 1 / (1 - p): f(dropout(z)) = dropout(f(z)).
+_HOMOGENEOUS = ("relu", "leaky_relu")
 
 ACTIONS = ("fused", "replaced", "left", "unchanged")
 
@@ -59,7 +62,7 @@ def find_pairs(calls: Calls, gated: dict[Module, Row]) -> tuple[Pairs, dict[Modu
         elif module in fused_into:
             rows[module] = Row(path, "fused", f"into {', '.join(fused_into[module])}")
         elif isinstance(module, Linear):
-            rows[module] = _lone_linear(path, module, left[module])
+            rows[module] = lone_linear(path, module, left[module])
         elif type(module) in OURS or isinstance(module, tuple(OURS)):
             rows[module] = _lone_activation(calls, module)
         elif module in calls.untraced:
@@ -87,20 +90,41 @@ def _activations_after(calls: Calls, linear: Module) -> dict[Module, None] | str
 
 def _activation_after(calls: Calls, node: fx.Node) -> Module | str:
     """The activation that takes what the call `node` returns, or why there is none to fuse with."""
-    user = sole_user(node)
-    if isinstance(user, str):
-        return user
+    after = user = sole_user(node)
+    if not isinstance(after, str) and _is_dropout(after):
+        user = sole_user(after)
+        if isinstance(user, str) or user.op != "call_module":
+            return f"its output goes to {describe(after)}"
+    if isinstance(after, str) or isinstance(user, str):
+        return str(user)
     if user.op != "call_module":
         hint = ", a function: see graph=True" if activation_called(user) else ""
         return f"its output goes to {describe(user)}{hint}"
     activation: Module = user.meta["module"]
-    if activation_of(activation) is None:
-        return f"its output goes to {describe(user)}"
+    found = activation_of(activation)
+    if found is None:
+        hint = ": see inference=True" if type(activation) is BatchNorm1d else ""
+        return f"its output goes to {describe(after)}{hint}"
+    if user is not after and (reason := _why_not_before(after.meta["module"], found)):
+        return f"{describe(after)} comes before its activation {describe(user)}, and {reason}"
     if has_hooks(activation):
         return f"its activation {describe(user)} has hooks"
     if reason := calls.why_unseen(activation):
         return f"its activation {describe(user)}: {reason}"
     return calls.why_used_apart(node, user) or activation
+
+
+def _is_dropout(node: fx.Node) -> bool:
+    return node.op == "call_module" and type(node.meta["module"]) is Dropout
+
+
+def _why_not_before(dropout: Module, activation: Activation) -> str | None:
+    """Why `activation` may not be computed before `dropout` that comes before it."""
+    if activation[0] not in _HOMOGENEOUS:
+        return "the other order is another function: see inference=True"
+    if has_hooks(dropout):
+        return "has hooks"
+    return "works in place" if dropout.inplace else None
 
 
 def _drop_shared(calls: Calls, pairs: Pairs, left: dict[Module, str]) -> None:
@@ -121,6 +145,8 @@ def _other_use(calls: Calls, activation: Module, pairs: Pairs) -> str | None:
     """A call of `activation` on anything but the output of a layer of `pairs`; None if there is none."""
     for node in calls.nodes[activation]:
         came = producer(node)
+        if isinstance(came, fx.Node) and _is_dropout(came):
+            came = producer(came)
         if isinstance(came, fx.Node) and came.op == "call_module" and came.meta["module"] in pairs:
             continue
         what = f"the output of {describe(came)}" if isinstance(came, fx.Node) else "something else"
@@ -128,7 +154,7 @@ def _other_use(calls: Calls, activation: Module, pairs: Pairs) -> str | None:
     return None
 
 
-def _lone_linear(path: str, linear: Module, reason: str) -> Row:
+def lone_linear(path: str, linear: Module, reason: str) -> Row:
     """The row of a linear layer that is fused with nothing: ours computes the same."""
     if type(linear) is not Linear or why_not_linear(linear) is not None:
         return Row(path, "left", reason)

@@ -23,7 +23,7 @@ from warnings import catch_warnings, simplefilter
 import torch
 from torch import fx
 from torch.fx._symbolic_trace import _assert_is_none
-from torch.nn import Identity, Module, Sequential
+from torch.nn import Identity, Module, Sequential, TransformerDecoderLayer, TransformerEncoderLayer
 
 from mlpext import _C
 
@@ -73,6 +73,23 @@ def class_before(module: Module) -> type[Module]:
     """The class that wrote the forward of `module`: its own, or, where `fuse` has replaced that, the one
     before."""
     return getattr(type(module), "class_before", type(module))
+
+
+def is_transformer_layer(module: Module) -> bool:
+    """Whether `module` has the forward of one of torch's transformer layers. It branches on tensors, but only
+    the method `_ff_block`, which it calls, uses layers that may be fused."""
+    layers = (TransformerEncoderLayer, TransformerDecoderLayer)
+    return any(isinstance(module, cls) and type(module).forward is cls.forward for cls in layers)
+
+
+def followed(module: Module) -> Module:
+    """What is traced in the place of `module`: a transformer layer as if `_ff_block` were all it did."""
+    if not is_transformer_layer(module) or {"forward", "_ff_block"} & vars(module).keys():
+        return module
+    cls: Any = type(module)
+    twin: Module = object.__new__(type(cls.__name__, (cls,), {"forward": cls._ff_block}))
+    vars(twin).update(vars(module))
+    return twin
 
 
 class Untraceable(Exception):

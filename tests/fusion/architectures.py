@@ -235,10 +235,11 @@ ARCHITECTURES = {
     ),
     "with dropout": Architecture(
         lambda: nn.Sequential(
-            *(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3)), *(nn.Linear(8, 8), nn.Dropout(0.3), nn.ReLU())
+            *(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 8), nn.Dropout(0.3), nn.ReLU()),
+            *(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 8), nn.Dropout(0.3)),
         ),
-        fused=("0",),
-        left={"3": "goes to 4 (Dropout)"},
+        fused=("0", "3"),
+        left={"6": "7 (Dropout) comes before its activation 8 (Tanh)", "9": "goes to 10 (Dropout)"},
     ),
     "with batch-norm": Architecture(
         lambda: nn.Sequential(
@@ -269,11 +270,8 @@ ARCHITECTURES = {
     "TransformerEncoderLayer": Architecture(
         lambda: nn.TransformerEncoderLayer(8, 2, 16, activation=nn.GELU(), batch_first=True),
         lambda: (randn(2, 5, 8),),
-        left={
-            "self_attn.out_proj": "NonDynamicallyQuantizableLinear",
-            "linear1": "torch.nn.TransformerEncoderLayer",
-            "linear2": "torch.nn.TransformerEncoderLayer",
-        },
+        fused=("linear1",),
+        left={"self_attn.out_proj": "NonDynamicallyQuantizableLinear", "linear2": "dropout2 (Dropout)"},
         graph=False,
     ),
     "lazy": Architecture(

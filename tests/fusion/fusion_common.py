@@ -41,7 +41,13 @@ def rows(report, action):
 
 def unfused(report):
     """Why layers and activations are fused with nothing."""
-    return {**rows(report, "left"), **rows(report, "replaced")}
+    reasons = {**rows(report, "left"), **rows(report, "replaced")}
+    return {path: reason.removeprefix("by mlpext.nn.Linear: ") for path, reason in reasons.items()}
+
+
+def is_alone(linear, before):
+    """Whether a linear layer is fused with nothing."""
+    return type(linear) in (type(before), mlpext.nn.Linear)
 
 
 def types(model):
@@ -71,9 +77,8 @@ class Pair(nn.Module):
 def reason(model, path="fc", **kwargs):
     """Why `path` was fused with nothing, once all is seen to be the same."""
     fused, report = fuse(model, **kwargs)
-    now, before = fused.get_submodule(path), model.get_submodule(path)
-    assert type(now) in (type(before), mlpext.nn.Linear)
-    return unfused(report)[path].removeprefix("by mlpext.nn.Linear: ")
+    assert is_alone(fused.get_submodule(path), model.get_submodule(path))
+    return unfused(report)[path]
 
 
 ACTIVATIONS = {
