@@ -21,8 +21,7 @@ from torch.nn import Identity, Linear, Module
 
 from mlpext import nn
 from mlpext.fusion._calls import Calls
-from mlpext.fusion._forwards import WAS, FusedForward, forwards_with_gates, set_class
-from mlpext.fusion._gates import Gate
+from mlpext.fusion._forwards import WAS, FusedForward, Unit, find_forwards, set_class
 from mlpext.fusion._graph import FusedGraph, fuse_graph
 from mlpext.fusion._inference import (
     DROPOUTS,
@@ -210,9 +209,9 @@ def _fuse(model: Module, inference: bool) -> dict[Module, Row]:
     folded, why_not_folded = fold(calls) if inference else ({}, {})
     for norm in folded.values():
         _change_class(norm, FoldedBatchNorm)
-    forwards = forwards_with_gates(model)
-    gated = {m: row for module, (_, gates) in forwards.items() for m, row in _gate_rows(module, gates, calls)}
-    pairs, rows = find_pairs(calls, gated)
+    forwards = find_forwards(model)
+    units = {m: row for module, (_, found) in forwards.items() for m, row in _unit_rows(module, found, calls)}
+    pairs, rows = find_pairs(calls, units)
     layers = find_layers(calls, rows)
     note_folded(calls, folded, why_not_folded, rows)
     for module, was in before.items():
@@ -237,16 +236,16 @@ def _fuse(model: Module, inference: bool) -> dict[Module, Row]:
     return {module: rows[module] for module in calls.paths if module in rows}
 
 
-def _gate_rows(module: Module, gates: list[Gate], calls: Calls) -> Iterator[tuple[Module, Row]]:
-    """The rows of a module with gated units, and of their parts."""
+def _unit_rows(module: Module, units: list[Unit], calls: Calls) -> Iterator[tuple[Module, Row]]:
+    """The rows of a module whose forward has such units, and of their parts."""
     action = "unchanged" if isinstance(module, FusedForward) else "fused"
     owner = calls.paths[module] or "the model"
-    yield module, Row(calls.paths[module], action, "its forward has " + ", ".join(map(str, gates)))
-    for gate in gates:
-        for node in gate.parts:
+    yield module, Row(calls.paths[module], action, "its forward has " + ", ".join(map(str, units)))
+    for unit in units:
+        for node in unit.parts:
             if node.op == "call_module":
                 part = node.meta["module"]
-                yield part, Row(calls.paths[part], action, f"in the gated unit of {owner}")
+                yield part, Row(calls.paths[part], action, f"in the forward of {owner}: {unit}")
 
 
 def _change_class(module: Module, cls: type[Module]) -> None:

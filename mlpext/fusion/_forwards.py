@@ -1,8 +1,9 @@
 """Forwards that `fuse` replaces, each in the module where it stands.
 
-A gated unit multiplies in the forward of its module, so that no exchange of parts can fuse it. The module
-gets a subclass of its class, whose forward is the traced one with the gated units fused. It calls the layers
-by their names, as the forward before did: what is put in their place later, an adapter for one, is called.
+A gated unit multiplies, and an activation function is called, in the forward of a module, so that no exchange
+of parts can fuse them. The module gets a subclass of its class, whose forward is the traced one with such
+units fused. It finds the layers by their names, as the forward before did: what is put in their place later,
+an adapter for one, is called.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ import torch
 from torch import fx
 from torch.nn import Module
 
-from mlpext.fusion._gates import Gate, find_gates, fuse_gate
 from mlpext.fusion._source import changes, reads
 from mlpext.fusion._trace import OtherWay, class_before, expect, operations, steady_graph, trace
+from mlpext.fusion._units import ActivatedLinear, Gate, find_units
 
 WAS = "_class_before_fuse"  # the attribute of a fused module that keeps the class it had
+
+
+Unit = Gate | ActivatedLinear
+# One class for all modules of one class with one forward: torch.compile would compile each class anew.
+_MADE: dict[tuple[type[Module], str, frozenset[str]], type[Module]] = {}
 
 
 class FusedForward(Module):
@@ -43,7 +49,7 @@ class FusedForward(Module):
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         _restore(self)
-        if new := _with_gates(self):
+        if new := _fused_forward(self):
             vars(self)[WAS] = type(self)
             set_class(self, new[0])
 
@@ -62,34 +68,40 @@ def set_class(module: Module, cls: type[Module]) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def forwards_with_gates(model: Module) -> dict[Module, tuple[type[Module], list[Gate]]]:
-    """The modules of `model` whose forward has gated units that can be fused, each with its new class and
-    those units."""
+def find_forwards(model: Module) -> dict[Module, tuple[type[Module], list[Unit]]]:
+    """The modules of `model` whose forward has units that can be fused, each with its new class and those
+    units."""
     may = (m for m in model.modules() if isinstance(m, FusedForward) or WAS not in vars(m))
-    found = ((module, _with_gates(module)) for module in may)
+    found = ((module, _fused_forward(module)) for module in may)
     return {module: new for module, new in found if new is not None}
 
 
-def _with_gates(module: Module) -> tuple[type[Module], list[Gate]] | None:
+def _fused_forward(module: Module) -> tuple[type[Module], list[Unit]] | None:
     graph = steady_graph(module)
-    gates = [] if graph is None else [gate for gate in find_gates(graph) if _is_own(gate)]
-    if graph is None or not gates or not _always_holds(module, graph):
+    units = [] if graph is None else [unit for unit in find_units(graph) if _is_own(unit)]
+    if graph is None or not units or not _always_holds(module, graph):
         return None
-    for gate in gates:
-        fuse_gate(gate)
+    for unit in units:
+        unit.fuse()
     cls = class_before(module)
-    forward = type(fx.GraphModule(module, graph)).forward
-    if any(node.target is expect for node in graph.nodes):
-        forward = _or_before(forward, cls.forward)
+    traced = fx.GraphModule(module, graph)
     parts = {str(n.target).partition(".")[0] for n in graph.nodes if n.op in ("call_module", "get_attr")}
-    by_name = parts - {gate.call.target for gate in gates}  # found when they are called: may be exchanged
-    return _subclass(cls, forward, frozenset(reads(cls) - by_name)), gates
+    fixed = {str(unit.call.target) for unit in units if isinstance(unit, Gate)}
+    decided_by = frozenset(reads(cls) - (parts - fixed))
+    key = cls, traced.code, decided_by
+    if key not in _MADE:
+        forward = type(traced).forward
+        if any(node.target is expect for node in graph.nodes):
+            forward = _or_before(forward, cls.forward)
+        _MADE[key] = _subclass(cls, forward, decided_by)
+    return _MADE[key], units
 
 
-def _is_own(gate: Gate) -> bool:
-    """Whether its activation is a function or a part of the module itself, which notices when it is
+def _is_own(unit: Unit) -> bool:
+    """Whether the activation is a function or a part of the module itself, which notices when it is
     exchanged."""
-    return gate.call.op != "call_module" or "." not in str(gate.call.target)
+    call = unit.call if isinstance(unit, Gate) else unit.last
+    return call.op != "call_module" or "." not in str(call.target)
 
 
 def _always_holds(module: Module, graph: fx.Graph) -> bool:

@@ -20,11 +20,11 @@ from torch import fx
 from torch.nn import Linear, Module
 
 from mlpext import functional as F
-from mlpext.fusion._gates import find_gates, fuse_gate
 from mlpext.fusion._pairs import Row
 from mlpext.fusion._patterns import activation_after, activation_called, why_not_linear
 from mlpext.fusion._source import reads
 from mlpext.fusion._trace import describe, expect, has_hooks, sole_user, steady_graph
+from mlpext.fusion._units import find_gates
 
 
 class FusedGraph(fx.GraphModule):
@@ -74,7 +74,7 @@ def fuse_graph(model: Module, rows: dict[Module, Row]) -> Module:
         return model
     paths = {module: path for path, module in model.named_modules()}
     for gate in find_gates(graph):
-        fuse_gate(gate)
+        gate.fuse()
     for node in list(graph.nodes):
         if _is_linear(node):
             what = _fuse_activation(node) or _fuse_maxout(node)

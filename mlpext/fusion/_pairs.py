@@ -34,13 +34,13 @@ class Row(NamedTuple):
     reason: str
 
 
-def find_pairs(calls: Calls, gated: dict[Module, Row]) -> tuple[Pairs, dict[Module, Row]]:
-    """The pairs to fuse, and a row for every linear layer and activation, in the model's order. `gated` are
-    the rows of modules that are part of gated units."""
+def find_pairs(calls: Calls, units: dict[Module, Row]) -> tuple[Pairs, dict[Module, Row]]:
+    """The pairs to fuse, and a row for every linear layer and activation, in the model's order. `units` are
+    the rows of modules that forwards have in units of their own (`_units`)."""
     pairs: Pairs = {}
     left: dict[Module, str] = {}
     for module in calls.paths:
-        if isinstance(module, Linear) and module not in gated:
+        if isinstance(module, Linear) and module not in units:
             following = why_not_linear(module) or _activations_after(calls, module)
             if isinstance(following, str):
                 left[module] = following
@@ -54,8 +54,8 @@ def find_pairs(calls: Calls, gated: dict[Module, Row]) -> tuple[Pairs, dict[Modu
             fused_into.setdefault(activation, []).append(calls.paths[linear])
     rows: dict[Module, Row] = {}
     for module, path in calls.paths.items():
-        if module in gated:
-            rows[module] = gated[module]
+        if module in units:
+            rows[module] = units[module]
         elif module in pairs:
             names = ", ".join(f"{calls.paths[a]} ({type(a).__name__})" for a in pairs[module])
             rows[module] = Row(path, "fused", f"with {names}")
@@ -98,7 +98,7 @@ def _activation_after(calls: Calls, node: fx.Node) -> Module | str:
     if isinstance(after, str) or isinstance(user, str):
         return str(user)
     if user.op != "call_module":
-        hint = ", a function: see graph=True" if activation_called(user) else ""
+        hint = ", a function, in a forward that goes more than one way" if activation_called(user) else ""
         return f"its output goes to {describe(user)}{hint}"
     activation: Module = user.meta["module"]
     found = activation_of(activation)

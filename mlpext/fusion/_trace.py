@@ -8,6 +8,7 @@ every graph does not hang on the mode. A `Sequential` is no leaf: its children's
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import operator
@@ -152,6 +153,13 @@ class Tracer(fx.Tracer):
                 proxies[index] = tuple(each)
                 self.graph.erase_node(proxy.node)
         return function, proxies
+
+    def call_module(
+        self, m: Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if class_before(m) is not type(m):
+            forward = functools.partial(class_before(m).forward, m)
+        return super().call_module(m, forward, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _TensorProxy(node, self) if self.steady else super().proxy(node)

@@ -179,8 +179,8 @@ class Architecture:
     inputs: Callable[[], tuple] = lambda: (randn(5, 6),)
     fused: tuple[str, ...] = ()  # linear layers that become LinearActivation
     left: dict[str, str] = field(default_factory=dict)  # what does not, with part of the reason
+    functions: tuple[str, ...] = ()  # those that are fused in the forward of their module
     graph: bool = True  # graph=True makes a GraphModule
-    graph_fused: tuple[str, ...] = ()  # and fuses these too
 
 
 LAST = "no activation follows it"
@@ -215,8 +215,8 @@ ARCHITECTURES = {
     ),
     "SIREN": Architecture(
         lambda: nn.Sequential(SirenLayer(6, 8), SirenLayer(8, 8), nn.Linear(8, 2)),
-        left={"0.linear": "goes to mul", "1.linear": "goes to mul", "2": LAST},
-        graph_fused=("0.linear", "1.linear"),
+        left={"2": LAST},
+        functions=("0.linear", "1.linear"),
     ),
     "autoencoder": Architecture(
         Autoencoder,
@@ -250,8 +250,8 @@ ARCHITECTURES = {
     ),
     "functional activations": Architecture(
         Functional,
-        left=dict.fromkeys("abc", "a function: see graph=True") | {"d": LAST},
-        graph_fused=("a", "b", "c"),
+        left={"d": LAST},
+        functions=("a", "b", "c"),
     ),
     "in-place activations": Architecture(
         lambda: mlp(6, 8, 8, 3, act=nn.LeakyReLU, inplace=True), fused=("0", "2"), left={"4": LAST}

@@ -33,7 +33,7 @@ def test_same_outputs_gradients_and_state(name, graph):
     if graph and architecture.graph:
         assert isinstance(fused, torch.fx.GraphModule)
     else:
-        assert type(fused) is type(model)
+        assert isinstance(fused, type(model))
     assert_same(model, fused, inputs)
     assert list(fused.state_dict()) == list(model.state_dict())
 
@@ -42,12 +42,10 @@ def test_same_outputs_gradients_and_state(name, graph):
         assert type(fused.get_submodule(path)) is LinearActivation
     left = unfused(report)
     for path, reason in architecture.left.items():
-        if graph and path in architecture.graph_fused:
-            assert path in rows(report, "fused")
-        else:
-            assert reason in left[path]
+        assert reason in left[path]
+    assert {*architecture.functions} <= {*rows(report, "fused")}
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert linears <= {*architecture.fused, *architecture.left}
+    assert linears <= {*architecture.fused, *architecture.functions, *architecture.left}
 
 
 @architectures

@@ -1,0 +1,165 @@
+"""What `fuse` finds in the graph of a forward, and makes one call: gated units, f(gate) * value, and
+activation functions of linear layers, F.relu(self.fc(x))."""
+
+from __future__ import annotations
+
+import operator
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.nn import Identity, Linear, Module
+from torch.nn.modules.module import _has_any_global_hook
+
+from mlpext import _C, nn
+from mlpext import functional as F
+from mlpext.fusion._patterns import Activation, activation_after, activation_called, why_not_linear
+from mlpext.fusion._trace import describe
+from mlpext.nn._activations import NAME_OF
+
+_PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
+_SPLITS = (torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
+
+
+class Gate(NamedTuple):
+    """The calls of one gated unit: `product` is f(gate) * value, `call` is f(gate)."""
+
+    product: fx.Node
+    call: fx.Node
+    activation: Activation
+    gate: fx.Node
+    value: fx.Node
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The calls that it is made of: the activation, and the layers or what makes both halves."""
+        if self.gate.target is not operator.getitem:
+            return [self.call, self.gate, self.value]
+        split = self.gate.args[0]
+        return [self.call, split.args[0]]  # type: ignore[union-attr,list-item]
+
+    def __str__(self) -> str:
+        activation, *layers = map(describe, self.parts)
+        if len(layers) == 1:
+            return f"{activation} of one half of {layers[0]} times the other"
+        return f"{activation} of {layers[0]} times {layers[1]}"
+
+    def fuse(self) -> None:
+        """Make it one call."""
+        name, params = self.activation
+        graph, call = self.product.graph, self.call
+        values: dict[str, Any] = dict(params)
+        with graph.inserting_before(self.product):
+            if params and call.op == "call_module" and type(call.meta["module"]) in NAME_OF:
+                module = graph.get_attr(str(call.target))  # whose parameters may change
+                values = {param: graph.call_function(getattr, (module, param)) for param in params}
+            fused = graph.call_function(F.gated, (self.gate, self.value, name), values)
+        _replace([call, self.product], fused)
+
+
+class ActivatedLinear(NamedTuple):
+    """The calls of a linear layer, and of an activation function, up to `last`, that takes what it gives."""
+
+    linear: fx.Node
+    last: fx.Node
+    activation: Activation
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """The call of the layer."""
+        return [self.linear]
+
+    def __str__(self) -> str:
+        return f"{describe(self.last)} of {describe(self.linear)}"
+
+    def fuse(self) -> None:
+        """Make it one call."""
+        name, params = self.activation
+        graph = self.linear.graph
+        with graph.inserting_before(self.linear):
+            module = graph.get_attr(str(self.linear.target))
+            fused = graph.call_function(linear_then, (module, *self.linear.args, name, (*params.values(),)))
+        calls = [self.linear]
+        while calls[-1] is not self.last:
+            calls += calls[-1].users
+        _replace(calls, fused)
+
+
+def linear_then(linear: Module, input: Tensor, name: str, params: tuple[float, ...]) -> Tensor:
+    """In a graph: an activation of what `linear` gives for `input`, in one call unless the layer has been
+    exchanged, or somebody watches it."""
+    watched = any(getattr(linear, hooks) for hooks in _C.MODULE_HOOKS) or _has_any_global_hook()  # type: ignore[no-untyped-call]
+    if type(linear) is nn.Linear and not watched:
+        return _C.linear_activation(input, linear.weight, linear.bias, name, params)
+    return _C.activation(linear(input), name, params)
+
+
+def find_gates(graph: fx.Graph) -> list[Gate]:
+    """The gated units in `graph`: products of two layers of one input, or of both halves of one tensor, of
+    which one goes through an activation that nobody else sees."""
+    return [gate for node in graph.nodes if (gate := _gate_of(node)) is not None]
+
+
+def find_units(graph: fx.Graph) -> list[Gate | ActivatedLinear]:
+    """All that can be made one call. No node is part of two."""
+    gates = find_gates(graph)
+    taken = set(chain.from_iterable(gate.parts for gate in gates))
+    linears = [unit for node in graph.nodes if node not in taken and (unit := _activated(node)) is not None]
+    return [*gates, *linears]
+
+
+def _gate_of(product: fx.Node) -> Gate | None:
+    if product.target not in _PRODUCTS or len(product.args) != 2 or product.kwargs:
+        return None
+    left, right = product.args
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    for call, value in ((left, right), (right, left)):
+        activation = activation_called(call)
+        if activation is None or activation[0] == "identity" or [*call.users] != [product]:
+            continue
+        gate = call.args[0] if call.args else call.kwargs.get("input")
+        alike = call.meta["modes"] == product.meta["modes"]
+        if alike and isinstance(gate, fx.Node) and [*gate.users] == [call] and _are_siblings(gate, value):
+            return Gate(product, call, activation, gate, value)
+    return None
+
+
+def _are_siblings(gate: fx.Node, value: fx.Node) -> bool:
+    """Whether both are layers of one input, or the two halves of one tensor."""
+    if gate.op == value.op == "call_module":
+        modules = gate.meta["module"], value.meta["module"]
+        sizes = [getattr(module, "out_features", None) for module in modules]
+        alike = (gate.args, gate.kwargs) == (value.args, value.kwargs)
+        return alike and sizes[0] == sizes[1] and not any(isinstance(each, Identity) for each in modules)
+    if gate.target is value.target is torch.nn.functional.linear:
+        return gate.args[:1] == value.args[:1] != ()
+    if gate.target is not operator.getitem or value.target is not operator.getitem:
+        return False
+    (split, first), (other, second) = gate.args, value.args
+    if not isinstance(split, fx.Node) or split is not other or split.target not in _SPLITS:
+        return False
+    whole = split.args[0] if split.args else None
+    halves = {first, second} == {0, 1} and {*split.users} == {gate, value}
+    return halves and isinstance(whole, fx.Node) and [*whole.users] == [split]
+
+
+def _activated(node: fx.Node) -> ActivatedLinear | None:
+    if node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+        return None
+    linear = node.meta["module"]
+    if not isinstance(linear, Linear) or why_not_linear(linear) is not None:
+        return None
+    last, activation = activation_after(node)
+    if last is None or activation is None or last.op == "call_module":
+        return None
+    return ActivatedLinear(node, last, activation)
+
+
+def _replace(calls: list[fx.Node], fused: fx.Node) -> None:
+    """Put `fused` in the place of `calls`, each of which takes what the one before gives."""
+    fused.meta["modes"] = calls[-1].meta["modes"]
+    calls[-1].replace_all_uses_with(fused)
+    for call in reversed(calls):
+        call.graph.erase_node(call)
