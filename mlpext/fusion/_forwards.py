@@ -77,7 +77,8 @@ def find_forwards(model: Module) -> dict[Module, tuple[type[Module], list[Unit]]
 
 
 def _fused_forward(module: Module) -> tuple[type[Module], list[Unit]] | None:
-    graph = steady_graph(module)
+    read: set[str] = set()
+    graph = steady_graph(module, read=read)
     units = [] if graph is None else [unit for unit in find_units(graph) if _is_own(unit)]
     if graph is None or not units or not _always_holds(module, graph):
         return None
@@ -87,7 +88,8 @@ def _fused_forward(module: Module) -> tuple[type[Module], list[Unit]] | None:
     traced = fx.GraphModule(module, graph)
     parts = {str(n.target).partition(".")[0] for n in graph.nodes if n.op in ("call_module", "get_attr")}
     fixed = {str(unit.call.target) for unit in units if isinstance(unit, Gate)}
-    decided_by = frozenset(reads(cls) - (parts - fixed))
+    read -= {*dir(Module), *vars(Module())}
+    decided_by = frozenset((reads(cls) | read) - (parts - fixed))
     key = cls, traced.code, decided_by
     if key not in _MADE:
         forward = type(traced).forward

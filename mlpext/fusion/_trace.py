@@ -215,13 +215,15 @@ def trace(
     change: Mapping[str, Any] = types.MappingProxyType({}),
     *,
     steady: bool = False,
+    read: set[str] | None = None,
 ) -> tuple[list[fx.Graph], set[Module]]:
     """The graphs of `module` in every mode, and the modules whose forward is part of them. The module, and
     the random numbers to come, stay untouched. Untraceable where the forward cannot be followed.
 
     `change` gives attributes other values than they have. Where a forward fails with them, as it would on
     tensors, there is no graph; where it only cannot be followed to its end, the graph is what came before.
-    With `steady`, one that draws random numbers of its own is Untraceable, since they could decide on it."""
+    With `steady`, one that draws random numbers of its own is Untraceable, since they could decide on it.
+    `read` gets the names of the attributes that are read on the way, by functions outside the class too."""
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
     cls = class_before(module)
@@ -233,7 +235,7 @@ def trace(
     graphs, inlined = [], set()
     for training, concrete, arity in product((True, False), [{}, absent] if absent else [{}], arities):
         # What a forward assigns to `self`, or appends to a list there, goes to a copy.
-        twin = object.__new__(cls)
+        twin = object.__new__(cls if read is None else _observed(cls, read))
         for name, value in vars(module).items():
             vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
         vars(twin).update(change)
@@ -253,6 +255,16 @@ def trace(
             raise Untraceable(f"{type(error).__name__}: {first}") from error
         inlined |= tracer.inlined
     return graphs, inlined
+
+
+def _observed(cls: type[Module], read: set[str]) -> type[Module]:
+    """A subclass that notes the names of the attributes that are read."""
+
+    def observe(self: Module, name: str) -> Any:
+        read.add(name)
+        return object.__getattribute__(self, name)
+
+    return type(cls.__name__, (cls,), {"__getattribute__": observe})
 
 
 @contextmanager
@@ -281,17 +293,21 @@ def _came_of_a_proxy(error: Exception) -> bool:
     return known or any(word in str(error) for word in ("Proxy", "'Attribute'", "symbolic"))
 
 
-def steady_graph(module: Module, inline: Callable[[Module], bool] = lambda module: False) -> fx.Graph | None:
+def steady_graph(
+    module: Module,
+    inline: Callable[[Module], bool] = lambda module: False,
+    read: set[str] | None = None,
+) -> fx.Graph | None:
     """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
     arguments whose default is None, all of it in one mode of autograd and autocast. `inline` says of a module
     in it whether its calls stand in the graph too, or it is called. Where the forward compares dtypes, the
-    graph calls `expect`."""
+    graph calls `expect`. `read` is that of `trace`."""
     cls = class_before(module)
     is_leaf = (is_from_torch(cls) or cls.__module__.startswith("mlpext.")) and not is_chain(module)
     if isinstance(module, torch.jit.ScriptModule) or is_leaf:
         return None
     try:
-        graphs, _ = trace(module, inline, steady=True)
+        graphs, _ = trace(module, inline, steady=True, read=read)
     except Untraceable:
         return None
     graph, *others = graphs
