@@ -208,6 +208,7 @@ def test_left_where_a_method_of_the_model_reaches_in():
     assert rows(report, "left")["layer.linear1"] == "Model.hidden reaches into TransformerEncoderLayer"
 
 
+@pytest.mark.native
 @pytest.mark.parametrize("activation", [TF.relu, TF.gelu, nn.GELU(), TF.silu])
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_encoder_in_eval_mode(activation, fast):
