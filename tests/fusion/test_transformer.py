@@ -108,6 +108,17 @@ class SameForward(nn.TransformerEncoderLayer):
         self.name = "mine"
 
 
+class Without(nn.TransformerEncoderLayer):
+    """Without a feed-forward part."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del self.linear1, self.linear2
+
+    def _ff_block(self, x):
+        return self.dropout2(x)
+
+
 class UsesLinear1(nn.TransformerEncoderLayer):
     def hidden(self, x):
         return self.linear1(x)
@@ -206,6 +217,11 @@ def test_what_is_left(name):
 def test_left_where_a_method_of_the_model_reaches_in():
     report = mlpext.fuse(Model(), report=True)[1]
     assert rows(report, "left")["layer.linear1"] == "Model.hidden reaches into TransformerEncoderLayer"
+
+
+def test_a_subclass_without_linear_layers():
+    _, report = fuse_layer(encoder_layer(TF.silu, Without))  # with relu, torch reads linear1 in eval mode
+    assert not rows(report, "fused")
 
 
 @pytest.mark.native
