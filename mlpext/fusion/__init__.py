@@ -4,7 +4,8 @@ A module is fused where it stands: it gets another class and keeps its identity,
 its attributes, so that whatever refers to it (an optimizer, a list, another name in the same model) still
 does. Its class before is noted on it, for `unfuse`. The way: `_trace` makes graphs of forwards, `_source`
 reads what they cannot show, `_calls` puts both together for the whole model, `_pairs` finds what to fuse by
-the `_patterns`, and `_graph` does graph=True.
+the `_patterns`, `_transformer` looks into torch's transformer layers, `_inference` does inference=True and
+`_graph` graph=True.
 """
 
 from __future__ import annotations

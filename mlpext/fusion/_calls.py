@@ -72,6 +72,8 @@ class Calls:
             return ""
         if isinstance(module, torch.jit.ScriptModule):
             return "it is scripted"
+        if cls.__module__.startswith("peft.tuners.") and hasattr(module, "base_layer"):
+            return "an adapter of peft comes before the activation, until merge_and_unload()"
         known = is_chain(module) or is_transformer_layer(module) or isinstance(module, fx.GraphModule)
         if is_from_torch(cls) and not known:
             return f"torch.nn.{cls.__name__} may read its parts directly"

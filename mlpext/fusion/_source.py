@@ -86,7 +86,7 @@ def _kind_of_use(node: ast.expr, parent: ast.AST) -> str | None:
 
 # Packages whose base classes call no layer of a model by its name. Lightning's look hooks up by the name that
 # a trainer gives, which in anyone else's class could be that of a layer.
-_NAME_NO_CHILD = {"torch", "lightning", "pytorch_lightning", "lightning_fabric"}
+_NAME_NO_CHILD = {"torch", "lightning", "pytorch_lightning", "lightning_fabric", "peft"}
 
 
 def methods(cls: type) -> dict[str, Uses]:

@@ -65,8 +65,8 @@ def find_layers(calls: Calls, rows: dict[Module, Row]) -> dict[Module, Activatio
     for layer, path in calls.paths.items():
         if not isinstance(layer, tuple(FUSED)) or "activation" not in vars(layer):
             continue
-        linear = layer.get_submodule("linear1")
-        if linear not in rows or why_not_linear(linear) or calls.why_unseen(linear):
+        linear = layer._modules.get("linear1")
+        if linear is None or linear not in rows or why_not_linear(linear) or calls.why_unseen(linear):
             continue
         answer = _activation(calls, layer, linear)
         if isinstance(answer, str):

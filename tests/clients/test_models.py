@@ -94,11 +94,37 @@ def test_peft_lora():
     from peft import LoraConfig, get_peft_model
 
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
-    wrapped = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False)
+    wrapped = get_peft_model(model, config)
+    wrapped.add_adapter("other", LoraConfig(target_modules=["0"], r=4, init_lora_weights=False))
     net, report = mlpext.fuse(wrapped, report=True)
-    same(wrapped, net, torch.randn(5, 8))
-    left = [row.path for row in report if row.action == "left"]
-    assert "base_model.model.0.base_layer" in left
+    left = {row.path: row.reason for row in report if row.action == "left"}
+    layer = "base_model.model.0"
+    for path in ("", ".base_layer", ".lora_A.other", ".lora_B.default"):
+        assert "an adapter of peft comes before the activation" in left[layer + path]
+    assert type(net.get_submodule("base_model.model.2")) is mlpext.nn.LinearActivation
+
+    x = torch.randn(5, 8)
+    outputs = []
+    for name in ("default", "other"):
+        for each in (wrapped, net):
+            each.set_adapter(name)
+        same(wrapped, net, x)
+        trained = [path for path, parameter in net.named_parameters() if parameter.requires_grad]
+        assert len(trained) == 2 and all(name in path for path in trained)
+        outputs.append(net(x))
+    with wrapped.disable_adapter(), net.disable_adapter():
+        torch.testing.assert_close(net(x), wrapped(x))
+        outputs.append(net(x))
+    assert not any(torch.allclose(outputs[i], outputs[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+    net.merge_adapter()  # the very weights of `wrapped`
+    torch.testing.assert_close(net(x), outputs[1])
+    net.unmerge_adapter()
+    same(wrapped, net, x)
+    merged, report = mlpext.fuse(wrapped.merge_and_unload(), report=True)
+    assert [row.path for row in report if row.action == "fused"] == ["0", "1", "2", "3"]
+    torch.testing.assert_close(merged(x), outputs[1])
 
 
 def test_pyg_mlp():

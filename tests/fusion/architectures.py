@@ -1,4 +1,4 @@
-"""Twenty models as people write them, each with what is fused in it, and why the rest is not."""
+"""Models as people write them, each with what is fused in it, and why the rest is not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -162,6 +162,26 @@ class LoRA(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
+class TextClassifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, activation=TF.silu, batch_first=True)
+        self.tokens, self.encoder = nn.Embedding(9, 8), nn.TransformerEncoder(layer, 1)
+        self.head = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 2))
+
+    def forward(self, tokens):
+        return self.head(self.encoder(self.tokens(tokens)).mean(1))
+
+
+class DeepSets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.phi, self.rho = mlp(6, 8, 8, act=nn.ELU), mlp(8, 8, 2, act=nn.ELU)
+
+    def forward(self, x):
+        return self.rho(self.phi(x).sum(1))
+
+
 class Branches(nn.Module):
     def __init__(self):
         super().__init__()
@@ -274,6 +294,45 @@ ARCHITECTURES = {
         left={"self_attn.out_proj": "NonDynamicallyQuantizableLinear", "linear2": "dropout2 (Dropout)"},
         graph=False,
     ),
+    "nn.Transformer": Architecture(
+        lambda: nn.Transformer(8, 2, 1, 1, 16, activation="gelu", norm_first=True, batch_first=True),
+        lambda: (randn(2, 5, 8), randn(2, 4, 8)),
+        fused=("encoder.layers.0.linear1", "decoder.layers.0.linear1"),
+        left=dict.fromkeys(
+            [f"{part}.layers.0.self_attn.out_proj" for part in ("encoder", "decoder")]
+            + ["decoder.layers.0.multihead_attn.out_proj"],
+            "NonDynamicallyQuantizableLinear",
+        )
+        | {
+            "encoder.layers.0.linear2": "dropout2 (Dropout)",
+            "decoder.layers.0.linear2": "dropout3 (Dropout)",
+        },
+        graph=False,
+    ),
+    "text classifier": Architecture(  # tokens, TransformerEncoder, mean, head
+        TextClassifier,
+        lambda: (torch.randint(9, (2, 5)),),
+        fused=("encoder.layers.0.linear1", "head.0"),
+        left={
+            "encoder.layers.0.self_attn.out_proj": "NonDynamicallyQuantizableLinear",
+            "encoder.layers.0.linear2": "dropout2 (Dropout)",
+            "head.3": LAST,
+        },
+    ),
+    "DeepSets": Architecture(
+        DeepSets,
+        lambda: (randn(2, 5, 6),),
+        fused=("phi.0", "rho.0"),
+        left={"phi.2": "goes to sum", "rho.2": LAST},
+    ),
+    "tabular MLP": Architecture(  # BatchNorm, then blocks of Linear, BatchNorm, ReLU, Dropout
+        lambda: nn.Sequential(
+            *(nn.BatchNorm1d(6), nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3)),
+            *(nn.Linear(8, 8), nn.Dropout(0.3), nn.LeakyReLU(), nn.Linear(8, 1)),
+        ),
+        fused=("5",),
+        left={"1": "goes to 2 (BatchNorm1d): see inference=True", "8": LAST},
+    ),
     "lazy": Architecture(
         lambda: nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.Linear(8, 4), nn.Tanh()),
         fused=("2",),
@@ -287,7 +346,7 @@ ARCHITECTURES = {
         left={"0": "scripted"},
     ),
 }
-assert len(ARCHITECTURES) == 20
+assert len(ARCHITECTURES) == 24
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 

@@ -108,6 +108,17 @@ class SameForward(nn.TransformerEncoderLayer):
         self.name = "mine"
 
 
+class Without(nn.TransformerEncoderLayer):
+    """Without a feed-forward part."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        del self.linear1, self.linear2
+
+    def _ff_block(self, x):
+        return self.dropout2(x)
+
+
 class UsesLinear1(nn.TransformerEncoderLayer):
     def hidden(self, x):
         return self.linear1(x)
@@ -208,6 +219,12 @@ def test_left_where_a_method_of_the_model_reaches_in():
     assert unfused(report)["layer.linear1"] == "Model.hidden reaches into TransformerEncoderLayer"
 
 
+def test_a_subclass_without_linear_layers():
+    _, report = fuse_layer(encoder_layer(TF.silu, Without))  # with relu, torch reads linear1 in eval mode
+    assert not rows(report, "fused")
+
+
+@pytest.mark.native
 @pytest.mark.parametrize("activation", [TF.relu, TF.gelu, nn.GELU(), TF.silu])
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_encoder_in_eval_mode(activation, fast):
