@@ -180,7 +180,8 @@ def _fuse(model: Module) -> dict[Module, Row]:
     for linear in pairs:
         _change_class(linear, nn.LinearActivation)
     for module, (cls, _) in replaced.items():
-        _change_class(module, cls)
+        if not isinstance(module, FusedForward):
+            _change_class(module, cls)
     for activation in {a: None for activations in pairs.values() for a in activations}:
         _change_class(activation, FusedActivation)
     for module, row in rows.items():

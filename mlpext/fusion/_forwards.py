@@ -15,7 +15,7 @@ from torch import fx
 from torch.nn import Module
 
 from mlpext.fusion._gates import Gate, find_gates, fuse_gate
-from mlpext.fusion._source import changes, reads
+from mlpext.fusion._source import changes, other_numbers, reads
 from mlpext.fusion._trace import OtherWay, class_before, expect, operations, steady_graph, trace
 
 WAS = "_class_before_fuse"  # the attribute of a fused module that keeps the class it had
@@ -105,6 +105,9 @@ def _always_holds(module: Module, graph: fx.Graph) -> bool:
             graphs, _ = trace(module, change=change, steady=True)
             if any(list(operations(each)) != steps for each in graphs):
                 return False
+    if change := other_numbers(module):
+        graphs, _ = trace(module, change=change, steady=True)
+        return bool(graphs) and all(list(operations(each)) == steps for each in graphs)
     return True
 
 

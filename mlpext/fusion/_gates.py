@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import fx
-from torch.nn import Identity
+from torch import Tensor, fx
+from torch.nn import Identity, Module
 
 from mlpext import functional as F
 from mlpext.fusion._patterns import Activation, activation_called
-from mlpext.fusion._trace import describe
-from mlpext.nn._activations import NAME_OF
+from mlpext.fusion._source import changes
+from mlpext.fusion._trace import describe, has_hooks
+from mlpext.nn._activations import NAME_OF, name_and_parameters
 
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
 _SPLITS = (torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
@@ -58,6 +59,8 @@ def _gate_of(product: fx.Node) -> Gate | None:
         activation = activation_called(call)
         if activation is None or activation[0] == "identity" or [*call.users] != [product]:
             continue
+        if call.op == "call_module" and _may_change(call.meta["module"]):
+            continue
         gate = call.args[0] if call.args else call.kwargs.get("input")
         alike = call.meta["modes"] == product.meta["modes"]
         if alike and isinstance(gate, fx.Node) and [*gate.users] == [call] and _are_siblings(gate, value):
@@ -81,19 +84,31 @@ def _are_siblings(gate: fx.Node, value: fx.Node) -> bool:
     return is_split and split is other and {first, second} == {0, 1}
 
 
+def _may_change(activation: Module) -> bool:
+    """Whether it is of someone's own class, with attributes that decide on what it computes."""
+    return type(activation) not in NAME_OF and any(True for _ in changes(activation))
+
+
 def fuse_gate(gate: Gate) -> None:
     """Make it one call."""
-    name, params = gate.activation
     graph, call = gate.product.graph, gate.call
-    values: dict[str, Any] = dict(params)
+    name, params = gate.activation
     with graph.inserting_before(gate.product):
-        if (
-            params and call.op == "call_module" and type(call.meta["module"]) in NAME_OF
-        ):  # as they will be then
+        if call.op == "call_module":
             module = graph.get_attr(str(call.target))
-            values = {param: graph.call_function(getattr, (module, param)) for param in params}
-        fused = graph.call_function(F.gated, (gate.gate, gate.value, name), values)
+            fused = graph.call_function(gated_by, (module, gate.gate, gate.value, name, params))
+        else:
+            fused = graph.call_function(F.gated, (gate.gate, gate.value, name), dict(params))
     fused.meta["modes"] = gate.product.meta["modes"]
     gate.product.replace_all_uses_with(fused)
     graph.erase_node(gate.product)
     graph.erase_node(call)
+
+
+def gated_by(module: Module, gate: Tensor, value: Tensor, name: str, params: dict[str, float]) -> Tensor:
+    """module(gate) * value in one call, for an activation `module`: with the parameters that it has by now,
+    and as two calls if it has hooks. `name` and `params` are of an activation of someone's own class."""
+    known = name_and_parameters(module) if type(module) in NAME_OF else (name, params)
+    if known is None or has_hooks(module):
+        return module(gate) * value  # type: ignore[no-any-return]
+    return F.gated(gate, value, known[0], **known[1])  # type: ignore[arg-type]
