@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.nn import Module
 
-from mlpext.fusion._source import changes, reads
+from mlpext.fusion._source import changes, other_numbers, reads
 from mlpext.fusion._trace import OtherWay, class_before, expect, operations, steady_graph, trace
 from mlpext.fusion._units import ActivatedLinear, Gate, find_units
 
@@ -119,6 +119,9 @@ def _always_holds(module: Module, graph: fx.Graph) -> bool:
             graphs, _ = trace(module, change=change, steady=True)
             if any(list(operations(each)) != steps for each in graphs):
                 return False
+    if change := other_numbers(module):
+        graphs, _ = trace(module, change=change, steady=True)
+        return bool(graphs) and all(list(operations(each)) == steps for each in graphs)
     return True
 
 

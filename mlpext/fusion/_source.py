@@ -169,14 +169,44 @@ def changes(module: Module) -> Iterator[tuple[str, dict[str, Any]]]:
         value = inspect.getattr_static(module, name, ...)
         for other in _other_values(value, words):
             yield f"self.{name}", {name: other}
-        new: Any = type(value).__new__
-        if new not in _PLAIN or isinstance(value, (Module, torch.Tensor)) or callable(value):
-            continue
-        for inner in sorted(getattr(value, "__dict__", {}).keys() & set(names)):
+        for inner in sorted(vars(value).keys() & set(names)) if _is_plain(value) else ():
             for other in _other_values(vars(value)[inner], words):
-                changed = new(type(value))  # copy.copy may give back the same, a logger for one
+                changed = _blank(value)  # copy.copy may give back the same, a logger for one
                 vars(changed).update(vars(value) | {inner: other})
                 yield f"self.{name}.{inner}", {name: changed}
+
+
+def other_numbers(module: Module) -> dict[str, Any]:
+    """The lists, dicts and plain objects that the forward of `module` may read, each with other numbers in
+    it."""
+    names = reads(class_before(module))
+
+    def other(value: Any) -> Any:
+        return value + 1 if type(value) in (int, float) else value
+
+    found: dict[str, Any] = {}
+    for name in names & vars(module).keys():
+        value = vars(module)[name]
+        if type(value) is list:
+            found[name] = [other(each) for each in value]
+        elif type(value) is dict:
+            found[name] = {key: other(each) for key, each in value.items()}
+        elif _is_plain(value):
+            found[name] = _blank(value)
+            vars(found[name]).update((key, other(each)) for key, each in vars(value).items())
+    return found
+
+
+def _blank(value: Any) -> Any:
+    make: Any = type(value).__new__
+    return make(type(value))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether `value` is an object with attributes of which another can be made."""
+    new: Any = type(value).__new__
+    is_known = isinstance(value, (Module, torch.Tensor)) or callable(value)
+    return new in _PLAIN and not is_known and hasattr(value, "__dict__")
 
 
 def _other_values(value: Any, words: list[str]) -> list[Any]:

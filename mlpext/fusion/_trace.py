@@ -7,6 +7,7 @@ every graph does not hang on the mode. A `Sequential` is no leaf: its children's
 
 from __future__ import annotations
 
+import builtins
 import copy
 import functools
 import inspect
@@ -16,14 +17,13 @@ import random
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from itertools import product
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from itertools import count, product
 from typing import Any
 from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import fx
-from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import Identity, Module, Sequential, TransformerDecoderLayer, TransformerEncoderLayer
 
 from mlpext import _C
@@ -113,24 +113,20 @@ def modes() -> tuple[bool, ...]:
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
-class _TensorProxy(fx.Proxy):
-    """A proxy that says it is a Tensor, which is what a forward would meet."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return torch.Tensor
-
-
 class Tracer(fx.Tracer):
     """Notes in each node's `meta` the module it calls, and whether autograd and autocast are on there.
 
     `inline` says of a module in the traced one whether its calls stand in the graph, or it is called as a
-    whole; `arity` is how many arguments `*args` stands for. With `steady`, a forward that compares dtypes is
-    followed as if all were that of the parameters, and the graph calls `expect` there.
+    whole; `arity` is how many arguments `*args` stands for, `given` are values of other
+    arguments, by name. With `steady`, `*args` stays one proxy, a forward that compares dtypes is followed as
+    if all were that of the parameters, and the graph calls `expect` there.
     """
 
-    def __init__(self, inline: Callable[[Module], bool], arity: int, steady: bool) -> None:
+    def __init__(
+        self, inline: Callable[[Module], bool], given: Mapping[str, Any], arity: int, steady: bool
+    ) -> None:
         super().__init__()
+        self.given = given
         self.steady = steady
         self.proxy_buffer_attributes = True  # else `self.count += 1` would count the tracing too
         self.inline = inline
@@ -144,13 +140,16 @@ class Tracer(fx.Tracer):
         return False
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
-        """`*args` as that many arguments, where torch.fx has one proxy for all of them."""
+        """`*args` as that many arguments, where torch.fx has one proxy for all; those given, as they are."""
         function, proxies = super().create_args_for_root(*args, **kwargs)
         for index, proxy in enumerate(proxies):
             name = str(proxy.node.target) if isinstance(proxy, fx.Proxy) else ""
-            if name.startswith("*") and not name.startswith("**"):
+            if name.startswith("*") and not name.startswith("**") and not self.steady:
                 each = (self.create_proxy("placeholder", f"{name}_{i}", (), {}) for i in range(self.arity))
                 proxies[index] = tuple(each)
+                self.graph.erase_node(proxy.node)
+            elif name in self.given:
+                proxies[index] = self.given[name]
                 self.graph.erase_node(proxy.node)
         return function, proxies
 
@@ -160,14 +159,6 @@ class Tracer(fx.Tracer):
         if class_before(m) is not type(m):
             forward = functools.partial(class_before(m).forward, m)
         return super().call_module(m, forward, args, kwargs)
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _TensorProxy(node, self) if self.steady else super().proxy(node)
-
-    def create_arg(self, a: Any) -> Any:
-        if isinstance(a, fx.Proxy):
-            return a.node
-        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if len(self.graph.nodes) > 10_000:  # `while self.flag:`, with the flag set for once
@@ -222,7 +213,8 @@ def trace(
 
     `change` gives attributes other values than they have. Where a forward fails with them, as it would on
     tensors, there is no graph; where it only cannot be followed to its end, the graph is what came before.
-    With `steady`, one that draws random numbers of its own is Untraceable, since they could decide on it.
+    With `steady`, Untraceable is one that draws random numbers of its own, which could decide on it, and one
+    that does more than compute: assigns to `self`, prints..
     `read` gets the names of the attributes that are read on the way, by functions outside the class too."""
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
@@ -230,25 +222,43 @@ def trace(
     if cls.__call__ is not Module.__call__ and not isinstance(module, fx.GraphModule):
         raise Untraceable("its class has a __call__ of its own")
     parameters = inspect.signature(cls.forward).parameters.values()
-    absent = {p.name: None for p in parameters if p.default is None}
-    arities = (1, 2) if any(p.kind is p.VAR_POSITIONAL for p in parameters) else (1,)
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    absent = {name: None for name, default in defaults.items() if default is None}
+    ways = [{}, absent] if absent else [{}]
+    if len(absent) < len(defaults):  # `if flag is True:` is never true of a proxy
+        ways.append(defaults)
+    several = not steady and any(p.kind is p.VAR_POSITIONAL for p in parameters)
     graphs, inlined = [], set()
-    for training, concrete, arity in product((True, False), [{}, absent] if absent else [{}], arities):
+    for training, given, arity in product((True, False), ways, (1, 0, 2) if several else (1,)):
         # What a forward assigns to `self`, or appends to a list there, goes to a copy.
         twin = object.__new__(cls if read is None else _observed(cls, read))
         for name, value in vars(module).items():
             vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
         vars(twin).update(change)
         twin.training = training
-        tracer = Tracer(inline, arity, steady)
+        tracer = Tracer(inline, given, arity, steady)
         try:
-            with _same_random_numbers() as drawn, redirect_stdout(io.StringIO()), catch_warnings():
+            with ExitStack() as stack:
+                drawn = stack.enter_context(_same_random_numbers())
+                said = stack.enter_context(redirect_stdout(io.StringIO()))
+                stack.enter_context(catch_warnings())
+                if steady:
+                    stack.enter_context(_parameters_are_tensors())
                 simplefilter("ignore")
-                graphs.append(tracer.trace(twin, concrete))
+                before = _held(twin)
+                graphs.append(tracer.trace(twin))
+                whole = "*" if steady else "**"  # of what there is one proxy for any number of arguments
+                if any(n.users for n in tracer.graph.nodes if str(n.target).startswith(whole)):
+                    raise Untraceable("it reads its **kwargs")
                 if steady and drawn():
                     raise Untraceable("it draws random numbers")
+                after = _held(twin)
+                if steady and (
+                    said.getvalue() or len(before) != len(after) or not all(map(operator.is_, before, after))
+                ):
+                    raise Untraceable("it prints or keeps something")
         except Exception as error:  # whatever a forward does with a proxy
-            if change:
+            if change or not arity:
                 graphs += [tracer.graph] if _came_of_a_proxy(error) else []
                 continue
             first = str(error).partition("\n")[0].partition(". ")[0]
@@ -265,6 +275,16 @@ def _observed(cls: type[Module], read: set[str]) -> type[Module]:
         return object.__getattribute__(self, name)
 
     return type(cls.__name__, (cls,), {"__getattribute__": observe})
+
+
+def _held(module: Module) -> list[object]:
+    """The attributes of `module` and of its parts, and what is in those that are containers."""
+    found: list[object] = []
+    for each in module.modules():
+        for name, value in vars(each).items():
+            within = value.values() if isinstance(value, dict) else value
+            found += [name, value, *(within if isinstance(value, (list, dict, set)) else ())]
+    return found
 
 
 @contextmanager
@@ -285,6 +305,33 @@ def _same_random_numbers() -> Iterator[Callable[[], bool]]:
             random.setstate(of_random)
             if numpy:
                 numpy.random.set_state(of_numpy)
+
+
+_TENSOR = torch.empty(0)
+
+
+@contextmanager
+def _parameters_are_tensors() -> Iterator[None]:
+    """Within, isinstance(self.weight, Tensor) is true of the proxy of a parameter or a buffer. What another
+    proxy stands for is not known: Untraceable where that is asked. torch's own code gets plain answers."""
+    plain = isinstance  # not a proxy's __class__: torch's C++ code would take it for a tensor, and crash
+
+    def answer(value: Any, cls: Any) -> bool:
+        if type(value) is not fx.Proxy or not plain(_TENSOR, cls) or _is_asked_by_torch(sys._getframe(1)):
+            return plain(value, cls)
+        if value.node.op != "get_attr":
+            raise Untraceable("it asks whether something is a tensor")
+        return True
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
+
+
+def _is_asked_by_torch(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
 
 
 def _came_of_a_proxy(error: Exception) -> bool:
@@ -321,14 +368,13 @@ def steady_graph(
 
 def operations(graph: fx.Graph) -> Iterator[str]:
     """What a graph does, whatever its nodes are called and whichever of its arguments it ignores."""
-    names: dict[fx.Node, str] = {}
+    names: dict[fx.Node, Any] = {}
+    numbers = count()
     for node in graph.nodes:
-        if node.op == "placeholder":
-            names[node] = str(node.target)
-            if names[node].startswith("*"):  # how many there are is part of what it does
-                yield names[node]
-        elif node.target is not _assert_is_none:
-            names[node] = str(len(names))
+        if node.op == "placeholder":  # as its default, by which it may stand in the other graph
+            names[node] = node.args[0] if node.args else str(node.target)
+        else:
+            names[node] = str(next(numbers))
             args = fx.node.map_arg((node.args, node.kwargs), names.__getitem__)
             yield f"{node.op} {node.target} {args}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -15,8 +15,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from mlpext import _C, nn
 from mlpext import functional as F
 from mlpext.fusion._patterns import Activation, activation_after, activation_called, why_not_linear
-from mlpext.fusion._trace import describe
-from mlpext.nn._activations import NAME_OF
+from mlpext.fusion._source import changes
+from mlpext.fusion._trace import describe, has_hooks
+from mlpext.nn._activations import NAME_OF, name_and_parameters
 
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
 _SPLITS = (torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
@@ -49,12 +50,12 @@ class Gate(NamedTuple):
         """Make it one call."""
         name, params = self.activation
         graph, call = self.product.graph, self.call
-        values: dict[str, Any] = dict(params)
         with graph.inserting_before(self.product):
-            if params and call.op == "call_module" and type(call.meta["module"]) in NAME_OF:
-                module = graph.get_attr(str(call.target))  # whose parameters may change
-                values = {param: graph.call_function(getattr, (module, param)) for param in params}
-            fused = graph.call_function(F.gated, (self.gate, self.value, name), values)
+            if call.op == "call_module":
+                module = graph.get_attr(str(call.target))
+                fused = graph.call_function(gated_by, (module, self.gate, self.value, name, params))
+            else:
+                fused = graph.call_function(F.gated, (self.gate, self.value, name), dict(params))
         _replace([call, self.product], fused)
 
 
@@ -84,6 +85,15 @@ class ActivatedLinear(NamedTuple):
         while calls[-1] is not self.last:
             calls += calls[-1].users
         _replace(calls, fused)
+
+
+def gated_by(module: Module, gate: Tensor, value: Tensor, name: str, params: dict[str, float]) -> Tensor:
+    """In a graph: module(gate) * value in one call, for an activation `module`, with the parameters that it
+    has by now, and as two calls if it has hooks. `name` and `params` are of one of someone's own class."""
+    known = name_and_parameters(module) if type(module) in NAME_OF else (name, params)
+    if known is None or has_hooks(module):
+        return module(gate) * value  # type: ignore[no-any-return]
+    return F.gated(gate, value, known[0], **known[1])  # type: ignore[arg-type]
 
 
 def linear_then(linear: Module, input: Tensor, name: str, params: tuple[float, ...]) -> Tensor:
@@ -119,11 +129,18 @@ def _gate_of(product: fx.Node) -> Gate | None:
         activation = activation_called(call)
         if activation is None or activation[0] == "identity" or [*call.users] != [product]:
             continue
+        if call.op == "call_module" and _may_change(call.meta["module"]):
+            continue
         gate = call.args[0] if call.args else call.kwargs.get("input")
         alike = call.meta["modes"] == product.meta["modes"]
         if alike and isinstance(gate, fx.Node) and [*gate.users] == [call] and _are_siblings(gate, value):
             return Gate(product, call, activation, gate, value)
     return None
+
+
+def _may_change(activation: Module) -> bool:
+    """Whether it is of someone's own class, with attributes that decide on what it computes."""
+    return type(activation) not in NAME_OF and any(True for _ in changes(activation))
 
 
 def _are_siblings(gate: fx.Node, value: fx.Node) -> bool:

@@ -1,15 +1,14 @@
 """Models as people write them, each with what is fused in it, and why the rest is not."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import pytest
 import torch
 import torch.nn.functional as TF
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from fusion_common import mlp, randn
+from architectures_gated import GATED
+from architectures_today import TODAY
+from fusion_common import LAST, Architecture, mlp, randn
 
 
 class MixerBlock(nn.Module):
@@ -193,17 +192,6 @@ class Branches(nn.Module):
         return (self.left(z) + self.right(z)) * self.sigmoid(self.gate(z))
 
 
-@dataclass
-class Architecture:
-    make: Callable[[], nn.Module]
-    inputs: Callable[[], tuple] = lambda: (randn(5, 6),)
-    fused: tuple[str, ...] = ()  # linear layers that become LinearActivation
-    left: dict[str, str] = field(default_factory=dict)  # what does not, with part of the reason
-    functions: tuple[str, ...] = ()  # those that are fused in the forward of their module
-    graph: bool = True  # graph=True makes a GraphModule
-
-
-LAST = "no activation follows it"
 UNTRACED = "Policy.forward cannot be traced"
 ARCHITECTURES = {
     "MLP": Architecture(lambda: mlp(6, 8, 8, 3), fused=("0", "2"), left={"4": LAST}),
@@ -346,7 +334,7 @@ ARCHITECTURES = {
         left={"0": "scripted"},
     ),
 }
-assert len(ARCHITECTURES) == 24
+ARCHITECTURES |= GATED | TODAY
 architectures = pytest.mark.parametrize("name", ARCHITECTURES)
 
 

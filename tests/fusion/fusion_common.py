@@ -1,9 +1,12 @@
 """What the tests of fuse share: a pair to change, torch's activations, the comparison of two models."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import mlpext
 
@@ -17,10 +20,30 @@ def randn(*shape):
     return torch.randn(*shape, dtype=torch.float64).requires_grad_()
 
 
+@dataclass
+class Architecture:
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], tuple] = lambda: (randn(5, 6),)
+    fused: tuple[str, ...] = ()  # linear layers that become LinearActivation
+    # Modules whose forward has a gated unit, each with the linear layers of it.
+    gated: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)  # what does not, with part of the reason
+    functions: tuple[str, ...] = ()  # those that are fused with a function, in the forward of their module
+    graph: bool = True  # graph=True makes a GraphModule
+
+
+LAST = "no activation follows it"
+
+
+def flat(output):
+    """All that a model returns, in one tensor."""
+    return torch.cat([part.flatten() for part in tree_leaves(output)])
+
+
 def results(model, inputs):
     """Output, and the gradient of every input and parameter."""
     torch.manual_seed(1)  # for dropout
-    output = model(*inputs)
+    output = flat(model(*inputs))
     wanted = [t for t in [*inputs, *model.parameters()] if t.requires_grad]
     gradients = torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)
     return output.detach(), *gradients

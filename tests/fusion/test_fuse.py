@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 import mlpext
 from architectures import ARCHITECTURES, architectures, build
-from fusion_common import ACTIVATIONS, Pair, assert_same, fuse, randn, rows, types, unfused
-from mlpext.fusion import FusedActivation
+from fusion_common import ACTIVATIONS, Pair, assert_same, flat, fuse, randn, rows, types, unfused
+from mlpext.fusion import FusedActivation, FusedForward
 from mlpext.nn import LinearActivation
 
 pytestmark = pytest.mark.filterwarnings("ignore:::torch")
@@ -40,12 +40,20 @@ def test_same_outputs_gradients_and_state(name, graph):
     for path in architecture.fused:
         assert rows(report, "fused")[path].startswith("with ")
         assert type(fused.get_submodule(path)) is LinearActivation
+    gated = {}
+    for owner, layers in architecture.gated.items():
+        gated |= {f"{owner}.{layer}".lstrip("."): owner or "the model" for layer in layers}
+        assert "its forward has" in rows(report, "fused")[owner]
+        assert isinstance(fused, torch.fx.GraphModule) or isinstance(fused.get_submodule(owner), FusedForward)
+    for path, owner in gated.items():
+        assert rows(report, "fused")[path].startswith(f"in the forward of {owner}: ")
+        assert type(fused.get_submodule(path)) is mlpext.nn.Linear
     left = unfused(report)
     for path, reason in architecture.left.items():
         assert reason in left[path]
     assert {*architecture.functions} <= {*rows(report, "fused")}
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    assert linears <= {*architecture.fused, *architecture.functions, *architecture.left}
+    assert linears <= {*architecture.fused, *architecture.functions, *gated, *architecture.left}
 
 
 @architectures
@@ -114,7 +122,7 @@ def test_an_optimizer_goes_on(name):
         for _ in range(steps):
             optimizer.zero_grad()
             torch.manual_seed(3)
-            model(*inputs).square().mean().backward()
+            flat(model(*inputs)).square().mean().backward()
             optimizer.step()
 
     optimizer = torch.optim.Adam(model.parameters(), 0.01)

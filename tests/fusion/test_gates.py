@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import types
 
 import pytest
 import torch
@@ -45,6 +46,15 @@ class ReGLU(nn.Module):
         return value * TF.relu(gate)
 
 
+class OwnLeaky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.slope = 0.1
+
+    def forward(self, x):
+        return TF.leaky_relu(x, self.slope)
+
+
 class Mixed(Gated):
     """As T5: down may be in float32 where the rest is not."""
 
@@ -65,6 +75,45 @@ def written(expression):
     return Written()
 
 
+def more_arguments(self, x, *args, scale=1.0, mask=None, **kwargs):
+    return self.down(self.act(self.gate(x)) * self.up(x) * scale)
+
+
+def only_if_asked(self, x, **kwargs):
+    return self.up(x) if kwargs.get("gated") is None else self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def only_if_false(self, x, plain=True):
+    return self.up(x) if plain is True else self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def only_of_a_tensor(self, x, scale=1.0):
+    y = self.up(x)
+    return self.act(self.gate(x)) * y if isinstance(scale, torch.Tensor) else y
+
+
+def keeping(self, x):
+    self.calls.append(x.shape)
+    return self.down(self.act(self.gate(x)) * self.up(x)) * len(self.calls)
+
+
+def noting(self, x):
+    self.seen = self.seen + 1
+    return self.down(self.act(self.gate(x)) * self.up(x)) * self.seen
+
+
+def printing(self, x):
+    print("here")
+    return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+def with_forward(function, **attributes):
+    """A Gated with that forward, and with attributes that it reads."""
+    model = type("Own", (Gated,), {"forward": function})()
+    vars(model).update(attributes)
+    return model
+
+
 SPELLINGS = {
     "modules": Gated,
     "an activation with a parameter": lambda: Gated(lambda: nn.LeakyReLU(0.3)),
@@ -82,6 +131,10 @@ SPELLINGS = {
     "packed, gate first": lambda: Packed(nn.Sigmoid, gate_last=False),
     "without layers": lambda: nn.Sequential(nn.Linear(6, 16), ReGLU(), nn.Linear(8, 6)),
     "dtypes compared": Mixed,
+    "torch's functions with numbers": lambda: written(
+        lambda self, x: self.act(self.gate(y := torch.pow(x, 3.0) + torch.zeros(x.size(-1)))) * self.up(y)
+    ),
+    "more arguments": lambda: with_forward(more_arguments),
 }
 LEFT = {
     "f(gate) is used twice": lambda: written(
@@ -97,6 +150,13 @@ LEFT = {
     "random": lambda: written(
         lambda self, x: self.up(x) if torch.rand([]) < 0.5 else self.act(self.gate(x)) * self.up(x)
     ),
+    "something is kept": lambda: with_forward(keeping, calls=[]),
+    "something is counted": lambda: with_forward(noting, seen=0),
+    "something is printed": lambda: with_forward(printing),
+    "**kwargs decide": lambda: with_forward(only_if_asked),
+    "an argument decides": lambda: with_forward(only_if_false),
+    "the class of an argument decides": lambda: with_forward(only_of_a_tensor),
+    "an activation of one's own with a parameter": lambda: Gated(OwnLeaky),
     "an if on a tensor": lambda: written(
         lambda self, x: self.act(self.gate(x)) * self.up(x) if x.sum() > 0 else self.up(x)
     ),
@@ -140,12 +200,42 @@ def test_spellings(make, graph):
     assert type(back) is before and calls_of_gated(back, randn(5, 6)) == 0
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
 @pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
-def test_left(make):
+def test_left(make, graph):
     torch.manual_seed(0)
     model = make().double()
+    fused = mlpext.fuse(model, graph=graph)
+    assert calls_of_gated(copy.deepcopy(fused), randn(5, 6)) == 0
+    assert_same(model, fused, (randn(5, 6),))
+
+
+def scaled_by_a_list(self, x):
+    return self.down(self.act(self.gate(x)) * self.up(x)) * self.scales[0]
+
+
+def scaled_by_a_dict(self, x):
+    return self.down(self.act(self.gate(x)) * self.up(x)) / (1 + self.scales["a"])
+
+
+def scaled_by_an_object(self, x):
+    return self.down(self.act(self.gate(x)) * self.up(x)) * self.scales.a**2
+
+
+@pytest.mark.parametrize(
+    "forward, make, key",
+    [
+        (scaled_by_a_list, lambda: [2.0], 0),
+        (scaled_by_a_dict, lambda: {"a": 2.0}, "a"),
+        (scaled_by_an_object, lambda: types.SimpleNamespace(a=2.0), "a"),
+    ],
+)
+def test_numbers_in_attributes_may_change(forward, make, key):
+    model = with_forward(forward, scales=make()).double()
     fused = mlpext.fuse(model)
-    assert not fused_forwards(fused)
+    for each in (model, fused):
+        inside = each.scales if isinstance(each.scales, (list, dict)) else vars(each.scales)
+        inside[key] = 7.0
     assert_same(model, fused, (randn(5, 6),))
 
 
@@ -208,8 +298,18 @@ def test_the_activation_may_be_exchanged_and_its_parameters_set():
     model.act.negative_slope = 0.7
     assert fused_forwards(fused)
     assert_same(model, fused, (randn(5, 6),))
+    model.act.register_forward_hook(lambda module, args, output: output + 1)
+    fused.act.register_forward_hook(lambda module, args, output: output + 1)
+    assert_same(model, fused, (randn(5, 6),))
     model.act, fused.act = nn.Tanh(), nn.Tanh()
     assert type(fused) is Gated
+    assert_same(model, fused, (randn(5, 6),))
+
+
+def test_the_approximation_of_gelu_may_change():
+    model = Gated(nn.GELU).double()
+    fused = mlpext.fuse(model)
+    model.act.approximate = fused.act.approximate = "tanh"
     assert_same(model, fused, (randn(5, 6),))
 
 
@@ -305,5 +405,5 @@ def test_compile_and_export(make):
 
 
 def test_gated_is_what_the_graph_calls():
-    fused = mlpext.fuse(Gated())
+    fused = mlpext.fuse(SPELLINGS["function"]())
     assert F.gated in fused.forward.__func__.__globals__.values()
