@@ -216,6 +216,18 @@ def linear_gated_op(name: str, parameters: dict, bias: bool = True) -> Op:
     )
 
 
+def gated_op(name: str, parameters: dict) -> Op:
+    f = differentiable(name, parameters)
+    return Op(
+        id=f"gated_{reference.case_id((name, parameters))}",
+        ours=lambda gate, value: F.gated(gate, value, name, **parameters),
+        eager=lambda gate, value: f(gate) * value,
+        shapes=((3, 4), (3, 4)),
+        net=lambda gate, value: gate,
+        kinks=reference.kinks(name, parameters),
+    )
+
+
 def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
     """A network of 4, 5, 5, ... units; at most one layer may have kinks or be maxout (of 2 pieces)."""
     count, pieces = len(layers), 2
@@ -281,6 +293,8 @@ GATED_OPS = [
     *(linear_gated_op(name, {}) for name in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "identity")),
     *(linear_gated_op("elu", {"alpha": alpha}) for alpha in (0.3, -0.5)),
     linear_gated_op("silu", {}, bias=False),
+    *(gated_op(name, {}) for name in ("silu", "gelu", "relu", "sigmoid", "identity")),
+    *(gated_op("elu", {"alpha": alpha}) for alpha in (0.3, -0.5)),
 ]
 ALL_OPS = [*ACTIVATION_OPS, *LINEAR_OPS, *MAXOUT_OPS, *GATED_OPS, *MLP_OPS]
 # One of each way through the core: what is kept (x, y, neither, an index), a parameter, the composite path.
@@ -298,6 +312,8 @@ FEW_OPS = [
     linear_gated_op("silu", {}),
     linear_gated_op("identity", {}),
     linear_gated_op("elu", {"alpha": -0.5}, bias=False),
+    gated_op("silu", {}),
+    gated_op("elu", {"alpha": -0.5}),
     *MAXOUT_OPS,
     *MLP_OPS,
 ]
