@@ -216,14 +216,21 @@ def linear_gated_op(name: str, parameters: dict, bias: bool = True) -> Op:
     )
 
 
-def gated_op(name: str, parameters: dict) -> Op:
+def gated_op(name: str, parameters: dict, halves: bool = False) -> Op:
+    """Of gate and value, or of the one tensor whose halves they are."""
     f = differentiable(name, parameters)
+    both = (lambda z: z.chunk(2, -1)) if halves else lambda gate, value: (gate, value)
+
+    def eager(*tensors):
+        gate, value = both(*tensors)
+        return f(gate) * value
+
     return Op(
-        id=f"gated_{reference.case_id((name, parameters))}",
-        ours=lambda gate, value: F.gated(gate, value, name, **parameters),
-        eager=lambda gate, value: f(gate) * value,
-        shapes=((3, 4), (3, 4)),
-        net=lambda gate, value: gate,
+        id=f"gated_{reference.case_id((name, parameters))}" + ("_halves" if halves else ""),
+        ours=lambda *tensors: F.gated(*both(*tensors), name, **parameters),
+        eager=eager,
+        shapes=((3, 8),) if halves else ((3, 4), (3, 4)),
+        net=lambda *tensors: both(*tensors)[0],
         kinks=reference.kinks(name, parameters),
     )
 
@@ -312,8 +319,8 @@ FEW_OPS = [
     linear_gated_op("silu", {}),
     linear_gated_op("identity", {}),
     linear_gated_op("elu", {"alpha": -0.5}, bias=False),
-    gated_op("silu", {}),
-    gated_op("elu", {"alpha": -0.5}),
+    gated_op("silu", {}, halves=True),
+    gated_op("elu", {"alpha": -0.5}, halves=True),
     *MAXOUT_OPS,
     *MLP_OPS,
 ]

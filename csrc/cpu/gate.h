@@ -1,5 +1,4 @@
-// f(z1) z2 on runs of memory: what a gated layer does between its products, and `gated` by itself. The runs
-// are gone over two or three times, so they should stay in the L1 cache.
+// f(z1) z2 on runs of memory: what a gated layer does between its products, and `gated` by itself.
 #pragma once
 #include "cpu/kernels.h"
 
@@ -12,15 +11,11 @@ struct Gate {
 
   // y = f(z1) z2
   void forward(const void* z1, const void* z2, void* y, int64_t n) const {
-    activation.forward[dtype](params, z1, y, n);
-    kernels().multiply[dtype](y, z2, y, n);
+    activation.gated[dtype](params, z1, z2, y, n);
   }
-  // dz1 = g z2 f'(z1) and dz2 = g f(z1), each where it is not null.
+  // dz1 = g z2 f'(z1) and dz2 = g f(z1)
   void backward(const void* g, const void* z1, const void* z2, void* dz1, void* dz2, int64_t n) const {
-    if (dz2) forward(z1, g, dz2, n);
-    if (!dz1) return;
-    kernels().multiply[dtype](g, z2, dz1, n);
-    activation.backward[dtype](params, dz1, z1, dz1, n);
+    activation.gated_backward[dtype](params, g, z1, z2, dz1, dz2, n);
   }
 };
 
