@@ -142,6 +142,11 @@ def maxout(input: Tensor, pieces: int, dim: int = -1) -> Tensor:
     return parts.max(dim if dim >= 0 else dim - 1).values
 
 
+def gated(gate: Tensor, value: Tensor, name: str, params: tuple[float, ...] = ()) -> Tensor:
+    """The activation `name` of the gate, times the value."""
+    return torch.mul(gate if name == "identity" else activation(gate, name, params), value)
+
+
 def linear_activation(
     input: Tensor, weight: Tensor, bias: Tensor | None, name: str, params: tuple[float, ...] = ()
 ) -> Tensor:
@@ -175,7 +180,7 @@ def linear_gated(
 ) -> Tensor:
     """The activation `name` of one linear layer times the other: weight (2, out_features, in_features)."""
     gate, value = torch.unflatten(_stacked_linear(input, weight, bias, 2), -1, (2, -1)).unbind(-2)
-    return (gate if name == "identity" else activation(gate, name, params)) * value
+    return gated(gate, value, name, params)
 
 
 def gated(gate: Tensor, value: Tensor, name: str, params: tuple[float, ...] = ()) -> Tensor:

@@ -17,9 +17,9 @@ from types import ModuleType
 import torch
 
 from mlpext import _C
-from mlpext._C_in_torch import activation, linear_activation, linear_gated, linear_maxout, maxout, mlp
+from mlpext._C_in_torch import activation, gated, linear_activation, linear_gated, linear_maxout, maxout, mlp
 
-_SUBSTITUTES = (activation, maxout, linear_activation, linear_maxout, linear_gated, mlp)
+_SUBSTITUTES = (activation, maxout, gated, linear_activation, linear_maxout, linear_gated, mlp)
 
 
 def register() -> None:

@@ -216,6 +216,25 @@ def linear_gated_op(name: str, parameters: dict, bias: bool = True) -> Op:
     )
 
 
+def gated_op(name: str, parameters: dict, halves: bool = False) -> Op:
+    """Of gate and value, or of the one tensor whose halves they are."""
+    f = differentiable(name, parameters)
+    both = (lambda z: z.chunk(2, -1)) if halves else lambda gate, value: (gate, value)
+
+    def eager(*tensors):
+        gate, value = both(*tensors)
+        return f(gate) * value
+
+    return Op(
+        id=f"gated_{reference.case_id((name, parameters))}" + ("_halves" if halves else ""),
+        ours=lambda *tensors: F.gated(*both(*tensors), name, **parameters),
+        eager=eager,
+        shapes=((3, 8),) if halves else ((3, 4), (3, 4)),
+        net=lambda *tensors: both(*tensors)[0],
+        kinks=reference.kinks(name, parameters),
+    )
+
+
 def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
     """A network of 4, 5, 5, ... units; at most one layer may have kinks or be maxout (of 2 pieces)."""
     count, pieces = len(layers), 2
@@ -281,6 +300,8 @@ GATED_OPS = [
     *(linear_gated_op(name, {}) for name in ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "identity")),
     *(linear_gated_op("elu", {"alpha": alpha}) for alpha in (0.3, -0.5)),
     linear_gated_op("silu", {}, bias=False),
+    *(gated_op(name, {}) for name in ("silu", "gelu", "relu", "sigmoid", "identity")),
+    *(gated_op("elu", {"alpha": alpha}) for alpha in (0.3, -0.5)),
 ]
 ALL_OPS = [*ACTIVATION_OPS, *LINEAR_OPS, *MAXOUT_OPS, *GATED_OPS, *MLP_OPS]
 # One of each way through the core: what is kept (x, y, neither, an index), a parameter, the composite path.
@@ -298,6 +319,8 @@ FEW_OPS = [
     linear_gated_op("silu", {}),
     linear_gated_op("identity", {}),
     linear_gated_op("elu", {"alpha": -0.5}, bias=False),
+    gated_op("silu", {}, halves=True),
+    gated_op("elu", {"alpha": -0.5}, halves=True),
     *MAXOUT_OPS,
     *MLP_OPS,
 ]

@@ -145,6 +145,12 @@ def functions(case: Case, tensors: Tensors) -> tuple[Callable, Callable]:
     layer, count = case.layer, len(case.layers)
     if case.family == "activation":
         return _activations(case)
+    if case.family == "gated":
+        f = (common.differentiable if case.dtype in DTYPES else common.eager)(layer.name, case.params)
+        return (
+            lambda gate, value: F.gated(gate, value, layer.name, **case.params),
+            lambda gate, value: f(gate) * value,
+        )
     if case.family == "maxout":
         below = case.dim if case.dim >= 0 else case.dim - 1
         return (
@@ -265,6 +271,10 @@ def inputs(case: Case) -> Tensors:
     tensors = [numbers.draw(case.shape, layouts[0])]
     if case.family in ("activation", "maxout"):
         return tensors
+    if case.family == "gated":
+        last = [size + (case.wrong == "in_features") for size in case.shape[-1:]]
+        value = numbers.draw((*case.shape[:-1], *last), layouts[1])
+        return [*tensors, value.double() if case.wrong == "dtype" else value]
     sizes = [case.shape[-1] if case.shape else 1, *(layer.width for layer in case.layers)]
     stacks = [layer.stack for layer in case.layers]
     if case.wrong == "in_features":
@@ -590,7 +600,7 @@ def _variants(case: Case, tensors: Tensors, cotangent: Callable) -> list[Tensors
 
 def precision(case: Case) -> torch.dtype:
     """The narrowest type on the way."""
-    if case.way.startswith("autocast") and case.family != "activation":
+    if case.way.startswith("autocast") and case.family not in ("activation", "gated"):
         return DTYPES[case.way.split()[1]]
     return DTYPES[case.dtype]
 
@@ -679,6 +689,8 @@ def _referenced(case: Case, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tenso
         return common.eager_maxout(x, case.layer.pieces, case.dim)
     if case.family == "activation":
         return Referenced.apply(x, case.layer)
+    if case.family == "gated":
+        return Referenced.apply(x, case.layer) * rest[0]
     for i, layer in enumerate(case.layers):
         bias = rest[len(case.layers) + i] if case.bias else None
         if layer.name == "maxout":
@@ -830,15 +842,17 @@ def _activation(r: random.Random, extremes: bool) -> tuple[str, Params]:
 
 def draw(r: random.Random, compiled: bool = False) -> Case:
     """A case of any kind; of those that torch.compile takes, if it is to be compiled."""
-    family = r.choice(("activation",) * 9 + ("maxout",) * 2 + ("layer",) * 6 + ("mlp",) * 3)
+    family = r.choice(("activation",) * 9 + ("maxout",) * 2 + ("gated",) * 2 + ("layer",) * 6 + ("mlp",) * 3)
     ways = [way for way in WAYS if way != "compile" and way not in IN_PLACE]
     case = Case(family, seed=r.randrange(2**31), way="compile" if compiled else r.choice(ways))
     case = dataclasses.replace(case, dtype=r.choice([*DTYPES, "float32"]))
-    if family == "activation":
+    if family in ("activation", "gated"):
         name, params = _activation(r, extremes=case.way in ORDINARY)
         case = dataclasses.replace(case, layers=(Layer(0, name, params),), shape=_shape(r, 0))
-        if common.has_inplace(name) and not compiled and r.random() < 0.2:
+        if family == "activation" and common.has_inplace(name) and not compiled and r.random() < 0.2:
             case = dataclasses.replace(case, way=r.choice(IN_PLACE))
+        if family == "gated" and r.random() < 0.1:
+            case = dataclasses.replace(case, wrong=r.choice(("in_features", "dtype")))
     elif family == "maxout":
         shape, pieces = list(_shape(r, 0)), r.choice((1, 2, 2, 3, 4, 5, 9))
         dim = r.randrange(-len(shape), len(shape)) if shape else r.choice((-1, 0, 1))
@@ -872,7 +886,8 @@ def draw(r: random.Random, compiled: bool = False) -> Case:
     values = ["normal", "normal", "grid"]
     if case.way in ORDINARY:
         values += ["special"] + ["wide"] * (family in ("activation", "maxout"))
-    count = 1 if family in ("activation", "maxout") else 1 + (1 + case.bias) * len(case.layers)
+    alone = {"activation": 1, "maxout": 1, "gated": 2}
+    count = alone.get(family) or 1 + (1 + case.bias) * len(case.layers)
     # A tangent has the layout of its tensor, so that it cannot be drawn where elements share memory.
     tangents = case.way in ("jvp", "hessian product")
     layouts = [name for name in LAYOUTS if name != "overlapping" or not tangents]

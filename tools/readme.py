@@ -198,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
         r"(\w+) (.*), (\w+), (inference|training)", *EAGER, SHARE, kept_if("eager", "KiB kept, torch"),
         kept_if("mlpext", "KiB kept, mlpext"),
     ),
+    "gated units": partial(crossed, "gated-units", "values", r"(\w+ \d+ [KM]), .*"),
     "everywhere": everywhere,
     "large": partial(
         listed, "activations", "fresh output",

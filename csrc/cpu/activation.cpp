@@ -2,62 +2,14 @@
 // through torch's TensorIterator, for its order and its output strides, and a buffer that stays in the L1
 // cache.
 #include <ATen/Parallel.h>
-#include <ATen/TensorIterator.h>
 #include <torch/library.h>
 
 #include "cpu/choice.h"
-#include "cpu/tensors.h"
+#include "cpu/strided.h"
 #include "ops/checks.h"
 
 namespace mlpext::cpu {
 namespace {
-
-// 4 KiB for each operand: three of them and the stack around share the 32 KiB of an L1 cache.
-constexpr int64_t buffer_elements = 512;
-using Buffer = std::array<std::byte, buffer_elements * sizeof(double)>;
-
-// memcpy, because elements of a view of bytes may lie at any address.
-template <class Element>
-void copy_strided(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t n) {
-  for (int64_t i = 0; i < n; ++i)
-    std::memcpy(static_cast<char*>(to) + i * to_stride, static_cast<const char*>(from) + i * from_stride,
-                sizeof(Element));
-}
-
-void copy_strided(void* to, int64_t to_stride, const void* from, int64_t from_stride, int64_t n,
-                  int64_t element_size) {
-  switch (element_size) {
-    case 2: return copy_strided<uint16_t>(to, to_stride, from, from_stride, n);
-    case 4: return copy_strided<uint32_t>(to, to_stride, from, from_stride, n);
-    default: return copy_strided<uint64_t>(to, to_stride, from, from_stride, n);
-  }
-}
-
-// Runs kernel(inputs..., output, n) over the iterator's output (operand 0) and its `inputs` inputs.
-template <std::size_t inputs, class Kernel> void iterate(at::TensorIterator& iterator, Kernel kernel) {
-  const int64_t size = iterator.element_size(0);
-  iterator.for_each(
-      [&](char** data, const int64_t* strides, int64_t n) {
-        const bool contiguous =
-            std::all_of(strides, strides + inputs + 1, [&](int64_t stride) { return stride == size; });
-        if (contiguous) {
-          kernel(data, n);
-          return;
-        }
-        alignas(64) std::array<Buffer, inputs + 1> buffers;
-        for (int64_t start = 0; start < n; start += buffer_elements) {
-          const int64_t count = std::min(buffer_elements, n - start);
-          std::array<char*, inputs + 1> run;
-          for (std::size_t i = 0; i <= inputs; ++i) {
-            run[i] = reinterpret_cast<char*>(buffers[i].data());
-            if (i > 0) copy_strided(run[i], size, data[i] + start * strides[i], strides[i], count, size);
-          }
-          kernel(run.data(), count);
-          copy_strided(data[0] + start * strides[0], strides[0], run[0], size, count, size);
-        }
-      },
-      grain_size);
-}
 
 // A dense run of n elements, cut for the threads: run(first, count, result), which writes where `result`
 // points. What will not be found in a cache again is made in one, block by block, and written around it: the
@@ -98,7 +50,7 @@ bool is_torchs(Pass pass, const Tensor& tensor, std::size_t index, Params params
 void strided_forward(const Tensor& input, Tensor& output, std::size_t index, Params params) {
   const Forward kernel = kernels().activations[index].forward[dtype_of(input)];
   at::TensorIterator iterator = at::TensorIteratorConfig().add_output(output).add_const_input(input).build();
-  iterate<1>(iterator, [&](char** data, int64_t n) { kernel(params.data(), data[1], data[0], n); });
+  iterate<1, 1>(iterator, [&](char** data, int64_t n) { kernel(params.data(), data[1], data[0], n); });
   output = iterator.output();
 }
 
@@ -154,7 +106,8 @@ Tensor activation_backward(const Tensor& grad_output, const Tensor& saved, std::
                                     .add_const_input(grad_output)
                                     .add_const_input(saved)
                                     .build();
-  iterate<2>(iterator, [&](char** data, int64_t n) { kernel(params.data(), data[1], data[2], data[0], n); });
+  iterate<1, 2>(iterator,
+                [&](char** data, int64_t n) { kernel(params.data(), data[1], data[2], data[0], n); });
   return iterator.output();
 }
 

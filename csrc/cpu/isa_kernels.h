@@ -50,9 +50,31 @@ void backward(const double* params, const void* grad_output, const void* saved, 
   backward_rows<A, M, from_output>(params, grad_output, 0, saved, 0, grad_input, 0, 1, n);
 }
 
+template <class A, class M>
+void gated(const double* params, const void* gate, const void* value, void* y, int64_t n) {
+  using V = LanesOf<M>;
+  const A f = with_params<A>(params);
+  map(
+      n, static_cast<M*>(y), [&](V x, V v) MLPEXT_LAMBDA { return f.forward(x) * v; },
+      static_cast<const M*>(gate), static_cast<const M*>(value));
+}
+
+template <class A, class M> void gated_backward(const double* params, const void* grad_output,
+                                                const void* gate, const void* value, void* of_gate,
+                                                void* of_value, int64_t n) {
+  using V = LanesOf<M>;
+  const A f = with_params<A>(params);
+  const auto gradients = [&](V g, V x, V v) MLPEXT_LAMBDA {
+    return Two<V>{chain<A>(g * v, f.derivative(x)), g * f.forward(x)};
+  };
+  map_to_two(n, static_cast<M*>(of_gate), static_cast<M*>(of_value), gradients,
+             static_cast<const M*>(grad_output), static_cast<const M*>(gate), static_cast<const M*>(value));
+}
+
 template <class A, class... M> constexpr cpu::ActivationKernels activation_kernels() {
   cpu::ActivationKernels kernels{{forward<A, M>...},      {backward<A, M, false>...},      {},
-                                 {forward_rows<A, M>...}, {backward_rows<A, M, false>...}, {}};
+                                 {forward_rows<A, M>...}, {backward_rows<A, M, false>...}, {},
+                                 {gated<A, M>...},        {gated_backward<A, M>...}};
   if constexpr (HasDerivativeFromOutput<A>) {
     kernels.backward_from_output = {backward<A, M, true>...};
     kernels.backward_rows_from_output = {backward_rows<A, M, true>...};
@@ -119,13 +141,6 @@ template <class M, class Index> void maxout_backward(const void* grad_output_, c
   }
 }
 
-template <class M> void multiply(const void* a, const void* b, void* product, int64_t n) {
-  using V = LanesOf<M>;
-  map(
-      n, static_cast<M*>(product), [](V x, V y) MLPEXT_LAMBDA { return x * y; }, static_cast<const M*>(a),
-      static_cast<const M*>(b));
-}
-
 template <class Index> constexpr PerDtype<cpu::MaxoutForward> maxout_forward_kernels() {
   return {maxout_forward<double, Index>, maxout_forward<float, Index>, maxout_forward<BFloat16, Index>,
           maxout_forward<Half, Index>};
@@ -147,7 +162,6 @@ constinit const cpu::Kernels kernels{
     all_activation_kernels(static_cast<Activations*>(nullptr)),
     {maxout_forward_kernels<uint8_t>(), maxout_forward_kernels<int32_t>()},
     {maxout_backward_kernels<uint8_t>(), maxout_backward_kernels<int32_t>()},
-    {multiply<double>, multiply<float>, multiply<BFloat16>, multiply<Half>},
     gemm_kernels<double, float, BFloat16, Half>(),
     {train<double>, train<float>},
     {dropout_mask<double>, dropout_mask<float>},

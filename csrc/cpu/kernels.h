@@ -19,6 +19,12 @@ using Forward = void (*)(const double* params, const void* x, void* y, int64_t n
 using Backward = void (*)(const double* params, const void* grad_output, const void* saved, void* grad_input,
                           int64_t n);
 
+// y[i] = f(gate[i]) value[i].
+using Gated = void (*)(const double* params, const void* gate, const void* value, void* y, int64_t n);
+// of_gate[i] = grad_output[i] value[i] f'(gate[i]) and of_value[i] = grad_output[i] f(gate[i]).
+using GatedBackward = void (*)(const double* params, const void* grad_output, const void* gate,
+                               const void* value, void* of_gate, void* of_value, int64_t n);
+
 // As Forward and Backward, over rows that lie `stride` elements apart.
 using ForwardRows = void (*)(const double* params, const void* x, int64_t x_stride, void* y, int64_t y_stride,
                              int64_t rows, int64_t n);
@@ -33,6 +39,8 @@ struct ActivationKernels {
   PerDtype<ForwardRows> forward_rows;
   PerDtype<BackwardRows> backward_rows;
   PerDtype<BackwardRows> backward_rows_from_output;
+  PerDtype<Gated> gated;
+  PerDtype<GatedBackward> gated_backward;
 };
 
 // y[i] = max over k of x[k stride + i], and index[i] the first k that reaches it (index may be null). A NaN
@@ -42,9 +50,6 @@ using MaxoutForward = void (*)(const void* x, void* y, void* index, int64_t piec
 // grad_input[k stride + i] = grad_output[i] where index[i] = k, else 0.
 using MaxoutBackward = void (*)(const void* grad_output, const void* index, void* grad_input, int64_t pieces,
                                 int64_t stride, int64_t n);
-
-// product[i] = a[i] b[i]; product may be a.
-using Multiply = void (*)(const void* a, const void* b, void* product, int64_t n);
 
 // The innermost loops of a gemm, C = A B (gemm/microkernels.h). Strides count elements. The sums of 16-bit
 // types are float.
@@ -100,7 +105,6 @@ struct Kernels {
   // By width of the index: [0] one byte, [1] int32.
   std::array<PerDtype<MaxoutForward>, 2> maxout_forward;
   std::array<PerDtype<MaxoutBackward>, 2> maxout_backward;
-  PerDtype<Multiply> multiply;
   GemmKernels gemm;
   // float64 and float32.
   std::array<TrainEpoch, 2> train;

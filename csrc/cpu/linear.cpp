@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "cpu/choice.h"
+#include "cpu/gate.h"
 #include "cpu/gemm/gemm.h"
 #include "cpu/tensors.h"
 #include "ops/checks.h"
@@ -249,25 +250,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(const Tensor& grad_out
 }
 
 namespace {
-
-// What a gated layer does between its products, on n values of the gate z1 and of the value z2.
-struct Gate {
-  Dtype dtype;
-  const ActivationKernels& activation;
-  const double* params;
-
-  // y = f(z1) z2
-  void forward(const void* z1, const void* z2, void* y, int64_t n) const {
-    activation.forward[dtype](params, z1, y, n);
-    kernels().multiply[dtype](y, z2, y, n);
-  }
-  // dz1 = g z2 f'(z1), dz2 = g f(z1)
-  void backward(const void* g, const void* z1, const void* z2, void* dz1, void* dz2, int64_t n) const {
-    forward(z1, g, dz2, n);
-    kernels().multiply[dtype](g, z2, dz1, n);
-    activation.backward[dtype](params, dz1, z1, dz1, n);
-  }
-};
 
 // Calls run(row) for all rows of z, cut for the threads.
 template <class Run> void by_rows(const Tensor& z, Run run) {

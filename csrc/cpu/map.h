@@ -46,5 +46,34 @@ template <class M, class F, class... In> MLPEXT_INLINE void map(int64_t n, M* ou
   if (n % size > 0) step(steps * size, static_cast<int>(n % size));
 }
 
+template <class V> struct Two {
+  V first, second;
+};
+
+// first[i] and second[i] = f(in[i]...), as in map.
+template <class M, class F, class... In>
+MLPEXT_INLINE void map_to_two(int64_t n, M* first, M* second, F f, const In*... in) {
+  using V = LanesOf<M>;
+  constexpr bool pairs = std::is_same_v<M, BFloat16>;
+  constexpr int size = pairs ? 2 * V::size : V::size;
+  auto step = [&](int64_t i, auto... part) MLPEXT_LAMBDA {
+    if constexpr (pairs) {
+      auto both = [&](auto... x) MLPEXT_LAMBDA {
+        const Two<V> even = f(x.even...), odd = f(x.odd...);
+        write(first + i, BFloat16Pairs<V>(even.first, odd.first).bits(), part...);
+        write(second + i, BFloat16Pairs<V>(even.second, odd.second).bits(), part...);
+      };
+      both(BFloat16Pairs<V>(read<typename V::Bits>(in + i, part...))...);
+    } else {
+      const Two<V> values = f(widen<V, In>(read<StoredLanes<V, In>>(in + i, part...))...);
+      write(first + i, narrow<M>(values.first), part...);
+      write(second + i, narrow<M>(values.second), part...);
+    }
+  };
+  const int64_t steps = n / size;
+  for (int64_t i = 0; i < steps * size; i += size) step(i);
+  if (n % size > 0) step(steps * size, static_cast<int>(n % size));
+}
+
 }  // namespace
 }  // namespace mlpext::MLPEXT_ISA

@@ -55,6 +55,13 @@ Tensor autocast_linear_maxout(const Tensor& input, const Tensor& weight, const O
   return ops::linear_maxout().call(x, w, b);
 }
 
+Tensor autocast_gated(const Tensor& gate, const Tensor& value, std::string_view name, Params params) {
+  // By torch's operators, each under autocast.
+  if (autocasts_to_float(gate, name)) return composite::gated(gate, value, name, params);
+  c10::impl::ExcludeDispatchKeyGuard guard(autocast_keys);
+  return ops::gated().call(gate, value, name, params);
+}
+
 Tensor autocast_linear_gated(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                              std::string_view name, Params params) {
   // By torch's operators, each under autocast.
@@ -78,6 +85,7 @@ Tensor autocast_mlp(const Tensor& input, at::TensorList weights, at::TensorList 
 
 void register_autocast(torch::Library& m) {
   m.impl("activation", autocast_activation);
+  m.impl("gated", autocast_gated);
   m.impl("linear_activation", autocast_linear_activation);
   m.impl("linear_maxout", autocast_linear_maxout);
   m.impl("linear_gated", autocast_linear_gated);

@@ -311,78 +311,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(DispatchKeySet keys, c
                                                   weight, index, pieces, output_mask);
 }
 
-struct LinearGatedRule : StaticArity<3, 3> {
-  static constexpr const char* name = "LinearGatedBackward0";
-  // `kept` is z, the node's second output, so that a graph of the backward reaches through it.
-  enum Slot : std::size_t { input, weight, kept };
-
-  ActivationRef activation;
-
-  bool saves_output(std::size_t i) const { return i == kept; }
-  Want wants(std::size_t i, Mask mask, bool) const {
-    return i == kept || (i == input ? mask[1] : mask[0]) ? Want::values : Want::nothing;
-  }
-  template <class Visit> void attributes(Visit&& visit) { activation.attributes(visit); }
-  variable_list backward(const variable_list& grads, const PerSaved<Tensor>& tensors, Mask mask) const {
-    const bool through_output = grads[0].defined(), through_z = grads.size() > 1 && grads[1].defined();
-    if (!through_output && !through_z) return {Tensor(), Tensor(), Tensor()};
-    const OptionalTensor x = optional(tensors[input]), w = optional(tensors[weight]);
-    if (!through_z) {
-      auto [dx, dw, db] = ops::linear_gated_backward().call(grads[0], x, w, tensors[kept], activation.name(),
-                                                            activation.params(), mask);
-      return {dx, dw, db};
-    }
-    // The backward of a backward: z has a gradient of its own.
-    Tensor dz = grads[1];
-    if (through_output)
-      dz = dz + composite::gate_backward(grads[0], tensors[kept], activation.name(), activation.params());
-    auto [dx, dw, db] = ops::linear_activation_backward().call(
-        dz, x, w ? OptionalTensor(w->flatten(0, 1)) : w, std::nullopt, Identity::name, {},
-        /*from_output=*/false, mask);
-    return {dx, composite::in_halves(dw), composite::in_halves(db)};
-  }
-};
-
-Tensor linear_gated(DispatchKeySet keys, const Tensor& input, const Tensor& weight,
-                    const OptionalTensor& bias, std::string_view name, Params params) {
-  const std::size_t index = activation_index(name, params);
-  if (!plain_eager(keys, input, weight, bias) || !is_supported_linear_maxout(input, weight, bias) ||
-      !has_kernel(input, index, params))
-    return composite::linear_gated(input, weight, bias, name, params);
-
-  const bool requires_grad = compute_requires_grad(input, weight, bias);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  keys = keys & c10::after_autograd_keyset;
-  if (!requires_grad) return ops::linear_gated().redispatch(keys, input, weight, bias, name, params);
-
-  auto [output, z] = ops::linear_gated_forward().redispatch(keys, input, weight, bias, name, params);
-  using Rule = LinearGatedRule;
-  auto node = make_node<OpNode<Rule>>();
-  node->set_next_edges(collect_next_edges(input, weight, bias));
-  node->rule.activation = {index, params};
-  if (node->should_compute_output(1)) node->saved[Rule::input] = SavedVariable(input, /*is_output=*/false);
-  if (node->should_compute_output(0)) node->saved[Rule::weight] = SavedVariable(weight, /*is_output=*/false);
-  torch::autograd::set_history(output, node);
-  torch::autograd::set_history(z, node);
-  node->saved[Rule::kept] = SavedVariable(z, /*is_output=*/true);
-  finish(node);
-  return output;
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_gated_backward(DispatchKeySet keys, const Tensor& grad_output,
-                                                         const OptionalTensor& input,
-                                                         const OptionalTensor& weight,
-                                                         const Tensor& preactivation, std::string_view name,
-                                                         Params params, Mask output_mask) {
-  if (!plain_eager(keys, grad_output, input, weight, preactivation) ||
-      compute_requires_grad(grad_output, input, weight, preactivation))
-    return composite::linear_gated_backward(grad_output, input, weight, preactivation, name, params,
-                                            output_mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return ops::linear_gated_backward().redispatch(keys & c10::after_autograd_keyset, grad_output, input,
-                                                 weight, preactivation, name, params, output_mask);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(mlpext, Autograd, m) {
@@ -395,14 +323,11 @@ TORCH_LIBRARY_IMPL(mlpext, Autograd, m) {
   m.impl("linear_activation_backward", linear_activation_backward);
   m.impl("linear_maxout", linear_maxout);
   m.impl("linear_maxout_backward", linear_maxout_backward);
-  m.impl("linear_gated", linear_gated);
-  m.impl("linear_gated_backward", linear_gated_backward);
   // Called by themselves, the operators that also return what backward wants are differentiated as torch's
   // operators.
   m.impl("maxout_forward", composite::maxout_forward);
   m.impl("linear_activation_forward", composite::linear_activation_forward);
   m.impl("linear_maxout_forward", composite::linear_maxout_forward);
-  m.impl("linear_gated_forward", composite::linear_gated_forward);
 }
 
 TORCH_LIBRARY_IMPL(mlpext, ADInplaceOrView, m) { m.impl("activation_", bump_version); }

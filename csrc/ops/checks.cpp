@@ -55,6 +55,12 @@ bool is_supported(const Tensor& tensor) {
          !tensor.is_nested();
 }
 
+bool has_gate_kernel(const Tensor& gate, const Tensor& value, std::size_t activation, Params params) {
+  return activation != index_of<Identity> && has_kernel(gate, activation, params) && is_supported(value) &&
+         value.sizes() == gate.sizes() && value.scalar_type() == gate.scalar_type() &&
+         value.device() == gate.device();
+}
+
 bool is_supported_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   if (!is_supported_linear_maxout(input, weight, bias)) return false;
   // torch's linear takes a vector as weight, and broadcasts the bias.

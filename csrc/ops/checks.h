@@ -20,6 +20,8 @@ bool is_supported(const Tensor& tensor);
 // Whether there is one for an activation with these parameters too. torch's operators take the others: they
 // round some parameters to the dtype, and refuse what it cannot hold.
 bool has_kernel(const Tensor& input, std::size_t activation, Params params);
+// The same of f(gate) value, which no broadcasting and no promotion of dtypes makes; identity is a product.
+bool has_gate_kernel(const Tensor& gate, const Tensor& value, std::size_t activation, Params params);
 // The same of the product of a linear layer, on one device and in shapes that torch's linear does not
 // broadcast; and of linear_maxout.
 bool is_supported_linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias);

@@ -280,6 +280,30 @@ Tensor maxout_backward(T grad_output, T index, int64_t pieces, int64_t dim) {
   return at::where(index.unsqueeze(dim) == piece, grad_output.unsqueeze(dim), zero).flatten(dim, dim + 1);
 }
 
+namespace {
+
+// Without identity's copy.
+Tensor activated(T x, std::string_view name, Params params) {
+  return name == Identity::name ? x : activation(x, name, params);
+}
+
+}  // namespace
+
+Tensor gated(T gate, T value, std::string_view name, Params params) {
+  return activated(gate, name, params) * value;
+}
+
+std::tuple<Tensor, Tensor> gated_backward(T grad_output, T gate, const OptionalTensor& value,
+                                          std::string_view name, Params params, GateMask output_mask) {
+  TORCH_CHECK_VALUE(value || !output_mask[0], "value: None, expected a tensor for the gradient of the gate");
+  Tensor of_gate, of_value;
+  if (output_mask[0]) of_gate = grad_output * *value;
+  if (output_mask[0] && name != Identity::name)
+    of_gate = activation_backward(of_gate, gate, name, params, /*from_output=*/false);
+  if (output_mask[1]) of_value = grad_output * activated(gate, name, params);
+  return {of_gate, of_value};
+}
+
 std::tuple<Tensor, Tensor> linear_activation_forward(T input, T weight, const OptionalTensor& bias,
                                                      std::string_view name, Params params,
                                                      bool keep_preactivation) {
@@ -289,8 +313,7 @@ std::tuple<Tensor, Tensor> linear_activation_forward(T input, T weight, const Op
 
 Tensor linear_activation(T input, T weight, const OptionalTensor& bias, std::string_view name,
                          Params params) {
-  Tensor z = at::linear(input, weight, bias);
-  return name == Identity::name ? z : activation(z, name, params);
+  return activated(at::linear(input, weight, bias), name, params);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_activation_backward(T grad_output, const OptionalTensor& input,
@@ -322,35 +345,17 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(T grad_output, const O
   return {dx, dw, db};
 }
 
-namespace {
-
-// The gate's and the value's half of z.
-std::pair<Tensor, Tensor> halves(T z) {
-  const std::vector<Tensor> both = z.chunk(2, -1);
-  return {both[0], both[1]};
-}
-
-Tensor gated(T z, std::string_view name, Params params) {
-  const auto [gate, value] = halves(z);
-  return (name == Identity::name ? gate : activation(gate, name, params)) * value;
-}
-
-}  // namespace
-
 Tensor gate_backward(T grad_output, T z, std::string_view name, Params params) {
-  const auto [gate, value] = halves(z);
-  const Tensor of_gate = grad_output * value;
-  if (name == Identity::name) return at::cat({of_gate, grad_output * gate}, -1);
-  return at::cat({activation_backward(of_gate, gate, name, params, /*from_output=*/false),
-                  grad_output * activation(gate, name, params)},
-                 -1);
+  const std::vector<Tensor> halves = z.chunk(2, -1);
+  const auto [of_gate, of_value] =
+      gated_backward(grad_output, halves[0], halves[1], name, params, {true, true});
+  return at::cat({of_gate, of_value}, -1);
 }
 
 Tensor in_halves(T rows) {
   if (!rows.defined()) return rows;
-  std::vector<c10::SymInt> sizes(rows.sym_sizes().begin(), rows.sym_sizes().end());
-  sizes[0] = sizes[0] / 2;
-  sizes.insert(sizes.begin(), 2);
+  std::vector<c10::SymInt> sizes{2, rows.sym_size(0) / 2};
+  sizes.insert(sizes.end(), rows.sym_sizes().begin() + 1, rows.sym_sizes().end());
   return rows.reshape_symint(sizes);
 }
 
@@ -362,7 +367,8 @@ std::tuple<Tensor, Tensor> linear_gated_forward(T input, T weight, const Optiona
                                                 std::string_view name, Params params) {
   check_linear_gated(input, weight, bias);
   const Tensor z = stacked_linear(input, weight, bias);
-  return {gated(z, name, params), z};
+  const std::vector<Tensor> halves = z.chunk(2, -1);
+  return {gated(halves[0], halves[1], name, params), z};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_gated_backward(T grad_output, const OptionalTensor& input,

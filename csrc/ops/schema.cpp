@@ -15,6 +15,12 @@ TORCH_LIBRARY(mlpext, m) {
   m.def("maxout_forward(Tensor input, int pieces, int dim=-1) -> (Tensor output, Tensor index)");
   m.def("maxout_backward(Tensor grad_output, Tensor index, int pieces, int dim=-1) -> Tensor");
 
+  m.def("gated(Tensor gate, Tensor value, str name, float[] params) -> Tensor");
+  // Without the gradient of the gate `value` may be left out.
+  m.def(
+      "gated_backward(Tensor grad_output, Tensor gate, Tensor? value, str name, float[] params, "
+      "bool[2] output_mask) -> (Tensor, Tensor)");
+
   m.def("linear_activation(Tensor input, Tensor weight, Tensor? bias, str name, float[] params) -> Tensor");
   m.def(
       "linear_activation_forward(Tensor input, Tensor weight, Tensor? bias, str name, float[] params, "

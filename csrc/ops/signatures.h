@@ -19,7 +19,8 @@ namespace mlpext {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Params = at::ArrayRef<double>;
-using Mask = std::array<bool, 3>;  // which of the gradients of input, weight and bias are asked for
+using Mask = std::array<bool, 3>;      // which of the gradients of input, weight and bias are asked for
+using GateMask = std::array<bool, 2>;  // and of gate and value
 
 namespace signature {
 
@@ -31,6 +32,11 @@ using activation_backward = Tensor(const Tensor& grad_output, const Tensor& save
 using maxout = Tensor(const Tensor& input, int64_t pieces, int64_t dim);
 using maxout_forward = std::tuple<Tensor, Tensor>(const Tensor& input, int64_t pieces, int64_t dim);
 using maxout_backward = Tensor(const Tensor& grad_output, const Tensor& index, int64_t pieces, int64_t dim);
+
+using gated = Tensor(const Tensor& gate, const Tensor& value, std::string_view name, Params params);
+using gated_backward = std::tuple<Tensor, Tensor>(const Tensor& grad_output, const Tensor& gate,
+                                                  const OptionalTensor& value, std::string_view name,
+                                                  Params params, GateMask output_mask);
 
 using linear_activation = Tensor(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                  std::string_view name, Params params);
@@ -84,6 +90,8 @@ using mlp_backward = std::vector<Tensor>(const Tensor& grad_output, const Tensor
   X(maxout)                         \
   X(maxout_forward)                 \
   X(maxout_backward)                \
+  X(gated)                          \
+  X(gated_backward)                 \
   X(linear_activation)              \
   X(linear_activation_forward)      \
   X(linear_activation_backward)     \

@@ -98,6 +98,14 @@ py::object maxout(py::handle input, py::handle pieces, py::handle dim) {
   return released([&] { return ops::maxout().call(tensor(input), *k, *d); });
 }
 
+py::object gated(py::handle gate, py::handle value, py::handle name, py::handle params) {
+  const Numbers numbers(params);
+  if (!numbers.valid || !is_plain(gate) || !is_plain(value) || at::impl::torch_function_mode_enabled())
+    return fall_back("gated", gate, value, name, params);
+  return released(
+      [&] { return ops::gated().call(tensor(gate), tensor(value), text(name), numbers.params()); });
+}
+
 py::object linear_activation(py::handle input, py::handle weight, py::handle bias, py::handle name,
                              py::handle params) {
   const Numbers numbers(params);
@@ -161,6 +169,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("activation", activation, py::arg("input"), py::arg("name"), py::arg("params") = py::tuple(),
         py::arg("inplace") = false);
   m.def("maxout", maxout, py::arg("input"), py::arg("pieces"), py::arg("dim") = -1);
+  m.def("gated", gated, py::arg("gate"), py::arg("value"), py::arg("name"), py::arg("params") = py::tuple());
   m.def("linear_activation", linear_activation, py::arg("input"), py::arg("weight"), py::arg("bias"),
         py::arg("name"), py::arg("params") = py::tuple());
   m.def("linear_maxout", linear_maxout, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none());

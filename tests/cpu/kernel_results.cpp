@@ -127,7 +127,8 @@ template <Dtype dtype, class M> void products(int64_t rows, int64_t in, int64_t 
                      const int64_t at = part.row * out + part.column, n = part.columns;
                      cpu::kernels().maxout_forward[0][dtype](part.z, &z[at], &index[at], pieces, n, n);
                      const M* const piece = static_cast<const M*>(part.z);
-                     cpu::kernels().multiply[dtype](piece, piece + n, &product[at], n);
+                     const auto gated = cpu::kernels().activations[index_of<Identity>].gated[dtype];
+                     gated(nullptr, piece, piece + n, &product[at], n);
                    });
   emit("product_maxout " + name, z), emit("product_maxout_index " + name, index);
   emit("product_of_pieces " + name, product);

@@ -16,6 +16,7 @@ from common import (
     assert_close,
     default_ops,
     few_ops,
+    gated_op,
     linear_gated_op,
     linear_maxout_op,
     linear_op,
@@ -29,6 +30,7 @@ CORE_OPS = [
     linear_op("elu", {}),
     linear_op("gelu", {}),
     linear_gated_op("silu", {}),
+    gated_op("silu", {}),
     *MAXOUT_OPS,
 ]
 one_of_each = pytest.mark.parametrize("op", [pytest.param(op, id=op.id) for op in CORE_OPS])
@@ -48,7 +50,7 @@ def results(f, tensors):
 def grown(op, rows, dtype=torch.float32):
     """Inputs with another number of rows (for a fused layer or a bare activation)."""
     x, *rest = plain(op, dtype)
-    return [x.repeat(rows, 1), *rest]
+    return [t.repeat(rows, 1) if t.shape == x.shape else t for t in (x, *rest)]
 
 
 @default_ops

@@ -34,6 +34,7 @@ def test_the_operators_are_these():
         f"mlpext::{n}{suffix}"
         for n, suffixes in {
             "activation": ("", "_", "_backward"),
+            "gated": ("", "_backward"),
             **dict.fromkeys(
                 ("maxout", "linear_activation", "linear_maxout", "linear_gated", "mlp"),
                 ("", "_forward", "_backward"),
@@ -142,6 +143,29 @@ def test_linear_gated_backward(name, mask):
             randn(3, 10, grad=grad),
         )
         opcheck(ops.linear_gated_backward.default, (*tensors, name, values_of(name, {}), mask))
+
+
+@pytest.mark.parametrize("name", ["identity", "silu", "softplus"])
+def test_gated(name):
+    values = values_of(name, {})
+    gate, value = randn(3, 10).chunk(2, -1)
+    for tensors in ((randn(3, 6), randn(3, 6)), (gate, value), (randn(3, 6), randn(6).double())):
+        opcheck(ops.gated.default, (*(t.detach().requires_grad_() for t in tensors), name, values))
+
+
+@pytest.mark.parametrize("mask", [[True, True], [True, False], [False, True]], ids=str)
+@pytest.mark.parametrize("name", ["identity", "silu"])
+def test_gated_backward(name, mask):
+    for grad in (False, True):
+        g, gate, value = (randn(3, 6, grad=grad) for _ in range(3))
+        opcheck(ops.gated_backward.default, (g, gate, value, name, values_of(name, {}), mask))
+        if not mask[0]:
+            opcheck(ops.gated_backward.default, (g, gate, None, name, values_of(name, {}), mask))
+
+
+def test_the_gradient_of_a_gate_needs_the_value():
+    with pytest.raises(ValueError, match="value: None, expected a tensor"):
+        ops.gated_backward(randn(3), randn(3), None, "silu", [], [True, True])
 
 
 NETWORKS = {

@@ -259,6 +259,7 @@ FAULTS = {
             _alone("tanh", shape=(9, 17)),
             _layer("sigmoid", shape=(9, 17), masks=(True,) * 3),
             Case("maxout", (Layer(0, "maxout"),), (9, 16)),
+            Case("gated", (Layer(0, "silu"),), (9, 17), masks=(True, True)),
             Case("mlp", (Layer(7, "tanh"), Layer(5, "gelu")), (9, 16), masks=(True,) * 5),
         )
         for way in ("backward", "twice", "jvp")

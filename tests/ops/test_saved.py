@@ -121,6 +121,18 @@ def test_a_gated_layer_keeps_two_values_an_output(name, dtype):
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("needs", [(True, True), (False, True), (True, False)], ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu", "relu", "sigmoid"])
+def test_a_gate_keeps_its_inputs_alone(name, needs):
+    """Without a gradient of the gate not even the value."""
+    tensors = [torch.randn(8, 64, requires_grad=need) for need in needs]
+    kept = kept_by(lambda gate, value: F.gated(gate, value, name), *tensors)
+    eagers = kept_by(lambda gate, value: eager(name, {})(gate) * value, *tensors)
+    assert (kept.bytes, kept.tensors) == (0, 1 + needs[0])
+    assert kept.tensors <= eagers.tensors
+
+
+@pytest.mark.native
 def test_maxout_keeps_four_bytes_beyond_256_pieces():
     x = torch.randn(8, 4 * 257, requires_grad=True)
     assert kept_by(lambda x: F.maxout(x, 257), x).bytes == 4 * 8 * 4

@@ -17,6 +17,7 @@ CASES = {
     "everywhere": ": elu, float32, 100",
     "fuse": "PPO policy",
     "gated": "a layer of a policy",
+    "gated_units": "bfloat16 4 K, silu",
     "linear": "(32, 64, 64)",
     "maxout": "(64, 256)",
     "overhead": "elu module",
