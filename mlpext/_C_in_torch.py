@@ -183,11 +183,6 @@ def linear_gated(
     return gated(gate, value, name, params)
 
 
-def gated(gate: Tensor, value: Tensor, name: str, params: tuple[float, ...] = ()) -> Tensor:
-    """Stand-in."""
-    return activation(gate, name, params) * value
-
-
 def mlp(module: torch.nn.Module, input: Tensor) -> Any:
     """NotImplemented, upon which MLP.forward calls layer by layer."""
     return NotImplemented

@@ -447,14 +447,3 @@ def linear_gated(
         else _DEFAULTS[activation]
     )
     return _C.linear_gated(input, weight, bias, activation, values)
-
-
-def gated(gate: Tensor, value: Tensor, activation: Activation = "silu", **params: float) -> Tensor:
-    """Stand-in."""
-    values = tuple(activation_parameters(activation, params))
-    return _C.gated(gate, value, activation, values)
-
-
-import mlpext._C_in_torch as _T
-
-_C.gated = _T.gated
