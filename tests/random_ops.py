@@ -194,7 +194,7 @@ def _activations(case: Case) -> tuple[Callable, Callable]:
     ours, eager = common.ours(name, params, inplace), torchs(name, {**params, **extra})
     if case.entry == "module":
         ours = lambda x: common.module(mlpext.nn, name, params, **extra)(x)  # noqa: E731
-        if name not in ("sine", "squareplus", "hardsigmoid"):
+        if name not in {*common.TORCH_LACKS, "hardsigmoid"}:
             eager = lambda x: common.module(torch.nn, name, params, **extra)(x)  # noqa: E731
     return ours, eager
 
@@ -479,7 +479,7 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
     ),
     "torch has no such function; out of several operators come other strides, and refusals": (
         lambda case, problem: (
-            (case.layer.name in ("identity", "sine", "squareplus") or not case.usual)
+            (case.layer.name in {"identity", *common.TORCH_LACKS} or not case.usual)
             and problem.what in ("strides", "exception")
         )
     ),
@@ -692,7 +692,8 @@ def _referenced(case: Case, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tenso
 
 
 # Where the gradient of what is cut off is 0 even for an infinite gradient from above, in torch too.
-BLOCKS = ("relu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "softshrink", "hardshrink")
+BLOCKS = {"relu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "softshrink", "hardshrink"}
+BLOCKS |= {"relu_squared", "threshold"}
 
 
 class Referenced(torch.autograd.Function):
