@@ -261,7 +261,7 @@ def quick_gelu(m, x, alpha=1.702):
 
 @activation(
     {"threshold": 1.0, "value": 0.0},
-    {"threshold": 0.5, "value": -20.0},
+    {"threshold": 0.5, "value": -2.0},
     {"threshold": -0.25, "value": 2.0},
     kinks=lambda threshold=0.0, value=0.0: (threshold,),
 )
