@@ -11,18 +11,22 @@ from torch import Tensor, nn
 import mlpext.functional as MF
 from harness import Case
 
-# Where torch.nn.functional has no function of that name, or only a deprecated one. sine and squareplus stand
-# as people write them with torch; mlpext._C_in_torch's squareplus is right at every input, and slower.
+# Where torch.nn.functional has no function of that name, only a deprecated one, or one without defaults. What
+# torch lacks stands as people write it; mlpext._C_in_torch's squareplus is right at every input, and slower.
 EAGER: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(TF.gelu, approximate="tanh"),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "sine": lambda x: torch.sin(30.0 * x),
     "squareplus": lambda x: (x + torch.sqrt(x * x + 4.0)) / 2,
+    "relu_squared": lambda x: torch.square(TF.relu(x)),  # as transformers has it
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # as CLIP has it
+    "threshold": partial(TF.threshold, threshold=0.0, value=0.0),
 }
 MLPEXT: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(MF.gelu, approximate="tanh"),
     "sine": partial(MF.sine, omega=30.0),
+    "threshold": partial(MF.threshold, threshold=0.0, value=0.0),
 }
 
 

@@ -69,6 +69,14 @@ def _squareplus(input: Tensor, b: float) -> Tensor:
     return _wide(parts, input, torch.float32 if 1e-30 < b < 1e20 else torch.float64)
 
 
+def _relu_squared(input: Tensor) -> Tensor:
+    return F.relu(input).square()
+
+
+def _quick_gelu(input: Tensor, alpha: float) -> Tensor:
+    return _wide(lambda x: x * torch.sigmoid(x * alpha), input)
+
+
 # The activations in the order of csrc/formulas/activations.h, with their parameters.
 _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "identity": (torch.clone, {}),
@@ -95,7 +103,12 @@ _ACTIVATIONS: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "hardshrink": (F.hardshrink, {"lambd": 0.5}),
     "sine": (_sine, {"omega": 1.0}),
     "squareplus": (_squareplus, {"b": 4.0}),
+    "relu_squared": (_relu_squared, {}),
+    "quick_gelu": (_quick_gelu, {"alpha": 1.702}),
+    "threshold": (F.threshold, {"threshold": 0.0, "value": 0.0}),
 }
+# Those that torch has no function for: here they are made of several of its operators.
+_COMPOSED = {name for name in _ACTIVATIONS if not hasattr(F, name)} - {"identity", "gelu_tanh"}
 
 
 def activations() -> dict[str, dict[str, float]]:
@@ -110,7 +123,7 @@ def activation(input: Tensor, name: str, params: tuple[float, ...] = (), inplace
     function, defaults = _ACTIVATIONS[name]
     if len(params) != len(defaults):
         raise ValueError(f"params: activation '{name}' takes {len(defaults)} parameter(s), got {len(params)}")
-    if function in (_sine, _squareplus) and not isinstance(input, Tensor):
+    if name in _COMPOSED and not isinstance(input, Tensor):
         if not is_tensor_like(input):
             raise TypeError(f"{name}(): argument 'input' must be Tensor, not {type(input).__name__}")
         from mlpext import _C  # a proxy of torch.fx: in its graph stands the operator, not what it is made of

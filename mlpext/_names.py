@@ -15,7 +15,8 @@ MODES: tuple[str, ...] = get_args(Mode)
 Activation: TypeAlias = Literal[
     "identity", "sigmoid", "tanh", "relu", "leaky_relu", "elu", "gelu", "gelu_tanh", "silu", "mish",
     "softplus", "selu", "celu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "logsigmoid",
-    "softsign", "tanhshrink", "softshrink", "hardshrink", "sine", "squareplus"
+    "softsign", "tanhshrink", "softshrink", "hardshrink", "sine", "squareplus", "relu_squared",
+    "quick_gelu", "threshold"
 ]
 # fmt: on
 # Of a layer of an MLP.
@@ -26,6 +27,7 @@ KNOWN_AS = {
     "swish": "silu",
     "logistic": "sigmoid",
     "linear": "identity",
+    "relu2": "relu_squared",
     "leakyrelu": "leaky_relu",
     "mse": "squared_error",
     "bce": "binary_cross_entropy",

@@ -297,6 +297,40 @@ def squareplus(input: Tensor, b: float = 4.0) -> Tensor:
     return _C.activation(input, "squareplus", (b,))
 
 
+def relu_squared(input: Tensor) -> Tensor:
+    """max(0, x)^2, to 0.5 ULP; transformers' "relu2".
+
+    So et al., 2021, arXiv:2109.08668 (Primer).
+
+    >>> mlpext.functional.relu_squared(torch.tensor([-1.0, 3.0]))
+    tensor([0., 9.])
+    """
+    return _C.activation(input, "relu_squared")
+
+
+def quick_gelu(input: Tensor, alpha: float = 1.702) -> Tensor:
+    """x sigmoid(alpha x), to 2.2 ULP: near gelu, and what CLIP was trained with.
+
+    Radford et al., 2021, arXiv:2103.00020; Hendrycks and Gimpel, 2016, arXiv:1606.08415.
+
+    >>> mlpext.functional.quick_gelu(torch.tensor([-1.0, 2.0]))
+    tensor([-0.1542,  1.9357])
+    """
+    return _C.activation(input, "quick_gelu", (alpha,))
+
+
+def threshold(input: Tensor, threshold: float, value: float, inplace: bool = False) -> Tensor:
+    """x where x > threshold, else value, exact.
+
+    As in torch a NaN stays one, with derivative 1. As the name of a layer's activation, as in
+    `MLP([4, 8, 2], "threshold")`, both numbers are 0 unless they are given.
+
+    >>> mlpext.functional.threshold(torch.tensor([0.5, 2.0]), 1.0, -7.0)
+    tensor([-7.,  2.])
+    """
+    return _C.activation(input, "threshold", (threshold, value), inplace)
+
+
 def maxout(input: Tensor, pieces: int, dim: int = -1, interleaved: bool = False) -> Tensor:
     """Maximum over `pieces` groups of the slices of `dim`, exact.
 

@@ -34,9 +34,10 @@ RESULTS, TABLE = ROOT / "benchmarks/results/accuracy.json", ROOT / "docs/accurac
 # near its root, nor for one made from a rounded y; there the last table holds, in units of 2^-23.
 VALUE = {
     **dict.fromkeys(("identity", "relu", "relu6", "hardtanh", "hardshrink", "softshrink"), (0.5, 0.5)),
+    **dict.fromkeys(("relu_squared", "threshold"), (0.5, 0.5)),
     **dict.fromkeys(("leaky_relu", "elu", "celu", "hardsigmoid"), (1.0, 1.0)),
     **dict.fromkeys(("selu", "softplus", "logsigmoid", "tanh", "softsign"), (1.7, 1.8)),
-    **dict.fromkeys(("gelu_tanh", "hardswish", "tanhshrink"), (2.0, 3.0)),
+    **dict.fromkeys(("gelu_tanh", "quick_gelu", "hardswish", "tanhshrink"), (2.0, 3.0)),
     "gelu": (2.1, 3.0),
     **dict.fromkeys(("sigmoid", "silu"), (2.41, 2.41)),
     "mish": (2.8, 3.0),
@@ -45,7 +46,7 @@ VALUE = {
 }
 DERIVATIVE = {
     **dict.fromkeys(("identity", "relu", "relu6", "hardtanh", "hardshrink", "softshrink"), (0.5, 0.5)),
-    **dict.fromkeys(("leaky_relu", "hardsigmoid"), (0.5, 0.5)),
+    **dict.fromkeys(("leaky_relu", "hardsigmoid", "relu_squared", "threshold"), (0.5, 0.5)),
     **dict.fromkeys(("elu", "celu", "selu", "sine"), (1.3, 2.5)),
     **dict.fromkeys(("softplus", "logsigmoid"), (2.4, 2.9)),
     **dict.fromkeys(("softsign", "tanhshrink"), (3.6, 3.8)),
@@ -54,7 +55,7 @@ DERIVATIVE = {
 ABSOLUTE = {
     **dict.fromkeys(("sigmoid", "hardswish"), (0.8, 1.0)),
     **dict.fromkeys(("tanh", "gelu"), (1.2, 1.5)),
-    **dict.fromkeys(("gelu_tanh", "silu", "mish"), (2.8, 3.0)),
+    **dict.fromkeys(("gelu_tanh", "quick_gelu", "silu", "mish"), (2.8, 3.0)),
 }
 OTHERS = {"value": (2.0, 3.0), "derivative": (4.0, 4.0)}  # a new activation's, until it has its own
 
@@ -88,7 +89,7 @@ def unavoidable(name, parameters, x, dtype, derivative=False):
         return np.where(angle > info.max, np.inf, 0.0 if exact else angle * info.eps)
     if name == "tanhshrink":  # x - tanh(x)
         return 1.5 * info.eps * np.abs(x)
-    if name in ("gelu", "gelu_tanh", "silu", "mish"):  # x * gate, where the gate is subnormal
+    if name in ("gelu", "gelu_tanh", "quick_gelu", "silu", "mish"):  # x * gate, where the gate is subnormal
         return np.abs(x) * info.smallest_normal * info.eps
     return np.zeros_like(x)
 

@@ -21,6 +21,8 @@ import reference
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = tuple(mlpext.activations())
+# Activations that torch has no function for.
+TORCH_LACKS = {name for name in NAMES if not hasattr(TF, name)} - {"identity", "gelu_tanh"}
 CASES = [pytest.param(*case, id=reference.case_id(case)) for case in reference.CASES]
 FUNCTIONAL_CASES = [case for case in CASES if case.values[0] != "identity"]  # identity has no functional
 
@@ -43,10 +45,14 @@ def usual(name: str, parameters: dict) -> bool:
     return name == "maxout" or mlpext._C.has_kernel(name, tuple(values_of(name, parameters)))
 
 
+def arguments(name: str, parameters: dict, inplace: bool = False) -> dict:
+    """Those of the function or module: torch's threshold takes both of its parameters at every call."""
+    defaults = mlpext._C.activations()[name] if name == "threshold" else {}
+    return {**defaults, **parameters, **({"inplace": True} if inplace else {})}
+
+
 def eager(name: str, parameters: dict, inplace: bool = False) -> Callable:
     """The same activation out of PyTorch's own operators."""
-    if inplace:
-        parameters = {**parameters, "inplace": True}
     own: dict[str, Callable] = {
         "identity": lambda x: x,
         "sigmoid": torch.sigmoid,
@@ -54,26 +60,26 @@ def eager(name: str, parameters: dict, inplace: bool = False) -> Callable:
         "gelu_tanh": functools.partial(TF.gelu, approximate="tanh"),
         "sine": lambda x, omega=1.0: torch.sin(x if omega == 1 else x * omega),
         "squareplus": lambda x, b=4.0: (x + torch.sqrt(x * x + b)) / 2,
+        "relu_squared": lambda x: TF.relu(x).square(),
+        "quick_gelu": lambda x, alpha=1.702: x * torch.sigmoid(alpha * x),
     }
-    return functools.partial(own.get(name) or getattr(TF, name), **parameters)
+    return functools.partial(own.get(name) or getattr(TF, name), **arguments(name, parameters, inplace))
 
 
 def ours(name: str, parameters: dict, inplace: bool = False) -> Callable:
     """The same activation by its function in `mlpext.functional`; identity has none, only the operator."""
     if name == "identity":
         return lambda x: mlpext._C.activation(x, "identity")
-    if inplace:
-        parameters = {**parameters, "inplace": True}
     if name == "gelu_tanh":
-        return functools.partial(F.gelu, approximate="tanh", **parameters)
-    return functools.partial(getattr(F, name), **parameters)
+        return functools.partial(F.gelu, approximate="tanh")
+    return functools.partial(getattr(F, name), **arguments(name, parameters, inplace))
 
 
 def module(namespace, name: str, parameters: dict, **extra) -> torch.nn.Module:
     """The module of that name in torch.nn or mlpext.nn."""
     if name == "gelu_tanh":
         return namespace.GELU(approximate="tanh", **parameters, **extra)
-    return getattr(namespace, class_name(name))(**parameters, **extra)
+    return getattr(namespace, class_name(name))(**arguments(name, parameters), **extra)
 
 
 def class_name(name: str) -> str:
@@ -83,7 +89,7 @@ def class_name(name: str) -> str:
 def has_inplace(name: str) -> bool:
     return name in (
         *("relu", "leaky_relu", "elu", "silu", "mish", "selu"),
-        *("celu", "relu6", "hardtanh", "hardsigmoid", "hardswish"),
+        *("celu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "threshold"),
     )
 
 

@@ -200,7 +200,7 @@ def _activations(case: Case) -> tuple[Callable, Callable]:
     ours, eager = common.ours(name, params, inplace), torchs(name, {**params, **extra})
     if case.entry == "module":
         ours = lambda x: common.module(mlpext.nn, name, params, **extra)(x)  # noqa: E731
-        if name not in ("sine", "squareplus", "hardsigmoid"):
+        if name not in {*common.TORCH_LACKS, "hardsigmoid"}:
             eager = lambda x: common.module(torch.nn, name, params, **extra)(x)  # noqa: E731
     return ours, eager
 
@@ -475,12 +475,12 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
     "a layer's gradients are contiguous; torch's are transposed where its product is": (
         lambda case, problem: case.family in ("layer", "mlp") and _of_a_gradient(case, problem)
     ),
-    "a gradient has the layout of x; relu's, leaky_relu's, a second one, and torch's of a gradient that is "
-    "not contiguous, may have another": (
+    "a gradient has the layout of x; relu's, leaky_relu's, threshold's, a second one, and torch's of a "
+    "gradient that is not contiguous, may have another": (
         lambda case, problem: (
             case.family == "activation"
             and (
-                case.layer.name in ("relu", "leaky_relu")
+                case.layer.name in ("relu", "leaky_relu", "threshold")
                 or case.layouts[-1] != "contiguous"
                 or case.way not in ORDINARY
             )
@@ -489,7 +489,7 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
     ),
     "torch has no such function; out of several operators come other strides, and refusals": (
         lambda case, problem: (
-            (case.layer.name in ("identity", "sine", "squareplus") or not case.usual)
+            (case.layer.name in {"identity", *common.TORCH_LACKS} or not case.usual)
             and problem.what in ("strides", "exception")
         )
     ),
@@ -704,7 +704,8 @@ def _referenced(case: Case, x: torch.Tensor, *rest: torch.Tensor) -> torch.Tenso
 
 
 # Where the gradient of what is cut off is 0 even for an infinite gradient from above, in torch too.
-BLOCKS = ("relu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "softshrink", "hardshrink")
+BLOCKS = {"relu", "relu6", "hardtanh", "hardsigmoid", "hardswish", "softshrink", "hardshrink"}
+BLOCKS |= {"relu_squared", "threshold"}
 
 
 class Referenced(torch.autograd.Function):
@@ -789,7 +790,9 @@ def _bound(case: Case, k: int, actual: torch.Tensor, wanted: torch.Tensor) -> to
     slack = accuracy.unavoidable(case.layer.name, case.params, x, wide, derivative=k > 0)
     slack = torch.from_numpy(np.asarray(slack)) + torch.finfo(torch.float64).tiny
     # x / alpha and beta x are rounded, and alpha and beta before, which e^ makes relative to the result.
-    rate = {"celu": 1 / (case.params.get("alpha") or 1), "softplus": case.params.get("beta", 1)}
+    # quick_gelu's alpha x has two parts, but in reference.py and in torch.
+    alpha = case.params.get("alpha")
+    rate = {"celu": 1 / (alpha or 1), "softplus": case.params.get("beta", 1), "quick_gelu": alpha or 1.702}
     exponent = np.minimum(np.abs(x * rate.get(case.layer.name, 0)), 1000)
     slack = slack + torch.as_tensor(np.nan_to_num(exponent)) * torch.finfo(dtype).eps * wanted.abs()
     bounds = accuracy.bounds(case.layer.name, case.params)

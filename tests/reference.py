@@ -248,6 +248,27 @@ def squareplus(m, x, b=4.0):
     return value, value / root
 
 
+@activation(kinks=lambda: (0.0,))
+def relu_squared(m, x):
+    return m.where(x > 0, x * x, x * 0), m.where(x > 0, 2 * x, x * 0)
+
+
+@activation({"alpha": 1.0}, {"alpha": 0.25}, {"alpha": 30.0})
+def quick_gelu(m, x, alpha=1.702):
+    gate, anti_gate = _logistic(m, alpha * x), _logistic(m, -alpha * x)
+    return x * gate, gate * (1 + alpha * x * anti_gate)
+
+
+@activation(
+    {"threshold": 1.0, "value": 0.0},
+    {"threshold": 0.5, "value": -2.0},
+    {"threshold": -0.25, "value": 2.0},
+    kinks=lambda threshold=0.0, value=0.0: (threshold,),
+)
+def threshold(m, x, threshold=0.0, value=0.0):
+    return m.where(x > threshold, x, x * 0 + value), m.where(x > threshold, 1, x * 0)
+
+
 CASES = tuple((name, parameters) for name, a in ACTIVATIONS.items() for parameters in a.variants)
 
 

@@ -1,63 +1,15 @@
-// The formulas: one struct for each activation, and the list of them. Everything else in the package, on
-// every device, is made from this page. docs/adding-an-activation.md says how to add one.
-//
-// V is a plain float or double on a GPU (scalar_lanes.h), a register of them on a CPU (simd_lanes.h). A
-// formula uses only the lane operations that every V has: + - * /, comparisons, select, abs, minus_abs, sqrt,
-// madd(a, b, c) = a b + c, at_least and at_most (a NaN passes), exp(x), exp(x, c) = c e^x, expm1(x),
-// expm1(x, c), log1p, tanh, tanhshrink, sin, cos, times_normal_cdf and its slope, odd_cubic (elementary.h).
-// There is no `if`: with select(condition, a, b) a NaN takes the same side in every lane, at every length, on
-// every machine.
-//
-// A struct has
-//
-//   name, params                what users call it, and its parameters with their defaults; they are double
-//                               members in the same order
-//   forward(x)                  y = f(x)
-//   derivative(x)               f'(x)
-//   derivative_from_output(y)   f'(x) from y = f(x), where y determines it
-//
-// and, where they differ from those of `Formula`, the traits below. An argument is bounded, as in at_least(x,
-// -1000), where a limit at infinity would otherwise be computed as inf * 0; at the bound the other factor has
-// underflowed to 0.
+// The activations: one struct for each, and the list of them. Everything else in the package, on every
+// device, is made from this page. formula.h says what a struct has; docs/adding-an-activation.md how to add
+// one.
 #pragma once
 #include <array>
 #include <cstddef>
 #include <string_view>
 #include <tuple>
 
-#if defined(__CUDACC__)
-#define MLPEXT_FORMULA __host__ __device__ __forceinline__
-#else
-#define MLPEXT_FORMULA __attribute__((always_inline)) inline
-#endif
-#define MLPEXT_LAMBDA __attribute__((always_inline))
+#include "formulas/formula.h"
 
 namespace mlpext {
-
-struct Param {
-  std::string_view name;
-  double value;  // default
-};
-
-struct TwoParts {  // a constant with more digits than a double
-  double hi, lo;
-};
-
-struct Formula {
-  static constexpr std::array<Param, 0> params{};
-  // A bare module keeps y for backward, as torch's does, not x.
-  static constexpr bool keeps_output = false;
-  // In float16 and bfloat16 y has too few digits for derivative_from_output: near -alpha, for elu.
-  static constexpr bool output_too_coarse_in_16bit = false;
-  // f'(x) = 0 makes the gradient 0 even where the one that comes in is infinite or NaN, as in torch.
-  static constexpr bool zero_slope_masks_gradient = false;
-  // torch compares x with parameters that are rounded to its dtype.
-  static constexpr bool rounds_params = false;
-  // False: torch's operators take these parameters, as they do all that are not finite numbers.
-  MLPEXT_FORMULA constexpr bool has_kernel() const { return true; }
-  // False: with these parameters f is not monotone, so that y does not determine f'(x).
-  MLPEXT_FORMULA constexpr bool output_suffices() const { return true; }
-};
 
 struct Identity : Formula {
   static constexpr std::string_view name = "identity";
@@ -370,10 +322,51 @@ struct Squareplus : Formula {
   MLPEXT_FORMULA constexpr bool has_kernel() const { return b > 1e-30 && b < 1e20; }
 };
 
+struct ReLUSquared : Formula {  // max(0, x)^2 (So et al., 2021, arXiv 2109.08668)
+  static constexpr std::string_view name = "relu_squared";
+  static constexpr bool zero_slope_masks_gradient = true;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return at_least(x, V(0)) * at_least(x, V(0)); }
+  // Not 2 sqrt(y) from the output: in float16 y = x^2 leaves the numbers long before x does.
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return V(2) * at_least(x, V(0)); }
+};
+
+// x sigmoid(alpha x): gelu as CLIP has it (Radford et al., 2021, arXiv 2103.00020). alpha |x| has two parts,
+// because its rounding alone would cost the exponential 40 ULP at -80.
+struct QuickGELU : Formula {
+  static constexpr std::string_view name = "quick_gelu";
+  static constexpr std::array<Param, 1> params{{{"alpha", 1.702}}};
+  double alpha;
+  template <class V> MLPEXT_FORMULA V forward(V x) const {
+    V t = at_most(abs(x), V(1000 / alpha));
+    auto minus = -two_part_product(t, alpha);
+    V q = over_one_plus(exp(minus, t), exp(minus));
+    return select(x < V(0), -q, x - q);
+  }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const {
+    V bounded = at_most(at_least(x, V(-1000 / alpha)), V(1000 / alpha));
+    return times_sigmoid_derivative(bounded, -two_part_product(abs(bounded), alpha), V(alpha));
+  }
+  // The bound on x, by which exp multiplies, is below 10^6, and alpha x a number.
+  MLPEXT_FORMULA constexpr bool has_kernel() const { return alpha >= 0.01 && alpha <= 1000; }
+};
+
+struct Threshold : Formula {  // x where x > threshold, else value
+  static constexpr std::string_view name = "threshold";
+  static constexpr std::array<Param, 2> params{{{"threshold", 0}, {"value", 0}}};
+  static constexpr bool zero_slope_masks_gradient = true;
+  double threshold, value;
+  template <class V> MLPEXT_FORMULA V forward(V x) const { return select(x <= V(threshold), V(value), x); }
+  template <class V> MLPEXT_FORMULA V derivative(V x) const { return select(x <= V(threshold), V(0), V(1)); }
+  template <class V> MLPEXT_FORMULA V derivative_from_output(V y) const { return derivative(y); }
+  // y <= threshold where x is. A value just below the threshold could be rounded to one above it.
+  MLPEXT_FORMULA constexpr bool output_suffices() const { return value <= 0 && threshold >= 0; }
+};
+
 // The list. An activation's index is its place here.
-using Activations = std::tuple<Identity, Sigmoid, Tanh, ReLU, LeakyReLU, ELU, GELU, GELUTanh, SiLU, Mish,
-                               Softplus, SELU, CELU, ReLU6, Hardtanh, Hardsigmoid, Hardswish, LogSigmoid,
-                               Softsign, Tanhshrink, Softshrink, Hardshrink, Sine, Squareplus>;
+using Activations =
+    std::tuple<Identity, Sigmoid, Tanh, ReLU, LeakyReLU, ELU, GELU, GELUTanh, SiLU, Mish, Softplus, SELU,
+               CELU, ReLU6, Hardtanh, Hardsigmoid, Hardswish, LogSigmoid, Softsign, Tanhshrink, Softshrink,
+               Hardshrink, Sine, Squareplus, ReLUSquared, QuickGELU, Threshold>;
 inline constexpr std::size_t activation_count = std::tuple_size_v<Activations>;
 
 // The gradient of x from that of f(x).

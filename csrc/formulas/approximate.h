@@ -34,6 +34,7 @@ MLPEXT_INLINE Lanes<float> over_one_plus(Lanes<float> n, Lanes<float> e) { retur
 template <class Constant> MLPEXT_INLINE Lanes<float> odd_cubic(Lanes<float> x, Constant a, Constant b) {
   return x * madd(Lanes<float>(b.hi), x * x, Lanes<float>(a.hi));
 }
+MLPEXT_INLINE Lanes<float> two_part_product(Lanes<float> x, double c) { return Lanes<float>(c) * x; }
 
 MLPEXT_INLINE Lanes<float> normal_pdf(Lanes<float> x) {
   return Lanes<float>(0.3989422804014327) * exp(Lanes<float>(-0.5) * x * x);

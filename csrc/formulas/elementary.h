@@ -153,6 +153,14 @@ template <class V, class Constant> MLPEXT_INLINE Pair<V> odd_cubic(V x, Constant
   return {y, madd(x, rest, residual(x, slope, -y))};
 }
 
+// c x in two parts, as exp takes it.
+template <class V> MLPEXT_INLINE Pair<V> two_part_product(V x, double c) {
+  const double rounded = typename V::Scalar(c);
+  const V y = V(rounded) * x;
+  if constexpr (V::low_precision) return {y, V(0)};
+  return {y, madd(V(c - rounded), x, residual(V(rounded), x, -y))};
+}
+
 // What expm1 shares with its multiple: 2^n (1 + m) - 1, or m alone up to 0.41, where 2 (1 + m) - 1, just
 // above ln 2 / 2, would cancel and cost 2 ULP.
 template <class V> struct Expm1 {

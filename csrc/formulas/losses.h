@@ -3,7 +3,7 @@
 // E is the error of one sample, with outputs y and desired outputs d. A struct has a name, by which Python
 // calls it, and error(row), which returns E and leaves dE/dy in the row (LossRow, in
 // cpu/epoch/epoch_base.h). The row hands out its values a register at a time, and what it hands out takes the
-// lane operations that activations.h lists. Where E is a sum over the outputs, error is one call of
+// lane operations that formula.h lists. Where E is a sum over the outputs, error is one call of
 // row.sum(f): f(y, d, E) adds its part of E to the register E, and returns dE/dy.
 #pragma once
 #include <cmath>

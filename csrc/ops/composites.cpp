@@ -46,6 +46,7 @@
 #include <ATen/ops/square.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold.h>
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -212,6 +213,11 @@ constexpr Row rows[] = {
      [](T g, T x, P p) { return wide(x, [&](T x) { return g * at::cos(x * p[0]) * p[0]; }); }},
     {"squareplus", [](T x, P p) { return squareplus(x, p[0]); },
      [](T g, T x, P p) { return squareplus_backward(g, x, p[0]); }},
+    {"relu_squared", [](T x, P) { return at::square(at::relu(x)); }, [](T g, T x, P) { return at::threshold_backward(g * at::relu(x) * 2, x, 0); }},
+    {"quick_gelu", [](T x, P p) { return wide(x, [&](T x) { return x * at::sigmoid(x * p[0]); }); },
+     [](T g, T x, P p) { return wide(x, [&](T x) { Tensor s = at::sigmoid(x * p[0]); return g * (s + x * (p[0] * s * (1 - s))); }); }},
+    {"threshold", [](T x, P p) { return at::threshold(x, p[0], p[1]); }, [](T g, T x, P p) { return at::threshold_backward(g, x, p[0]); },
+     [](T g, T y, P p) { return at::threshold_backward(g, y, p[0]); }, [](Tensor& x, P p) -> Tensor& { return at::threshold_(x, p[0], p[1]); }},
 };
 // clang-format on
 

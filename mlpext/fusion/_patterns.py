@@ -32,6 +32,9 @@ for _name in NAME_OF.values():
     _FUNCTIONS |= {getattr(TF, _name, None): _name, getattr(torch, _name, None): _name}
     _FUNCTIONS |= {_name: _name} if hasattr(Tensor, _name) else {}
 del _FUNCTIONS[None]
+_PRODUCTS = (operator.mul, torch.mul, "mul")
+_SQUARES = (torch.square, "square")
+_POWERS = (operator.pow, torch.pow, "pow")
 
 
 def activation_of(module: Module) -> Activation | None:
@@ -61,12 +64,29 @@ def _only_activation(graph: fx.Graph) -> Activation | None:
     x, *calls, output = graph.nodes
     if x.op != "placeholder" or not calls or output.args != (calls[-1],):
         return None
+    if any(call.meta["modes"] != modes() for call in calls):
+        return None
     last, activation = activation_after(x)
-    return activation if last is calls[-1] and last.meta["modes"] == modes() else None
+    return activation if last is calls[-1] else _times_sigmoid(x, calls)
+
+
+def _times_sigmoid(x: fx.Node, calls: list[fx.Node]) -> Activation | None:
+    """x sigmoid(alpha x), which is silu without the alpha, where `calls` are that and nothing else."""
+    if len(calls) not in (2, 3):
+        return None
+    *scaled, gate, product = calls
+    inner = scaled[0] if scaled else x
+    alpha = _factor(inner) if scaled and x in inner.args else None
+    if activation_called(gate) != ("sigmoid", {}) or gate.args != (inner,) or (scaled and alpha is None):
+        return None
+    if product.target not in _PRODUCTS or product.args not in ((x, gate), (gate, x)) or product.kwargs:
+        return None
+    return ("silu", {}) if alpha is None else ("quick_gelu", {"alpha": alpha})
 
 
 def activation_after(node: fx.Node) -> tuple[fx.Node | None, Activation | None]:
-    """The activation that takes the output of `node`, and the last of its calls: sin(omega x) is two."""
+    """The activation that takes the output of `node`, and the last of its calls: sin(omega x) is two, as is
+    the square of a relu."""
     last = sole_user(node)
     if isinstance(last, str):
         return None, None
@@ -76,12 +96,21 @@ def activation_after(node: fx.Node) -> tuple[fx.Node | None, Activation | None]:
         if not isinstance(last, str) and activation_called(last) == ("sine", {"omega": 1.0}):
             return last, ("sine", {"omega": omega})
         return None, None
+    if activation == ("relu", {}) and not isinstance(square := sole_user(last), str) and _squares(square):
+        return square, ("relu_squared", {})
     return last, activation
+
+
+def _squares(node: fx.Node) -> bool:
+    """Whether `node` squares what it is given, by torch.square or as a power."""
+    return (node.target in _SQUARES and len(node.args) == 1 and not node.kwargs) or (
+        node.target in _POWERS and node.args[1:] == (2,) and not node.kwargs
+    )
 
 
 def _factor(node: fx.Node) -> float | None:
     """The number by which `node` multiplies what it is given."""
-    if node.target not in (operator.mul, torch.mul, "mul") or len(node.args) != 2 or node.kwargs:
+    if node.target not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
         return None
     return next((float(value) for value in node.args if isinstance(value, (int, float))), None)
 

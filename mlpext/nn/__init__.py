@@ -18,8 +18,10 @@ from mlpext.nn._activations import (
     LeakyReLU,
     LogSigmoid,
     Mish,
+    QuickGELU,
     ReLU,
     ReLU6,
+    ReLUSquared,
     Sigmoid,
     SiLU,
     Sine,
@@ -29,6 +31,7 @@ from mlpext.nn._activations import (
     Squareplus,
     Tanh,
     Tanhshrink,
+    Threshold,
 )
 from mlpext.nn._layers import GatedLinear, Linear, LinearActivation, Maxout
 from mlpext.nn._networks import MLP, GatedMLP
@@ -51,8 +54,10 @@ __all__ = [
     "LogSigmoid",
     "Maxout",
     "Mish",
+    "QuickGELU",
     "ReLU",
     "ReLU6",
+    "ReLUSquared",
     "SiLU",
     "Sigmoid",
     "Sine",
@@ -62,6 +67,7 @@ __all__ = [
     "Squareplus",
     "Tanh",
     "Tanhshrink",
+    "Threshold",
 ]
 
 # What C++ takes for layers when it runs an MLP as one operator: these classes themselves.

@@ -178,6 +178,34 @@ class Squareplus(Module):
         return f"b={self.b}"
 
 
+class ReLUSquared(Module):
+    """max(0, x)^2; see `mlpext.functional.relu_squared`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu_squared(input)
+
+
+class QuickGELU(Module):
+    """x sigmoid(alpha x); see `mlpext.functional.quick_gelu`."""
+
+    def __init__(self, alpha: float = 1.702) -> None:
+        super().__init__()
+        self.alpha = number("alpha", alpha)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.quick_gelu(input, self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
+
+class Threshold(torch.nn.Threshold):
+    """x where x > threshold, else value; see `mlpext.functional.threshold`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.threshold(input, self.threshold, self.value, self.inplace)
+
+
 def class_of(name: str) -> type[Module]:
     """The module of an activation, by its name in the list."""
     wanted = "gelu" if name == "gelu_tanh" else name.replace("_", "")

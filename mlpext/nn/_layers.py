@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,6 +41,13 @@ class _Affine(Module):
                 self.weight[piece].uniform_(-bound, bound)
                 if self.bias is not None:
                     self.bias[piece].uniform_(-bound, bound)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script calls first, of a module and of those in it."""
+        raise RuntimeError(
+            f"torch.jit.script does not take {type(self).__name__}: script what MLP.to_sequential or "
+            "mlpext.unfuse gives, or take torch.jit.trace, torch.compile or torch.export"
+        )
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         # Module.__getattr__, behind `self.weight` and `self.bias`, costs 1 us of a call that takes 4. A

@@ -83,6 +83,8 @@ def test_inplace_refusals_are_eagers(name, parameters):
         "integers": lambda: torch.arange(5),
         "booleans": lambda: torch.ones(3, dtype=torch.bool),
     }
+    if name == "threshold":  # torch's alone does not look whether elements share memory
+        del attempts["expanded"]
     for what, make in attempts.items():
         actual = outcome(ours(name, parameters, True), make())
         assert_same_outcome(actual, outcome(eager(name, parameters, True), make()), what)

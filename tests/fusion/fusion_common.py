@@ -125,4 +125,5 @@ ACTIVATIONS = {
     "Tanhshrink": {},
     "Softshrink": {"lambd": 0.2},
     "Hardshrink": {"lambd": 0.2},
+    "Threshold": {"threshold": 0.2, "value": -0.5},
 }

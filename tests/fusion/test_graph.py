@@ -44,6 +44,7 @@ def test_every_function(name):
         *(torch.relu, torch.tanh, torch.sigmoid, torch.selu, lambda z: torch.celu(z, 0.5)),
         *(lambda z: z.relu(), lambda z: z.tanh(), lambda z: z.sigmoid(), torch.sin, lambda z: z.sin()),
         *(lambda z: torch.sin(30 * z), lambda z: (z * 0.5).sin(), lambda z: torch.sin(torch.mul(z, 2.0))),
+        *(lambda z: TF.relu(z).square(), lambda z: torch.relu(z) ** 2, lambda z: torch.threshold(z, 0.1, 2)),
     ],
 )
 def test_other_ways_to_write_a_function(function):
@@ -81,6 +82,7 @@ def test_maxout(function, shape):
         lambda z: TF.softmax(z, -1),
         lambda z: TF.elu(z.detach()) + z.sum(),
         lambda z: torch.sin(z * z),
+        lambda z: TF.threshold(z, 0.1, z.size(0)),
     ],
 )
 def test_what_only_looks_like_it(function):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import mlpext
+from common import TORCH_LACKS, module
 from fusion_common import ACTIVATIONS, Pair, fuse, randn, reason, results, rows, types, unfused
 from mlpext.fusion import FusedActivation
 from mlpext.nn import LinearActivation
@@ -16,9 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:::torch")
 
 def test_every_activation_is_here():
     ours = {name for name, cls in vars(mlpext.nn).items() if isinstance(cls, type) and hasattr(nn, name)}
-    names = {word.lower() for word in ACTIVATIONS} | {"identity", "gelutanh", "sine", "squareplus"}
     assert ours >= set(ACTIVATIONS)
-    assert {name.replace("_", "") for name in mlpext.activations()} == names
+    here = {word.lower() for word in ACTIVATIONS} | {"identity", "gelutanh"}
+    lacking = {name.replace("_", "") for name in TORCH_LACKS}
+    assert {name.replace("_", "") for name in mlpext.activations()} == here | lacking
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -35,9 +37,10 @@ def test_every_activation(name):
     assert type(fuse(nn.Sequential(nn.Linear(6, 8), ours))[0][0]) is LinearActivation
 
 
-@pytest.mark.parametrize("activation", [mlpext.nn.Sine(3.0), mlpext.nn.Squareplus(1.0)], ids=repr)
-def test_activations_that_torch_lacks(activation):
-    assert type(fuse(nn.Sequential(nn.Linear(6, 8), activation))[0][0]) is LinearActivation
+@pytest.mark.parametrize("name", sorted(TORCH_LACKS))
+def test_activations_that_torch_lacks(name):
+    fused, _ = fuse(nn.Sequential(nn.Linear(6, 8), module(mlpext.nn, name, {})))
+    assert type(fused[0]) is LinearActivation and fused[0].activation == name
 
 
 class OwnSine(nn.Module):
@@ -54,6 +57,41 @@ class OwnSiLU(nn.Module):  # as in transformers
         return self.act(input)
 
 
+class OwnSwish(nn.Module):
+    def forward(self, x):
+        return torch.sigmoid(x) * x
+
+
+class OwnQuickGELU(nn.Module):  # as in CLIP and transformers
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class OwnReLUSquared(nn.Module):  # as in transformers
+    def forward(self, input):
+        return torch.square(nn.functional.relu(input))
+
+
+class Power(nn.Module):
+    def forward(self, x):
+        return TF.relu(x) ** 2
+
+
+class Cube(nn.Module):
+    def forward(self, x):
+        return TF.relu(x) ** 3
+
+
+class AnotherGate(nn.Module):
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x) * x
+
+
+class OtherInput(nn.Module):
+    def forward(self, x):
+        return 2 * x * torch.sigmoid(1.702 * x)
+
+
 class Scaled(nn.Module):
     def forward(self, x):
         return TF.silu(x) * 2
@@ -65,12 +103,19 @@ class TrainOnly(nn.Module):
 
 
 def test_modules_that_only_call_an_activation():
-    for cls, name in ((OwnSine, "sine"), (OwnSiLU, "silu")):
+    for cls, name, params in (
+        (OwnSine, "sine", {"omega": 3.0}),
+        (OwnSiLU, "silu", {}),
+        (OwnSwish, "silu", {}),
+        (OwnQuickGELU, "quick_gelu", {"alpha": 1.702}),
+        (OwnReLUSquared, "relu_squared", {}),
+        (Power, "relu_squared", {}),
+    ):
         fused, _ = fuse(nn.Sequential(nn.Linear(6, 8), cls()))
-        assert fused[0].activation == name and type(fused[1]) is FusedActivation
-        assert type(mlpext.unfuse(fused)[1]) is cls
+        assert (fused[0].activation, fused[0].params) == (name, params)
+        assert type(fused[1]) is FusedActivation and type(mlpext.unfuse(fused)[1]) is cls
         assert type(fuse(nn.Sequential(cls()))[0][0]) is cls
-    for cls in (Scaled, TrainOnly):
+    for cls in (Scaled, TrainOnly, Cube, AnotherGate, OtherInput):
         assert reason(nn.Sequential(nn.Linear(6, 8), cls()), "0") == f"its output goes to 1 ({cls.__name__})"
 
 

@@ -97,3 +97,12 @@ def test_axes_that_do_not_fit():
     for wrong in ((weight, torch.randn(3, 4)), (weight[0], None)):
         with pytest.raises(ValueError, match="do not have the axes 'out pieces in'"):
             Maxout.from_interleaved(*wrong)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+def test_torch_jit_script_names_what_it_takes():
+    for ours in (MLP([5, 7, 3]), Sequential(Maxout(5, 4)), mlpext.nn.GatedMLP(5, 7)):
+        with pytest.raises(RuntimeError, match="script what MLP.to_sequential or .* torch.jit.trace"):
+            torch.jit.script(ours)
+    network, x = MLP([5, 7, 3], "tanh"), torch.randn(2, 5)
+    torch.testing.assert_close(torch.jit.script(network.to_sequential())(x), network(x))

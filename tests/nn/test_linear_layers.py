@@ -103,6 +103,7 @@ def test_parameters_of_numpy_and_torch(number):
         (nn.MLP([3, 4, 2], "elu", alpha=number(0.5)), nn.MLP([3, 4, 2], "elu", alpha=0.5)),
         (nn.Sine(number(0.5)), nn.Sine(0.5)),
         (nn.Squareplus(number(0.5)), nn.Squareplus(0.5)),
+        (nn.QuickGELU(number(0.5)), nn.QuickGELU(0.5)),
         (nn.ELU(number(0.5)), nn.ELU(0.5)),
     ]:
         if not isinstance(made, nn.ELU):  # torch's own constructor
@@ -113,6 +114,7 @@ def test_parameters_of_numpy_and_torch(number):
         ("elu", "alpha"),
         ("sine", "omega"),
         ("squareplus", "b"),
+        ("quick_gelu", "alpha"),
         ("hardshrink", "lambd"),
     ]:
         f = getattr(mlpext.functional, name)

@@ -11,7 +11,7 @@ from common import NAMES, Kept, assert_close, every_float, indices
 from mlpext import nn
 
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("error")]
-SUFFICES = {"relu", "leaky_relu", "elu", "sigmoid", "tanh", "selu", "celu"}
+SUFFICES = {"relu", "leaky_relu", "elu", "sigmoid", "tanh", "selu", "celu", "threshold"}
 
 
 def network(activation="tanh", output="identity", dtype=torch.float64, sizes=(5, 7, 6, 3), **options):

@@ -11,7 +11,7 @@ from torch.testing._internal.common_modules import module_db
 
 import mlpext
 import mlpext.functional as F
-from common import NAMES, assert_close, class_name, eager, every_device, has_inplace
+from common import NAMES, TORCH_LACKS, assert_close, class_name, eager, every_device, has_inplace
 
 pytestmark = pytest.mark.thorough
 
@@ -20,8 +20,8 @@ COUNTERPARTS = {
     for n in (*(f"nn.functional.{name}" for name in NAMES), *NAMES, "nn.functional.linear")
     if any(o.name == n for o in op_db)
 }
-# torch has neither; gelu_tanh is among the samples of gelu, and identity is linear's.
-LEFT_OUT = {"sine", "squareplus", "gelu_tanh", "identity"}
+# gelu_tanh is among the samples of gelu, and identity is linear's.
+LEFT_OUT = {*TORCH_LACKS, "gelu_tanh", "identity"}
 
 
 def linear_of_ours(input, weight, bias=None):

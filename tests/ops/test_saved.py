@@ -12,6 +12,7 @@ import mlpext.functional as F
 from common import (
     ACTIVATION_OPS,
     NAMES,
+    TORCH_LACKS,
     Kept,
     all_ops,
     assert_close,
@@ -24,7 +25,7 @@ from common import (
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
-KEEP_Y = ["relu", "leaky_relu", "elu", "sigmoid", "tanh", "selu", "celu"]
+KEEP_Y = ["relu", "leaky_relu", "elu", "sigmoid", "tanh", "selu", "celu", "threshold"]
 
 
 def layer_inputs(dtype=torch.float32, needs=(True, True, True)):
@@ -79,7 +80,7 @@ def test_tensors_kept_when_some_are_frozen(name, needs):
 def test_a_bare_activation_keeps_what_native_keeps(name, parameters):
     x = torch.randn(32, 64, requires_grad=True)
     actual, expected = kept_by(ours(name, parameters), x), kept_by(eager(name, parameters), x)
-    if name in ("sine", "squareplus"):  # eager needs several operators for these
+    if name in TORCH_LACKS:  # eager needs several operators for these
         assert actual.bytes == 0, "the input is all they need"
     else:
         assert (actual.bytes, actual.tensors) == (
@@ -251,7 +252,7 @@ def test_changes_after_forward_are_noticed_where_native_notices(op):
     for which in ("input", "output"):
         actual, expected = change(op.ours, which), change(op.eager, which)
         if isinstance(expected, str) or isinstance(actual, str):
-            if op.id.startswith(("sine", "squareplus", "tanhshrink", "hardsigmoid")):
+            if op.id.startswith((*TORCH_LACKS, "tanhshrink", "hardsigmoid")):
                 continue  # `op.eager` is several operators there, which keep other things
             assert isinstance(actual, str) and isinstance(expected, str), which
         else:
