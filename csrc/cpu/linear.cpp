@@ -277,6 +277,27 @@ template <class Run> void by_rows(const Tensor& z, Run run) {
                    });
 }
 
+}  // namespace
+
+Tensor gate_forward(const Tensor& preactivation, std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  if (!has_kernel(preactivation, index, params)) return composite::gate_forward(preactivation, name, params);
+  const Tensor z = rows_of(preactivation).contiguous();
+  const Dtype dtype = dtype_of(z);
+  const int64_t columns = z.size(1) / 2, bytes = columns * z.element_size();
+  const Gate gate{dtype, kernels().activations[index], params.data()};
+  const Tensor output = empty({z.size(0), columns}, z.scalar_type());
+  const auto* const from = static_cast<const char*>(z.const_data_ptr());
+  auto* const y = static_cast<char*>(data(output));
+  by_rows(z, [&](int64_t row) {
+    const auto* const z1 = from + 2 * row * bytes;
+    gate.forward(z1, z1 + bytes, y + row * bytes, columns);
+  });
+  return shaped(output, preactivation);
+}
+
+namespace {
+
 // y, and z (rows, 2 out_features), the gate's and the value's side by side, if it is asked for.
 std::tuple<Tensor, Tensor> run_linear_gated(const Tensor& input, const Tensor& weight,
                                             const OptionalTensor& bias, std::size_t index, Params params,
@@ -286,13 +307,13 @@ std::tuple<Tensor, Tensor> run_linear_gated(const Tensor& input, const Tensor& w
   const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1).contiguous()) : bias;
   const Dtype dtype = dtype_of(input);
   const int64_t columns = weight.size(1), size = input.element_size();
-  const Gate gate{dtype, kernels().activations[index], params.data()};
-  const Tensor output = empty({x.size(0), columns}, input.scalar_type());
-  auto* const y = static_cast<char*>(data(output));
-  Tensor z;
+  Tensor output, z;
   if (uses_gemm(dtype) && !by_few_rows(matrix(x), matrix(w)) &&
       !torch_serves(Product::forward, dtype, x.size(0), x.size(1), 2 * columns)) {
+    output = empty({x.size(0), columns}, input.scalar_type());
     if (with_z) z = empty({x.size(0), 2 * columns}, input.scalar_type());
+    const Gate gate{dtype, kernels().activations[index], params.data()};
+    auto* const y = static_cast<char*>(data(output));
     auto* const kept = static_cast<char*>(data(z));
     gemm_pieces(dtype, matrix(x), matrix(w), data(b), 2, [&](const PiecesOfRow& part) {
       const auto* const z1 = static_cast<const char*>(part.z);
@@ -304,11 +325,7 @@ std::tuple<Tensor, Tensor> run_linear_gated(const Tensor& input, const Tensor& w
     });
   } else {
     z = linear_activation(x, w, b, Identity::name, {});
-    const auto* const z1 = static_cast<const char*>(z.const_data_ptr());
-    by_rows(z, [&](int64_t row) {
-      const auto* const from = z1 + 2 * row * columns * size;
-      gate.forward(from, from + columns * size, y + row * columns * size, columns);
-    });
+    output = gate_forward(z, activation_infos[index].name, params);
   }
   return {shaped(output, input), with_z ? shaped(z, input) : Tensor()};
 }

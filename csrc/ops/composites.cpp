@@ -330,12 +330,12 @@ std::pair<Tensor, Tensor> halves(T z) {
   return {both[0], both[1]};
 }
 
-Tensor gated(T z, std::string_view name, Params params) {
+}  // namespace
+
+Tensor gate_forward(T z, std::string_view name, Params params) {
   const auto [gate, value] = halves(z);
   return (name == Identity::name ? gate : activation(gate, name, params)) * value;
 }
-
-}  // namespace
 
 Tensor gate_backward(T grad_output, T z, std::string_view name, Params params) {
   const auto [gate, value] = halves(z);
@@ -362,7 +362,7 @@ std::tuple<Tensor, Tensor> linear_gated_forward(T input, T weight, const Optiona
                                                 std::string_view name, Params params) {
   check_linear_gated(input, weight, bias);
   const Tensor z = stacked_linear(input, weight, bias);
-  return {gated(z, name, params), z};
+  return {gate_forward(z, name, params), z};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_gated_backward(T grad_output, const OptionalTensor& input,
