@@ -173,7 +173,7 @@ class MLP(torch.nn.Sequential):
 
     def to_sequential(self) -> torch.nn.Sequential:
         """torch.nn.Linear layers and torch.nn's activations (ours where it has none) with copies of the
-        parameters: `from_sequential` undone. A maxout layer stays as it is."""
+        parameters: `from_sequential` undone. Maxout and GatedLinear layers stay as they are."""
         return to_modules(self)
 
     def forward(self, input: Tensor) -> Tensor:

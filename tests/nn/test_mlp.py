@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mlpext
-from common import NAMES, Kept, assert_close, every_float, indices
+from common import NAMES, Kept, assert_close, eager, every_float, indices
 from mlpext import nn
 
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("error")]
@@ -17,6 +17,15 @@ SUFFICES = {"relu", "leaky_relu", "elu", "sigmoid", "tanh", "selu", "celu"}
 def network(activation="tanh", output="identity", dtype=torch.float64, sizes=(5, 7, 6, 3), **options):
     torch.manual_seed(0)
     return nn.MLP(sizes, activation, output, dtype=dtype, **options)
+
+
+def with_gates(model, *places):
+    """The network with gated layers at these places, of the activations that are there."""
+    for place in places:
+        old = model[place]
+        sizes = (old.in_features, old.out_features, old.activation, old.bias is not None)
+        model[place] = nn.GatedLinear(*sizes, dtype=old.weight.dtype, **old.params)
+    return model
 
 
 def by_layers(model, x):
@@ -49,6 +58,17 @@ def test_every_activation(name, dtype):
     x = torch.randn(4, 5).to(dtype).requires_grad_()
     assert_whole_equals_layers(network(name, name, dtype), x)
     assert_whole_equals_layers(network([name, "tanh"], dtype=dtype, bias=False), x)
+    if name != "maxout":
+        assert_whole_equals_layers(with_gates(network(name, name, dtype), 0, 1, 2), x)
+        assert_whole_equals_layers(with_gates(network([name, "tanh"], dtype=dtype, bias=False), 0), x)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("width", [15, 16, 17, 63, 64, 65])
+@pytest.mark.parametrize("rows", [1, 6, 60, 61])
+def test_gated_layers_around_the_sizes_of_tiles(rows, width):
+    x = torch.randn(rows, width, dtype=torch.float64, requires_grad=True)
+    assert_whole_equals_layers(with_gates(network("silu", sizes=(width, width + 1, width, 3)), 0, 1), x)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5), (0, 5), (300, 5)], ids=str)
@@ -56,7 +76,8 @@ def test_shapes(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     with pytest.warns(UserWarning, match="zero-element"):
         empty = network(sizes=(5, 0, 3))
-    for model in (network(["gelu", "maxout"], "elu"), network(sizes=(5, 3)), empty):
+    gated = with_gates(network(["gelu", "silu"], "elu"), 1, 2)
+    for model in (network(["gelu", "maxout"], "elu"), gated, network(sizes=(5, 3)), empty):
         assert_whole_equals_layers(model, x)
         with torch.no_grad():
             assert_close(model(x), by_layers(model, x))
@@ -69,10 +90,12 @@ def test_strided_input_and_gradients():
     assert_close(dx, torch.autograd.grad(by_layers(model, x).sum(), x)[0])
 
 
+@pytest.mark.parametrize("gates", [(), (0,), (1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "maxout"])
-def test_whatever_is_frozen(activation):
+def test_whatever_is_frozen(activation, gates):
     for free in itertools.product([False, True], repeat=4):
-        model = network(activation, "sigmoid", sizes=(5, 6, 4, 3))
+        model = network("silu" if gates and activation == "maxout" else activation, "sigmoid")
+        with_gates(model, *gates)
         for layer, wanted in zip(model, free, strict=False):
             layer.weight.requires_grad_(wanted)
             layer.bias.requires_grad_(wanted != free[3])
@@ -106,10 +129,72 @@ def test_bytes_kept(activation):
     del y
 
 
+def test_bytes_kept_of_gated_layers():
+    """Both halves of z in the place of the output."""
+    model, x = network("tanh", dtype=torch.float32, sizes=(16, 64, 32, 8)), torch.randn(10, 16)
+    for gate, count in ((0, 2 * 64 + 32), (2, 2 * 64 + 32 + 2 * 8)):
+        with_gates(model, gate)
+        with Kept(x, *model.parameters()) as kept:
+            y = model(x)
+        assert kept.bytes == 4 * 10 * count
+        del y
+
+
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_output_may_be_changed_in_place(name):
+def test_bytes_kept_of_a_gated_mlp(name, bias):
+    """8 bytes a hidden unit in float32. Eager keeps f(z1), z2, their product, and z1 where its f wants that."""
+    model, x = nn.GatedMLP(16, 64, name, bias), torch.randn(10, 16)
+    with Kept(x, *model.parameters()) as kept:
+        y = model(x)
+    assert kept.bytes == 8 * 10 * 64 and y.grad_fn.name() == "MlpBackward0"
+    gate, up, down = model.to_linear()
+    parameters = [p for layer in (gate, up, down) for p in layer.parameters()]
+    with Kept(x, *parameters) as eagers:
+        y = down(eager(name, {})(gate(x)) * up(x))
+    assert kept.bytes <= 2 / 3 * eagers.bytes
+    if name not in ("identity", "relu", "sigmoid", "tanh"):
+        assert kept.bytes <= eagers.bytes / 2
+    del y
+
+
+def test_a_gated_mlp_is_its_layers():
+    model = nn.GatedMLP(5, 7, dtype=torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    expected = results(lambda model, x: model.down(model.gated(x)), model, x)
+    assert_close(results(whole, model, x), expected)
+    assert [*model.state_dict()] == ["gated.weight", "down.weight"]
+    model.gated.register_forward_hook(lambda *_: None)
+    assert model(x).grad_fn.name() != "MlpBackward0"
+    assert_close(results(nn.GatedMLP.__call__, model, x), expected)
+
+
+def test_a_gated_mlp_with_more_or_other_submodules():
+    """Its forward calls `gated` and `down`, in whatever order they were set."""
+    x = torch.randn(4, 5, dtype=torch.float64)
+    model = nn.GatedMLP(5, 5, dtype=torch.float64)
+    expected = model(x)
+    model.adapter = nn.LinearActivation(5, 5, dtype=torch.float64)
+    assert_close(model(x), expected)
+    del model.adapter
+    gated = model.gated
+    del model.gated
+    model.gated = gated
+    assert_close(model(x), expected)
+
+
+def test_a_weight_of_another_dimension_is_refused_by_its_layer():
+    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
+    model[1].weight = torch.nn.Parameter(torch.randn(2, 6, 7, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"weight: shape \[2, 6, 7\], expected \(out_features"):
+        model(x)
+
+
+@pytest.mark.parametrize("gates", [(), (1,)], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_output_may_be_changed_in_place(name, gates):
     """Where eager's activation allows that."""
-    model, x = network("tanh", name), torch.randn(4, 5, dtype=torch.float64)
+    model, x = with_gates(network("tanh", name), *gates), torch.randn(4, 5, dtype=torch.float64)
     outcomes = []
     for call in (whole, by_layers):
         y = call(model, x)
@@ -307,9 +392,10 @@ def test_copies_train_alone():
     assert_close(results(whole, twin, x), results(by_layers, model, x))
 
 
-def test_gradient_penalty():
+@pytest.mark.parametrize("gates", [(), (0, 2)], ids=str)
+def test_gradient_penalty(gates):
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    model = network(["tanh", "maxout"], "softplus")
+    model = with_gates(network(["tanh", "maxout"], "softplus"), *gates)
 
     def penalty(call):
         (dx,) = torch.autograd.grad(call(model, x).sum(), x, create_graph=True)
@@ -318,9 +404,10 @@ def test_gradient_penalty():
     assert_close(penalty(whole), penalty(by_layers))
 
 
+@pytest.mark.parametrize("gates", [(), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    model, x = network(dtype=torch.float32), torch.randn(4, 5, requires_grad=True)
+def test_autocast(dtype, gates):
+    model, x = with_gates(network(dtype=torch.float32), *gates), torch.randn(4, 5, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         y = model(x)
         assert y.dtype == dtype
