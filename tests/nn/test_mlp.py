@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import mlpext
-from common import NAMES, Kept, assert_close, eager, every_float, indices
+from common import NAMES, Kept, assert_close, every_float, indices
 from mlpext import nn
 
 pytestmark = [pytest.mark.native, pytest.mark.filterwarnings("error")]
@@ -138,49 +138,6 @@ def test_bytes_kept_of_gated_layers():
             y = model(x)
         assert kept.bytes == 4 * 10 * count
         del y
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("name", NAMES)
-def test_bytes_kept_of_a_gated_mlp(name, bias):
-    """8 bytes a hidden unit in float32. Eager keeps f(z1), z2, their product, and z1 where its f wants that."""
-    model, x = nn.GatedMLP(16, 64, name, bias), torch.randn(10, 16)
-    with Kept(x, *model.parameters()) as kept:
-        y = model(x)
-    assert kept.bytes == 8 * 10 * 64 and y.grad_fn.name() == "MlpBackward0"
-    gate, up, down = model.to_linear()
-    parameters = [p for layer in (gate, up, down) for p in layer.parameters()]
-    with Kept(x, *parameters) as eagers:
-        y = down(eager(name, {})(gate(x)) * up(x))
-    assert kept.bytes <= 2 / 3 * eagers.bytes
-    if name not in ("identity", "relu", "sigmoid", "tanh"):
-        assert kept.bytes <= eagers.bytes / 2
-    del y
-
-
-def test_a_gated_mlp_is_its_layers():
-    model = nn.GatedMLP(5, 7, dtype=torch.float64)
-    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    expected = results(lambda model, x: model.down(model.gated(x)), model, x)
-    assert_close(results(whole, model, x), expected)
-    assert [*model.state_dict()] == ["gated.weight", "down.weight"]
-    model.gated.register_forward_hook(lambda *_: None)
-    assert model(x).grad_fn.name() != "MlpBackward0"
-    assert_close(results(nn.GatedMLP.__call__, model, x), expected)
-
-
-def test_a_gated_mlp_with_more_or_other_submodules():
-    """Its forward calls `gated` and `down`, in whatever order they were set."""
-    x = torch.randn(4, 5, dtype=torch.float64)
-    model = nn.GatedMLP(5, 5, dtype=torch.float64)
-    expected = model(x)
-    model.adapter = nn.LinearActivation(5, 5, dtype=torch.float64)
-    assert_close(model(x), expected)
-    del model.adapter
-    gated = model.gated
-    del model.gated
-    model.gated = gated
-    assert_close(model(x), expected)
 
 
 def test_a_weight_of_another_dimension_is_refused_by_its_layer():
