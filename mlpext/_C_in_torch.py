@@ -201,7 +201,7 @@ def mlp(module: torch.nn.Module, input: Tensor) -> Any:
     return NotImplemented
 
 
-def register_layers(linear_activation: type, maxout: type) -> None:
+def register_layers(linear_activation: type, maxout: type, gated_linear: type) -> None:
     """Nothing: no network runs as one operator."""
 
 

@@ -33,8 +33,14 @@ def values_of(name: str, parameters: dict) -> list[float]:
 
 
 def indices(names: Iterable[str]) -> list[int]:
-    """Layers as the mlp operators are told of them: places in the list, -1 for maxout."""
-    return [-1 if name == "maxout" else NAMES.index(name) for name in names]
+    """Layers as the mlp operators are told of them: places in the list, -1 for maxout. "gated silu" is a
+    gated layer, which its weight tells."""
+    return [-1 if name == "maxout" else NAMES.index(name.removeprefix("gated ")) for name in names]
+
+
+def stack(name: str) -> tuple[int, ...]:
+    """How many matrices the weight of such a layer has; a maxout's two pieces."""
+    return (2,) if name == "maxout" or name.startswith("gated ") else ()
 
 
 def usual(name: str, parameters: dict) -> bool:
@@ -242,15 +248,17 @@ def gated_op(name: str, parameters: dict, halves: bool = False) -> Op:
 
 
 def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
-    """A network of 4, 5, 5, ... units; at most one layer may have kinks or be maxout (of 2 pieces)."""
+    """A network of 4, 5, 5, ... units, "gated silu" for a gated layer; at most one layer may have kinks or be
+    maxout (of 2 pieces)."""
     count, pieces = len(layers), 2
-    names: list[Any] = [name for name, _ in layers]
+    names: list[Any] = [name.removeprefix("gated ") for name, _ in layers]
     net = mlpext.nn.MLP([4, *[5] * count], names[:-1], names[-1], bias)
-    for layer, (_, parameters) in zip(net, layers, strict=True):
-        vars(layer).get("params", {}).update(parameters)
-    stacks = [(pieces,) if name == "maxout" else () for name, _ in layers]
-    weights = [(*stack, 5, 5 if i else 4) for i, stack in enumerate(stacks)]
-    biases = [(*stack, 5) for stack in stacks] if bias else []
+    for i, (name, parameters) in enumerate(layers):
+        if name.startswith("gated "):
+            net[i] = mlpext.nn.GatedLinear(5 if i else 4, 5, names[i], bias)
+        vars(net[i]).get("params", {}).update(parameters)
+    weights = [(*stack(name), 5, 5 if i else 4) for i, (name, _) in enumerate(layers)]
+    biases = [(*stack(name), 5) for name, _ in layers] if bias else []
     keys = [f"{i}.{kind}" for kind in ("weight", "bias")[: 1 + bias] for i in range(count)]
 
     def preactivations(x, *parameters):
@@ -259,23 +267,30 @@ def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
             if name == "maxout":
                 net = linear_maxout_op(pieces, bias).net(x, weight, b)
                 x = net.max(0).values
+            elif name.startswith("gated "):
+                op = linear_gated_op(name.removeprefix("gated "), own, bias)
+                given = (x, weight, b)[: 2 + bias]
+                net, x = op.net(*given), op.eager(*given)
             else:
                 net = TF.linear(x, weight, b)
                 x = differentiable(name, own)(net)
             yield name, net, x
 
-    kinked = {name: reference.kinks(name, own) for name, own in layers if name != "maxout"}
+    kinked = {
+        name: reference.kinks(name.removeprefix("gated "), own) for name, own in layers if name != "maxout"
+    }
     rough = next((name for name, _ in layers if name == "maxout" or kinked[name]), layers[0][0])
 
     def ours(x, *parameters):
         if torch.jit.is_tracing():  # which refuses functional_call
             activations = indices(name for name, _ in layers)
-            values = [v for name, own in layers if name != "maxout" for v in values_of(name, own)]
+            owns = zip(names, layers, strict=True)
+            values = [v for name, (_, own) in owns if name != "maxout" for v in values_of(name, own)]
             return torch.ops.mlpext.mlp(x, parameters[:count], parameters[count:], activations, values)
         return torch.func.functional_call(net, dict(zip(keys, parameters, strict=True)), (x,))
 
     return Op(
-        id=f"mlp_{'_'.join(name for name, _ in layers)}" + ("" if bias else "_no_bias"),
+        id=f"mlp_{'_'.join(name.replace(' ', '_') for name, _ in layers)}" + ("" if bias else "_no_bias"),
         ours=ours,
         eager=lambda *tensors: [x for *_, x in preactivations(*tensors)][-1],
         shapes=((3, 4), *weights, *biases),
@@ -299,6 +314,8 @@ MLP_OPS = [
     mlp_op(("tanh", {}), ("sigmoid", {}), ("identity", {})),
     mlp_op(("gelu", {}), ("elu", {"alpha": 0.3}), bias=False),
     mlp_op(("maxout", {}), ("softplus", {})),
+    mlp_op(("gated silu", {}), ("identity", {}), bias=False),  # GatedMLP
+    mlp_op(("tanh", {}), ("gated elu", {"alpha": 0.3}), ("gated identity", {}), ("sigmoid", {})),
 ]
 # The gate is an activation like any other, and test_linear_gated.py has all of them: here are those that
 # people take, one with a parameter, and one without a kernel.

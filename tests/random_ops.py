@@ -46,7 +46,7 @@ class Layer:
     name: str = "tanh"
     params: Params = ()
     pieces: int = 2
-    gated: bool = False  # the activation is that of a gate; in the family "layer"
+    gated: bool = False  # the activation is that of a gate
 
     __repr__ = short
 
@@ -575,10 +575,10 @@ def _margins(case: Case, tensors: Tensors) -> float:
             gaps = top[..., 0, :] - top[..., -1, :] if layer.pieces > 1 else torch.full((), math.inf)
             x = z.amax(-2)
         else:
-            z = _halves(x, weight, bias)[0] if layer.gated else TF.linear(x, weight, bias)
+            z, value = _halves(x, weight, bias) if layer.gated else (TF.linear(x, weight, bias), 1)
             kinks = reference.kinks(layer.name, dict(layer.params))
             gaps = torch.stack([(z - k).abs() for k in kinks or (math.inf,)])
-            x = common.eager(layer.name, dict(layer.params))(z)
+            x = common.eager(layer.name, dict(layer.params))(z) * value
         gaps = gaps[gaps > 0] if exact else gaps
         gaps = gaps[~gaps.isnan()] / (1 + z[z.isfinite()].abs().amax() if z.isfinite().any() else 1)
         nearest = min(nearest, float(gaps.amin()) if gaps.numel() else math.inf)
@@ -868,7 +868,7 @@ def draw(r: random.Random, compiled: bool = False) -> Case:
     else:
         count = 1 if family == "layer" else r.choice((1, 2, 2, 3, 4))
         shape = _shape(r, 1)
-        widths = [r.choice(SIZES if family == "layer" else SIZES[1:18]) for _ in range(count)]
+        widths = [r.choice(SIZES if family == "layer" else SIZES[1:24]) for _ in range(count)]
         extremes = family == "layer" and case.way in ORDINARY and r.random() < 0.2
         layers = tuple(_layer(r, width, extremes) for width in widths)
         if family == "mlp":  # an alpha below 0 makes e^-x, of which the next layers make anything
@@ -876,8 +876,9 @@ def draw(r: random.Random, compiled: bool = False) -> Case:
                 Layer(each.width, each.name) if dict(each.params).get("alpha", 1) < 0 else each
                 for each in layers
             )
-        elif layers[0].name != "maxout" and r.random() < 0.3:
-            layers = (dataclasses.replace(layers[0], gated=True),)
+        layers = tuple(
+            dataclasses.replace(each, gated=each.name != "maxout" and r.random() < 0.3) for each in layers
+        )
         case = dataclasses.replace(case, layers=layers, shape=shape, bias=r.random() < 0.8)
         if r.random() < 0.03 and not compiled:
             case = dataclasses.replace(case, wrong=r.choice(WRONG[: 3 + case.bias]))

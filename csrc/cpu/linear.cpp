@@ -1,13 +1,11 @@
 // Linear + activation, linear + maxout and gated layers on CPU: tensors to pointers for the gemm, whose tiles
-// take bias and activation, maxout or gate while they are in the cache (gemm/gemm.h). Where that gemm is not
+// take bias and activation or maxout while they are in the cache (gemm/gemm.h). Where that gemm is not
 // the faster one, torch's product, then the rest in place.
 #include <ATen/Parallel.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 #include <ATen/ops/sum_cpu_dispatch.h>
 #include <torch/library.h>
-
-#include <cstring>
 
 #include "cpu/choice.h"
 #include "cpu/gate.h"
@@ -259,59 +257,42 @@ template <class Run> void by_rows(const Tensor& z, Run run) {
                    });
 }
 
-// y, and z (rows, 2 out_features), the gate's and the value's side by side, if it is asked for.
-std::tuple<Tensor, Tensor> run_linear_gated(const Tensor& input, const Tensor& weight,
-                                            const OptionalTensor& bias, std::size_t index, Params params,
-                                            bool with_z) {
-  check_linear_gated(input, weight, bias);
-  const Tensor x = rows_of(input), w = weight.flatten(0, 1);
-  const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1).contiguous()) : bias;
-  const Dtype dtype = dtype_of(input);
-  const int64_t columns = weight.size(1), size = input.element_size();
-  const Gate gate{dtype, kernels().activations[index], params.data()};
-  const Tensor output = empty({x.size(0), columns}, input.scalar_type());
-  auto* const y = static_cast<char*>(data(output));
-  Tensor z;
-  if (uses_gemm(dtype) && !by_few_rows(matrix(x), matrix(w)) &&
-      !torch_serves(Product::forward, dtype, x.size(0), x.size(1), 2 * columns)) {
-    if (with_z) z = empty({x.size(0), 2 * columns}, input.scalar_type());
-    auto* const kept = static_cast<char*>(data(z));
-    gemm_pieces(dtype, matrix(x), matrix(w), data(b), 2, [&](const PiecesOfRow& part) {
-      const auto* const z1 = static_cast<const char*>(part.z);
-      const int64_t bytes = part.columns * size, at = (part.row * columns + part.column) * size;
-      if (kept)
-        for (int64_t half = 0; half < 2; ++half)
-          std::memcpy(kept + at + (part.row + half) * columns * size, z1 + half * bytes, bytes);
-      gate.forward(z1, z1 + bytes, y + at, part.columns);
-    });
-  } else {
-    z = linear_activation(x, w, b, Identity::name, {});
-    const auto* const z1 = static_cast<const char*>(z.const_data_ptr());
-    by_rows(z, [&](int64_t row) {
-      const auto* const from = z1 + 2 * row * columns * size;
-      gate.forward(from, from + columns * size, y + row * columns * size, columns);
-    });
-  }
-  return {shaped(output, input), with_z ? shaped(z, input) : Tensor()};
-}
-
 }  // namespace
 
+Tensor gate_forward(const Tensor& preactivation, std::string_view name, Params params) {
+  const std::size_t index = activation_index(name, params);
+  if (!has_kernel(preactivation, index, params)) return composite::gate_forward(preactivation, name, params);
+  const Tensor z = rows_of(preactivation).contiguous();
+  const Dtype dtype = dtype_of(z);
+  const int64_t columns = z.size(1) / 2, bytes = columns * z.element_size();
+  const Gate gate{dtype, kernels().activations[index], params.data()};
+  const Tensor output = empty({z.size(0), columns}, z.scalar_type());
+  const auto* const from = static_cast<const char*>(z.const_data_ptr());
+  auto* const y = static_cast<char*>(data(output));
+  by_rows(z, [&](int64_t row) {
+    const auto* const z1 = from + 2 * row * bytes;
+    gate.forward(z1, z1 + bytes, y + row * bytes, columns);
+  });
+  return shaped(output, preactivation);
+}
+
+// The product, then a pass over its rows: 9 to 20 % faster than a gate that takes each tile of the product while
+// it is hot (Zen 4), which would write 128 bytes at a time.
 std::tuple<Tensor, Tensor> linear_gated_forward(const Tensor& input, const Tensor& weight,
                                                 const OptionalTensor& bias, std::string_view name,
                                                 Params params) {
   const std::size_t index = activation_index(name, params);
   if (!is_supported_linear_maxout(input, weight, bias) || !has_kernel(input, index, params))
     return composite::linear_gated_forward(input, weight, bias, name, params);
-  return run_linear_gated(input, weight, bias, index, params, /*with_z=*/true);
+  check_linear_gated(input, weight, bias);
+  const OptionalTensor b = bias ? OptionalTensor(bias->flatten(0, 1)) : bias;
+  const Tensor z = linear_activation(input, weight.flatten(0, 1), b, Identity::name, {});
+  return {gate_forward(z, name, params), z};
 }
 
 Tensor linear_gated(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                     std::string_view name, Params params) {
-  const std::size_t index = activation_index(name, params);
-  if (!is_supported_linear_maxout(input, weight, bias) || !has_kernel(input, index, params))
-    return composite::linear_gated(input, weight, bias, name, params);
-  return std::get<0>(run_linear_gated(input, weight, bias, index, params, /*with_z=*/false));
+  return std::get<0>(linear_gated_forward(input, weight, bias, name, params));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_gated_backward(const Tensor& grad_output,

@@ -6,12 +6,13 @@
 
 namespace mlpext::cpu {
 
-using Layers = ByLayers<linear_maxout, linear_maxout_forward, linear_activation_forward>;
+using Layers = ByLayers<linear_maxout, linear_maxout_forward, linear_activation_forward, linear_gated,
+                        linear_gated_forward, gate_forward>;
 
 TORCH_LIBRARY_IMPL(mlpext, CPU, m) {
   m.impl("mlp", Layers::mlp);
   m.impl("mlp_forward", Layers::mlp_forward);
-  m.impl("mlp_backward", composite::mlp_backward);
+  m.impl("mlp_backward", Layers::mlp_backward);
 }
 
 }  // namespace mlpext::cpu

@@ -31,5 +31,6 @@ inline Tensor empty_like(const Tensor& dense) {
 
 // The operators on the CPU (signatures.h).
 MLPEXT_FOR_EACH_OPERATOR(MLPEXT_DECLARE)
+signature::gate_forward gate_forward;
 
 }  // namespace mlpext::cpu

@@ -9,7 +9,9 @@
 namespace mlpext::cuda {
 namespace {
 
-using Layers = ByLayers<linear_maxout, linear_maxout_forward, linear_activation_forward>;
+// A gated layer takes torch's operators, as linear_gated itself does here.
+using Layers = ByLayers<linear_maxout, linear_maxout_forward, linear_activation_forward,
+                        composite::linear_gated, composite::linear_gated_forward, composite::gate_forward>;
 
 // A narrow network as one kernel where that serves, else its layers one by one.
 template <auto narrow, auto layers> struct Either;

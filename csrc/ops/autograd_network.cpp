@@ -58,8 +58,9 @@ struct MlpRule : DynamicArity {
     Tensor last = has_last ? all[end] : Tensor();
     bool last_is_output = from_output;
     if (has_last && !last.defined()) {
-      last = at::linear(n > 1 ? kept[n - 2] : all[0], weights[n - 1],
-                        has_biases ? OptionalTensor(biases[n - 1]) : std::nullopt);
+      const Network network(weights, biases, activations, params);
+      last = at::linear(network.input_of(layers - 1, composite::gate_forward, all[0], kept), weights[n - 1],
+                        network.bias(layers - 1));
       last_is_output = false;
     }
     return ops::mlp_backward().call(grads[0], all[0], weights, biases, kept, optional(last), last_is_output,

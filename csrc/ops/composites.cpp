@@ -351,6 +351,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_maxout_backward(T grad_output, const O
   return {dx, dw, db};
 }
 
+Tensor gate_forward(T z, std::string_view name, Params params) {
+  const std::vector<Tensor> halves = z.chunk(2, -1);
+  return gated(halves[0], halves[1], name, params);
+}
+
 Tensor gate_backward(T grad_output, T z, std::string_view name, Params params) {
   const std::vector<Tensor> halves = z.chunk(2, -1);
   const auto [of_gate, of_value] =
@@ -373,8 +378,7 @@ std::tuple<Tensor, Tensor> linear_gated_forward(T input, T weight, const Optiona
                                                 std::string_view name, Params params) {
   check_linear_gated(input, weight, bias);
   const Tensor z = stacked_linear(input, weight, bias);
-  const std::vector<Tensor> halves = z.chunk(2, -1);
-  return {gated(halves[0], halves[1], name, params), z};
+  return {gate_forward(z, name, params), z};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_gated_backward(T grad_output, const OptionalTensor& input,

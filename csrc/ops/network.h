@@ -1,5 +1,5 @@
-// A network as the mlp operators take it: a list of layers, each y = f(x W' + b) or a maxout. What its layers
-// keep for backward, and how its forward and backward go through them, the same on every device.
+// A network as the mlp operators take it: a list of layers, each y = f(x W' + b), a maxout or gated. What its
+// layers keep for backward, and how its forward and backward go through them, the same on every device.
 #pragma once
 #include <c10/util/SmallVector.h>
 
@@ -7,12 +7,14 @@
 
 namespace mlpext {
 
-// In the place of an activation's index, in the lists that the mlp operators take.
+// In the place of an activation's index, in the lists that the mlp operators take. A gated layer has the index
+// of its gate's activation there, and a weight of three dimensions.
 inline constexpr int64_t maxout_layer = -1;
 
 // From what the derivative of a fused layer comes in backward, besides its input x: from nothing (f is the
-// identity), its output y, its pre-activation z, or the index of the winning piece.
-enum class Kept { nothing, output, preactivation, winner };
+// identity), its output y, its pre-activation z, the index of the winning piece, or both halves of a gated
+// layer's z. From those also y comes, so that a network need not keep it.
+enum class Kept { nothing, output, preactivation, winner, halves };
 
 // y wherever it determines f'(z), because y is there anyway as the next layer's input; but z where y has too
 // few digits for that in 16 bits, as near -alpha in elu.
@@ -22,13 +24,16 @@ struct Network {
   struct Layer {
     int64_t activation;  // index of the list, or maxout_layer
     Params params;
+    bool is_gated;
 
     bool is_maxout() const { return activation == maxout_layer; }
     std::string_view name() const { return activation_infos[activation].name; }
     Kept kept(at::ScalarType dtype) const {
-      return is_maxout() ? Kept::winner : kept_for_backward(activation, params, dtype);
+      return is_maxout() ? Kept::winner
+             : is_gated  ? Kept::halves
+                         : kept_for_backward(activation, params, dtype);
     }
-    // Whether that is another tensor than its output.
+    // Whether that is a tensor beside its output.
     bool keeps_more(at::ScalarType dtype) const {
       return kept(dtype) == Kept::preactivation || kept(dtype) == Kept::winner;
     }
@@ -45,6 +50,13 @@ struct Network {
   }
   // Whether there are kernels for all of it.
   bool is_supported(const Tensor& input) const;
+
+  // mlp_backward, where `gate` makes a gated layer's y, which mlp_forward has not kept, of the z that it has.
+  std::vector<Tensor> backward(signature::gate_forward* gate, const Tensor& grad_output, const Tensor& input,
+                               at::TensorList kept, const OptionalTensor& last, bool last_is_output,
+                               at::IntArrayRef output_mask) const;
+  // What layer l was given.
+  Tensor input_of(int64_t l, signature::gate_forward* gate, const Tensor& input, at::TensorList kept) const;
 
   // The gradients asked for of input, weights and biases, from the last layer back to the first one that is
   // asked for: layer(l, dy, mask) gives those of one layer.
@@ -68,23 +80,19 @@ struct Network {
   }
 };
 
-// The forward of a network by a device's own operators of one layer, one after the other with nothing in
-// between.
+// The mlp operators by a device's own operators of one layer, one after the other with nothing in between.
 template <signature::linear_maxout& linear_maxout, signature::linear_maxout_forward& linear_maxout_forward,
-          signature::linear_activation_forward& linear_activation_forward>
+          signature::linear_activation_forward& linear_activation_forward,
+          signature::linear_gated& linear_gated, signature::linear_gated_forward& linear_gated_forward,
+          signature::gate_forward& gate_forward>
 struct ByLayers {
   static Tensor mlp(const Tensor& input, at::TensorList weights, at::TensorList biases,
                     at::IntArrayRef activations, Params params) {
     const Network network(weights, biases, activations, params);
     if (!network.is_supported(input)) return composite::mlp(input, weights, biases, activations, params);
     Tensor x = input;  // at most two outputs are alive at a time
-    for (int64_t l = 0; l < network.size(); ++l) {
-      const Network::Layer& layer = network.layers[l];
-      x = layer.is_maxout()
-              ? linear_maxout(x, weights[l], network.bias(l))
-              : std::get<0>(linear_activation_forward(x, weights[l], network.bias(l), layer.name(),
-                                                      layer.params, /*keep_preactivation=*/false));
-    }
+    for (int64_t l = 0; l < network.size(); ++l)
+      std::tie(x, std::ignore) = forward(network, l, x, /*keeps=*/false);
     return x;
   }
 
@@ -100,16 +108,37 @@ struct ByLayers {
     kept.reserve(2 * network.size());
     Tensor x = input, last;
     for (int64_t l = 0; l < network.size(); ++l) {
-      if (l > 0) kept.push_back(x);
+      if (l > 0) kept.push_back(network.layers[l - 1].is_gated ? std::move(last) : x);
       if (last.defined()) more.push_back(std::move(last));
-      const Network::Layer& layer = network.layers[l];
-      std::tie(x, last) = layer.is_maxout() ? linear_maxout_forward(x, weights[l], network.bias(l))
-                                            : linear_activation_forward(
-                                                  x, weights[l], network.bias(l), layer.name(), layer.params,
-                                                  layer.kept(x.scalar_type()) == Kept::preactivation);
+      std::tie(x, last) = forward(network, l, x, /*keeps=*/true);
     }
     kept.insert(kept.end(), more.begin(), more.end());
     return {x, last, std::move(kept)};
+  }
+
+  static std::vector<Tensor> mlp_backward(const Tensor& grad_output, const Tensor& input,
+                                          at::TensorList weights, at::TensorList biases, at::TensorList kept,
+                                          const OptionalTensor& last, bool last_is_output,
+                                          at::IntArrayRef activations, Params params,
+                                          at::IntArrayRef output_mask) {
+    return Network(weights, biases, activations, params)
+        .backward(gate_forward, grad_output, input, kept, last, last_is_output, output_mask);
+  }
+
+ private:
+  // y of a layer, and what its derivative comes from where that is to be kept.
+  static std::tuple<Tensor, Tensor> forward(const Network& network, int64_t l, const Tensor& x, bool keeps) {
+    const Network::Layer& layer = network.layers[l];
+    const Tensor& weight = network.weights[l];
+    const OptionalTensor bias = network.bias(l);
+    if (layer.is_maxout())
+      return keeps ? linear_maxout_forward(x, weight, bias)
+                   : std::tuple(linear_maxout(x, weight, bias), Tensor());
+    if (layer.is_gated)
+      return keeps ? linear_gated_forward(x, weight, bias, layer.name(), layer.params)
+                   : std::tuple(linear_gated(x, weight, bias, layer.name(), layer.params), Tensor());
+    return linear_activation_forward(x, weight, bias, layer.name(), layer.params,
+                                     keeps && layer.kept(x.scalar_type()) == Kept::preactivation);
   }
 };
 

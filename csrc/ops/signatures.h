@@ -66,6 +66,9 @@ using linear_gated_backward = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
     const Tensor& preactivation, std::string_view name, Params params, Mask output_mask);
 
+// y of a gated layer, for the z that it keeps: no operator, but a function of each device.
+using gate_forward = Tensor(const Tensor& preactivation, std::string_view name, Params params);
+
 // A network (network.h): `activations` has an index of the list for each layer, or maxout_layer; `params` are
 // theirs, one layer after the other.
 using mlp = Tensor(const Tensor& input, at::TensorList weights, at::TensorList biases,
@@ -127,6 +130,7 @@ MLPEXT_FOR_EACH_OPERATOR(MLPEXT_HANDLE)
 namespace composite {
 MLPEXT_FOR_EACH_OPERATOR(MLPEXT_DECLARE)
 
+signature::gate_forward gate_forward;
 // dE/dz of a gated layer from dE/dy, for the z that it keeps.
 Tensor gate_backward(const Tensor& grad_output, const Tensor& preactivation, std::string_view name,
                      Params params);

@@ -175,12 +175,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_maxout", linear_maxout, py::arg("input"), py::arg("weight"), py::arg("bias") = py::none());
   m.def("linear_gated", linear_gated, py::arg("input"), py::arg("weight"), py::arg("bias"), py::arg("name"),
         py::arg("params") = py::tuple());
-  m.def(
-      "mlp", mlp, py::arg("module"), py::arg("input"),
-      "The output of a module with LinearActivation and Maxout layers, as one operator; NotImplemented where "
-      "its layers must be called one by one.");
+  m.def("mlp", mlp, py::arg("module"), py::arg("input"),
+        "The output of a module whose layers are LinearActivation, Maxout and GatedLinear, as one operator; "
+        "NotImplemented where they must be called one by one.");
   m.attr("MODULE_HOOKS") = py::cast(module_hooks).cast<py::tuple>();
-  m.def("register_layers", register_layers, py::arg("linear_activation"), py::arg("maxout"));
+  m.def("register_layers", register_layers, py::arg("linear_activation"), py::arg("maxout"),
+        py::arg("gated_linear"));
   m.def("register_fallback",
         [](const py::str& name, py::object function) { fallbacks()[name] = std::move(function); });
   m.def("activations", activations,

@@ -55,7 +55,7 @@ const Words& words() {
 }
 // The classes of an MLP's layers.
 struct LayerTypes {
-  PyObject *linear_activation = nullptr, *maxout = nullptr;
+  PyObject *linear_activation = nullptr, *maxout = nullptr, *gated_linear = nullptr;
 };
 LayerTypes& layer_types() {
   static LayerTypes types;
@@ -79,8 +79,9 @@ bool any(const std::array<py::object, 4>& hooks) {
 
 }  // namespace
 
-void register_layers(py::object linear_activation, py::object maxout) {
-  layer_types() = {linear_activation.release().ptr(), maxout.release().ptr()};  // alive to the end
+void register_layers(py::object linear_activation, py::object maxout, py::object gated_linear) {
+  layer_types() = {linear_activation.release().ptr(), maxout.release().ptr(),
+                   gated_linear.release().ptr()};  // alive to the end
 }
 
 bool NetworkModule::read(py::handle module) {
@@ -96,8 +97,8 @@ bool NetworkModule::read(py::handle module) {
 
 bool NetworkModule::add(py::handle layer) {
   const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(layer.ptr()));
-  const bool maxout = type == layer_types().maxout;
-  if (!maxout && type != layer_types().linear_activation) return false;
+  const bool maxout = type == layer_types().maxout, gated = type == layer_types().gated_linear;
+  if (!maxout && !gated && type != layer_types().linear_activation) return false;
   const py::object own = attributes(layer);
   for (PyObject* hooks : words().hooks)
     if (PyObject* found = PyDict_GetItem(own.ptr(), hooks); !found || any(found)) return false;
@@ -107,6 +108,7 @@ bool NetworkModule::add(py::handle layer) {
   PyObject *weight = PyDict_GetItem(parameters, words().weight),
            *bias = PyDict_GetItem(parameters, words().bias);
   if (!weight || !bias || !is_plain(weight) || !is_plain_or_none(bias)) return false;
+  if ((maxout || gated) != (tensor(weight).dim() == 3)) return false;  // the layer itself says what is wrong
   weights.push_back(tensor(weight));
   if (bias != Py_None) biases.push_back(tensor(bias));
   if (!maxout) return add_activation(own);

@@ -1,4 +1,4 @@
-// A network as the mlp operators take it, read from an mlpext.nn.MLP: the modules' dictionaries are read with
+// A network as the mlp operators take it, read from an mlpext.nn.MLP or GatedMLP: the modules' dictionaries are read with
 // Python's C interface, 0.1 us a layer where getattr would take one.
 #pragma once
 #include <torch/csrc/utils/pybind.h>
@@ -23,15 +23,15 @@ inline constexpr std::array module_hooks{"_forward_hooks", "_forward_pre_hooks",
                                          "_backward_pre_hooks"};
 
 // mlpext.nn tells which classes its layers are, so that this module need not import it.
-void register_layers(py::object linear_activation, py::object maxout);
+void register_layers(py::object linear_activation, py::object maxout, py::object gated_linear);
 
 struct NetworkModule {
   std::vector<Tensor> weights, biases;
   std::vector<int64_t> activations;
   std::vector<double> params;
 
-  // False unless every layer is a LinearActivation or a Maxout with nothing in the way of its forward: no
-  // hook, no parametrization, no forward of its own. ValueError for an activation that there is not.
+  // False unless every layer is a LinearActivation, a Maxout or a GatedLinear with nothing in the way of its
+  // forward: no hook, no parametrization, no forward of its own. ValueError for an activation that there is not.
   //
   // Read again at every call: to know that nothing has changed since the last one (a weight replaced, a hook
   // registered, a parameter set) would take the same look into the same dictionaries.

@@ -71,4 +71,4 @@ __all__ = [
 ]
 
 # What C++ takes for layers when it runs an MLP as one operator: these classes themselves.
-_C.register_layers(LinearActivation, Maxout)
+_C.register_layers(LinearActivation, Maxout, GatedLinear)

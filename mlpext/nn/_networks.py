@@ -21,7 +21,9 @@ class GatedMLP(Module):
     """The MLP of today's transformers: down(f(gate(x)) * up(x)). x (*, dim) -> (*, dim).
 
     `gated` is a `GatedLinear` from dim to hidden, `down` a `LinearActivation` with "identity" from hidden to
-    dim. Shazeer, 2020, arXiv:2002.05202.
+    dim. Both run as one operator. For backward it keeps two values a hidden unit, z of the gate and of the
+    value, where torch's operators keep four, with most activations; the product of the two is formed again
+    from them. Shazeer, 2020, arXiv:2002.05202.
 
     Args:
         activation: f, one of `mlpext.activations()`.
@@ -69,7 +71,9 @@ class GatedMLP(Module):
         return (*self.gated.to_linear(), linear(self.down.weight, self.down.bias))
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.down(self.gated(input))  # type: ignore[no-any-return]
+        # The operator takes all submodules there are, in their order.
+        output: Any = _C.mlp(self, input) if [*self._modules] == ["gated", "down"] else NotImplemented
+        return self.down(self.gated(input)) if output is NotImplemented else output  # type: ignore[no-any-return]
 
 
 def _parameter_names(activation: Any) -> list[str]:
@@ -83,7 +87,8 @@ def _parameter_names(activation: Any) -> list[str]:
 class MLP(torch.nn.Sequential):
     """A multilayer perceptron: LinearActivation and Maxout layers in a row. x (*, n0) -> (*, n_last).
 
-    Its parameters are W1, b1, W2, b2, ..., under the keys 0.weight, 0.bias, ... (docs/lecture.md, row 4).
+    Its parameters are W1, b1, W2, b2, ..., under the keys 0.weight, 0.bias, ... (docs/lecture.md, row 4). A
+    `GatedLinear` may be appended, or put in the place of a layer.
 
     Args:
         sizes: n0, n1, ..., the width of the input and of every layer.
@@ -168,7 +173,7 @@ class MLP(torch.nn.Sequential):
 
     def to_sequential(self) -> torch.nn.Sequential:
         """torch.nn.Linear layers and torch.nn's activations (ours where it has none) with copies of the
-        parameters: `from_sequential` undone. A maxout layer stays as it is."""
+        parameters: `from_sequential` undone. Maxout and GatedLinear layers stay as they are."""
         return to_modules(self)
 
     def forward(self, input: Tensor) -> Tensor:

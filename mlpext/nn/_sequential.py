@@ -9,11 +9,11 @@ from torch.nn import Dropout, Flatten, Identity, Linear, Module, Parameter, Sequ
 
 from mlpext._names import Activation
 from mlpext.nn._activations import class_of, name_and_parameters
-from mlpext.nn._layers import LinearActivation, Maxout, linear
+from mlpext.nn._layers import GatedLinear, LinearActivation, Maxout, linear
 
 
 def to_layers(modules: Sequential) -> tuple[list[Module], float]:
-    """LinearActivation and Maxout layers with copies of the parameters, and the probability of dropout.
+    """Layers of an MLP with copies of the parameters, and the probability of dropout.
 
     ValueError for a module that has no place in an MLP.
     """
@@ -24,7 +24,7 @@ def to_layers(modules: Sequential) -> tuple[list[Module], float]:
         if isinstance(module, Linear):
             layers.append(_copied(module))
             ended = False
-        elif isinstance(module, (Maxout, LinearActivation)):
+        elif isinstance(module, (Maxout, LinearActivation, GatedLinear)):
             layers.append(_copied(module))
             ended = True
         elif type(module) is Identity and layers:
@@ -53,9 +53,9 @@ def _copied(module: Any) -> Module:
     like: dict[str, Any] = {"bias": module.bias is not None, "device": "meta"}
     if isinstance(module, Maxout):
         layer: Any = Maxout(*sizes, module.pieces, **like)
-    elif isinstance(module, LinearActivation):
-        name = cast(Activation, module.activation)
-        layer = LinearActivation(*sizes, name, **{**like, **module.params})
+    elif isinstance(module, (LinearActivation, GatedLinear)):
+        kind = GatedLinear if isinstance(module, GatedLinear) else LinearActivation
+        layer = kind(*sizes, cast(Activation, module.activation), **{**like, **module.params})
     else:
         layer = LinearActivation(*sizes, "identity", **like)
     for name, parameter in module.named_parameters():
@@ -68,7 +68,7 @@ def to_modules(network: Any) -> Sequential:
     modules: list[Module] = []
     *_, last = network
     for layer in network:
-        if isinstance(layer, Maxout):
+        if isinstance(layer, (Maxout, GatedLinear)):
             modules.append(_copied(layer))
         else:
             modules.append(linear(layer.weight, layer.bias))

@@ -5,7 +5,7 @@ import torch
 from torch.nn import Dropout, Flatten, Identity, Linear, Sequential, Tanh
 
 import mlpext
-from mlpext.nn import MLP, Maxout
+from mlpext.nn import MLP, GatedLinear, Maxout
 
 
 def layers(*hidden, bias=True, last=()):
@@ -27,6 +27,7 @@ SEQUENTIALS = {
     "double": lambda: layers([Tanh()]).double(),
     "identity": lambda: layers([Tanh(), Identity()]),
     "maxout": lambda: Sequential(Maxout(5, 4, 3), Linear(4, 3), Tanh()),
+    "gated": lambda: Sequential(GatedLinear(5, 4, "elu", alpha=0.5), Linear(4, 3), Tanh()),
 }
 
 

@@ -19,6 +19,15 @@ def network(activation="tanh", output="identity", dtype=torch.float64, sizes=(5,
     return nn.MLP(sizes, activation, output, dtype=dtype, **options)
 
 
+def with_gates(model, *places):
+    """The network with gated layers at these places, of the activations that are there."""
+    for place in places:
+        old = model[place]
+        sizes = (old.in_features, old.out_features, old.activation, old.bias is not None)
+        model[place] = nn.GatedLinear(*sizes, dtype=old.weight.dtype, **old.params)
+    return model
+
+
 def by_layers(model, x):
     return torch.nn.Sequential.forward(model, x)
 
@@ -49,6 +58,17 @@ def test_every_activation(name, dtype):
     x = torch.randn(4, 5).to(dtype).requires_grad_()
     assert_whole_equals_layers(network(name, name, dtype), x)
     assert_whole_equals_layers(network([name, "tanh"], dtype=dtype, bias=False), x)
+    if name != "maxout":
+        assert_whole_equals_layers(with_gates(network(name, name, dtype), 0, 1, 2), x)
+        assert_whole_equals_layers(with_gates(network([name, "tanh"], dtype=dtype, bias=False), 0), x)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("width", [15, 16, 17, 63, 64, 65])
+@pytest.mark.parametrize("rows", [1, 6, 60, 61])
+def test_gated_layers_around_the_sizes_of_tiles(rows, width):
+    x = torch.randn(rows, width, dtype=torch.float64, requires_grad=True)
+    assert_whole_equals_layers(with_gates(network("silu", sizes=(width, width + 1, width, 3)), 0, 1), x)
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5), (0, 5), (300, 5)], ids=str)
@@ -56,7 +76,8 @@ def test_shapes(shape):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     with pytest.warns(UserWarning, match="zero-element"):
         empty = network(sizes=(5, 0, 3))
-    for model in (network(["gelu", "maxout"], "elu"), network(sizes=(5, 3)), empty):
+    gated = with_gates(network(["gelu", "silu"], "elu"), 1, 2)
+    for model in (network(["gelu", "maxout"], "elu"), gated, network(sizes=(5, 3)), empty):
         assert_whole_equals_layers(model, x)
         with torch.no_grad():
             assert_close(model(x), by_layers(model, x))
@@ -69,10 +90,12 @@ def test_strided_input_and_gradients():
     assert_close(dx, torch.autograd.grad(by_layers(model, x).sum(), x)[0])
 
 
+@pytest.mark.parametrize("gates", [(), (0,), (1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("activation", ["tanh", "gelu", "maxout"])
-def test_whatever_is_frozen(activation):
+def test_whatever_is_frozen(activation, gates):
     for free in itertools.product([False, True], repeat=4):
-        model = network(activation, "sigmoid", sizes=(5, 6, 4, 3))
+        model = network("silu" if gates and activation == "maxout" else activation, "sigmoid")
+        with_gates(model, *gates)
         for layer, wanted in zip(model, free, strict=False):
             layer.weight.requires_grad_(wanted)
             layer.bias.requires_grad_(wanted != free[3])
@@ -106,10 +129,29 @@ def test_bytes_kept(activation):
     del y
 
 
+def test_bytes_kept_of_gated_layers():
+    """Both halves of z in the place of the output."""
+    model, x = network("tanh", dtype=torch.float32, sizes=(16, 64, 32, 8)), torch.randn(10, 16)
+    for gate, count in ((0, 2 * 64 + 32), (2, 2 * 64 + 32 + 2 * 8)):
+        with_gates(model, gate)
+        with Kept(x, *model.parameters()) as kept:
+            y = model(x)
+        assert kept.bytes == 4 * 10 * count
+        del y
+
+
+def test_a_weight_of_another_dimension_is_refused_by_its_layer():
+    model, x = network(), torch.randn(4, 5, dtype=torch.float64)
+    model[1].weight = torch.nn.Parameter(torch.randn(2, 6, 7, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"weight: shape \[2, 6, 7\], expected \(out_features"):
+        model(x)
+
+
+@pytest.mark.parametrize("gates", [(), (1,)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_output_may_be_changed_in_place(name):
+def test_the_output_may_be_changed_in_place(name, gates):
     """Where eager's activation allows that."""
-    model, x = network("tanh", name), torch.randn(4, 5, dtype=torch.float64)
+    model, x = with_gates(network("tanh", name), *gates), torch.randn(4, 5, dtype=torch.float64)
     outcomes = []
     for call in (whole, by_layers):
         y = call(model, x)
@@ -307,9 +349,10 @@ def test_copies_train_alone():
     assert_close(results(whole, twin, x), results(by_layers, model, x))
 
 
-def test_gradient_penalty():
+@pytest.mark.parametrize("gates", [(), (0, 2)], ids=str)
+def test_gradient_penalty(gates):
     x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    model = network(["tanh", "maxout"], "softplus")
+    model = with_gates(network(["tanh", "maxout"], "softplus"), *gates)
 
     def penalty(call):
         (dx,) = torch.autograd.grad(call(model, x).sum(), x, create_graph=True)
@@ -318,9 +361,10 @@ def test_gradient_penalty():
     assert_close(penalty(whole), penalty(by_layers))
 
 
+@pytest.mark.parametrize("gates", [(), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(dtype):
-    model, x = network(dtype=torch.float32), torch.randn(4, 5, requires_grad=True)
+def test_autocast(dtype, gates):
+    model, x = with_gates(network(dtype=torch.float32), *gates), torch.randn(4, 5, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         y = model(x)
         assert y.dtype == dtype

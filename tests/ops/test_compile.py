@@ -376,6 +376,7 @@ def test_compiled_autograd_dynamic_for_more(op):
         linear_op("gelu", {}),
         linear_maxout_op(3),
         mlp_op(("tanh", {}), ("elu", {})),
+        mlp_op(("gated silu", {}), ("elu", {})),
     ],
     ids=lambda op: op.id,
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from common import CASES, NAMES, every_case, indices, values_of
+from common import CASES, NAMES, every_case, indices, stack, values_of
 
 ops = torch.ops.mlpext
 pytestmark = [pytest.mark.native, pytest.mark.compile, pytest.mark.usefixtures("fresh_dynamo")]
@@ -174,14 +174,16 @@ NETWORKS = {
     ("maxout", "tanh"): (),
     ("identity", "maxout"): (),
     ("sine", "relu6"): (1.0,),
+    ("gated silu", "identity"): (),
+    ("gated elu", "tanh"): (0.3,),
+    ("gelu", "gated identity"): (),
 }
 every_network = pytest.mark.parametrize("names", NETWORKS, ids=", ".join)
 
 
 def network(names, bias, grad):
-    stacks = [(2,) if name == "maxout" else () for name in names]
-    weights = [randn(*stack, 5, 6 - i, grad=grad) for i, stack in enumerate(stacks)]
-    return weights, [randn(*stack, 5, grad=grad) for stack in stacks] if bias else []
+    weights = [randn(*stack(name), 5, 6 - i, grad=grad) for i, name in enumerate(names)]
+    return weights, [randn(*stack(name), 5, grad=grad) for name in names] if bias else []
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
@@ -220,3 +222,5 @@ def test_a_network_that_does_not_fit_together_is_refused():
     ):
         with pytest.raises((ValueError, RuntimeError), match=message):
             ops.mlp(x, weights, b, activations, params)
+    with pytest.raises(RuntimeError, match=r"\[3, 5, 6\], expected \(2, out_features, in_features\)"):
+        ops.mlp(x, [randn(3, 5, 6)], [], [tanh], ())
