@@ -10,9 +10,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlpext.nn import MLP, GatedMLP, LinearActivation, Maxout
+from mlpext.nn import MLP, GatedLinear, GatedMLP, LinearActivation, Maxout
 from mlpext.training import evaluate, fit
 from mlpext.training.engines import Unsupported
+from mlpext.training.engines.native import NativeEngine
 
 pytestmark = pytest.mark.native
 
@@ -110,6 +111,25 @@ def gated(*, dropout=0.0, hook=False, down=None):
     return MLP([6, 6, 6], dtype=torch.float64, dropout=dropout).append(block)
 
 
+@pytest.mark.parametrize("container", ["layer", "GatedMLP", "MLP", "Sequential"])
+def test_auto_takes_gated_layers_in_cpp(container, monkeypatch):
+    epochs, run_epoch = [], NativeEngine.run_epoch
+
+    def counted(self, order, epoch, *rest):
+        epochs.append(epoch)
+        return run_epoch(self, order, epoch, *rest)
+
+    monkeypatch.setattr(NativeEngine, "run_epoch", counted)
+    model = {
+        "layer": GatedLinear(6, 6),
+        "GatedMLP": GatedMLP(6, 5),
+        "MLP": gated().append(GatedLinear(6, 6)),
+        "Sequential": nn.Sequential(GatedLinear(6, 4), GatedMLP(4, 5), LinearActivation(4, 6)),
+    }[container]
+    train(model.double())
+    assert epochs == [1, 2, 3]
+
+
 def with_own(name):
     def make():
         model = network()
@@ -137,12 +157,13 @@ def with_own(name):
         (with_own("gated forward"), "the GatedMLP has a forward of its own"),
         (lambda: gated(hook=True), "GatedMLP has hooks"),
         (lambda: gated(down=nn.Linear(5, 6, dtype=torch.float64)), "model has a Linear"),
+        (lambda: gated(dropout=0.5), "dropout around a GatedMLP, but none within"),
         (lambda: parametrizations.weight_norm(network()[0]), "ParametrizedLinearActivation"),
         (lambda: prune.l1_unstructured(layer(), "weight", 0.5), "hooks"),
         (lambda: nn.Sequential(network(), layer()), "MLP"),
     ],
     ids=[
-        *("forward", "weight", "call", "gated forward", "gated hook", "gated linear"),
+        *("forward", "weight", "call", "gated forward", "gated hook", "gated linear", "gated dropout"),
         *("weight_norm", "pruned", "nested"),
     ],
 )
