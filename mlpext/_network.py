@@ -11,7 +11,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.metaestimators import available_if
 from torch import Tensor
 
-from mlpext.nn import MLP, LinearActivation, Maxout
+from mlpext.nn import MLP, GatedLinear, LinearActivation, Maxout
 
 # Rows that go through the network at once.
 BLOCK = 4096
@@ -48,7 +48,7 @@ class Network(BaseEstimator):  # type: ignore[misc]
         self = cls(kind)
         self.layers_ = []
         for layer in module._modules.values():
-            assert isinstance(layer, (LinearActivation, Maxout))
+            assert isinstance(layer, (LinearActivation, Maxout, GatedLinear))
             weight, bias = layer.weight.detach().cpu().numpy(), layer.bias
             record = {
                 "weight": weight.copy(),
@@ -85,7 +85,8 @@ class Network(BaseEstimator):  # type: ignore[misc]
                 module[k] = Maxout(weight.shape[-1], weight.shape[-2], len(weight), **sizes)
             else:
                 name, params = layer["activation"], {**sizes, **layer["params"]}
-                module[k] = LinearActivation(weight.shape[-1], weight.shape[-2], name, **params)
+                kind = LinearActivation if weight.ndim == 2 else GatedLinear
+                module[k] = kind(weight.shape[-1], weight.shape[-2], name, **params)
             with torch.no_grad():
                 module[k].weight.copy_(weight)
                 if layer["bias"] is not None:

@@ -33,8 +33,8 @@ class Parameter:
 
 @dataclass(eq=False)
 class Layer:
-    """gain dropped f(x (W mask)' + b) with W (out, in), or maxout of W (pieces, out, in), where the first of
-    equals wins."""
+    """gain dropped f(x (W mask)' + b) with W (out, in); with W (2, out, in) f of the first such net times the
+    second, or maxout with W (pieces, out, in), where the first of equals wins."""
 
     activation: str
     weight: Parameter
@@ -64,10 +64,14 @@ class Layer:
             ranked = np.sort(nets, axis=0)
             gaps = ranked[-1] - ranked[-2] if len(W) > 1 else np.ones(1)
         else:
-            nets = x @ W.T if b is None else x @ W.T + b
-            y, slope = reference.fast(self.activation, self.params, nets)
+            nets = np.matmul(x, W.swapaxes(-1, -2))
+            nets = nets if b is None else nets + b[..., None, :]
+            net = nets if W.ndim == 2 else nets[0]
+            y, slope = reference.fast(self.activation, self.params, net)
             kinks = reference.kinks(self.activation, self.params)
-            gaps = np.abs(np.subtract.outer(kinks, nets)) if kinks else np.ones(1)
+            gaps = np.abs(np.subtract.outer(kinks, net)) if kinks else np.ones(1)
+            if W.ndim == 3:
+                y, slope = y * nets[1], np.stack([slope * nets[1], y])
 
         gain = self.gain * self.dropped
 

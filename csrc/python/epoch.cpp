@@ -101,10 +101,16 @@ struct Run {
     TORCH_CHECK_VALUE(dtype == at::kFloat || dtype == at::kDouble,
                       "weight: expected float32 or float64, got ", dtype);
     EpochLayer own{};
-    const bool maxout = name == "maxout";
-    TORCH_CHECK_VALUE(weight.dim() == (maxout ? 3 : 2) && weight.numel() > 0, "weight: expected (",
-                      maxout ? "pieces, " : "", "out, in), got ", weight.sizes());
-    own.pieces = maxout ? weight.size(0) : 0;
+    const bool maxout = name == "maxout", gated = py::cast<bool>(layer.attr("gated"));
+    own.kind = maxout ? EpochLayer::maxout : gated ? EpochLayer::gated : EpochLayer::activated;
+    own.pieces = weight.dim() == 3 ? weight.size(0) : 1;
+    TORCH_CHECK_VALUE(
+        weight.dim() == (maxout || gated ? 3 : 2) && weight.numel() > 0 && (!gated || own.pieces == 2),
+        "weight: expected (",
+        maxout  ? "pieces, "
+        : gated ? "2, "
+                : "",
+        "out, in), got ", weight.sizes());
     own.out = weight.size(-2);
     own.in = weight.size(-1);
     TORCH_CHECK_VALUE(layers.empty() || layers.back().out == own.in, "weight: a layer takes ", own.in,

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from mlpext.nn import LinearActivation, Maxout
+from mlpext.nn import GatedLinear, LinearActivation, Maxout
 from mlpext.plots._figures import COLOURS, Picture, finish
 
-Layer: TypeAlias = LinearActivation | Maxout | torch.nn.Linear
+Layer: TypeAlias = LinearActivation | Maxout | GatedLinear | torch.nn.Linear
 
 # Neurons of a layer that are drawn one by one; of more, the first and last ones with three dots between.
 MOST = 10
@@ -27,8 +27,8 @@ def plot_network(model: torch.nn.Module, path: str | os.PathLike[str] | None = N
     picture to `path` if given. docs/lecture.md, row 4.
 
     Args:
-        model: an `mlpext.nn.MLP`, or LinearActivation, Maxout and torch.nn.Linear layers, alone or in a
-            torch.nn.Sequential.
+        model: an `mlpext.nn.MLP`, or LinearActivation, Maxout, GatedLinear and torch.nn.Linear layers, alone
+            or in a torch.nn.Sequential.
         path: where the picture goes.
 
     Raises:
@@ -60,10 +60,10 @@ def plot_network(model: torch.nn.Module, path: str | os.PathLike[str] | None = N
 def _layers(model: torch.nn.Module) -> list[Layer]:
     layers = []
     for layer in model if isinstance(model, torch.nn.Sequential) else [model]:
-        if not isinstance(layer, (LinearActivation, Maxout, torch.nn.Linear)):
+        if not isinstance(layer, Layer):
             raise TypeError(
-                f"model: {type(layer).__name__}, expected LinearActivation, Maxout or torch.nn.Linear "
-                "layers, alone or in a row, as in an MLP"
+                f"model: {type(layer).__name__}, expected LinearActivation, Maxout, GatedLinear or "
+                "torch.nn.Linear layers, alone or in a row, as in an MLP"
             )
         layers.append(layer)
     if not layers:
@@ -85,6 +85,7 @@ def _label(axis: Axes, place: int, top: float, size: int, layers: list[Layer]) -
     else:
         layer = layers[place - 1]
         name = "maxout" if isinstance(layer, Maxout) else getattr(layer, "activation", "identity")
+        name += " gate" if isinstance(layer, GatedLinear) else ""
         params = {"pieces": layer.pieces} if isinstance(layer, Maxout) else getattr(layer, "params", {})
         above = "\n".join([f"o{place}", name, *(f"{param} {value:g}" for param, value in params.items())])
         below = f"n{place} = {size}"

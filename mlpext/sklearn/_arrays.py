@@ -96,6 +96,8 @@ def arguments(module: MLP) -> dict[str, Any]:
         raise ValueError(f"module: the last layer is {last}, an estimator's has no activation but its loss's")
     kinds = set()
     for layer in module:
+        if not isinstance(layer, (LinearActivation, Maxout)):
+            raise ValueError(f"module: it has {layer}, an estimator's has LinearActivation and Maxout layers")
         if layer.weight.dtype not in (torch.float32, torch.float64) or layer.weight.device.type != "cpu":
             where = f"{layer.weight.dtype} on {layer.weight.device}"
             raise ValueError(f"module: weights of {where}, an estimator's are float32 or float64 on the CPU")

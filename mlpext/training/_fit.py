@@ -157,11 +157,12 @@ def fit(
             the samples that are done: one bar over several runs.
         device: move the model there first; None trains it where it is.
         engine: "native", whole epochs in C++ on the CPU, steps in CUDA graphs on a GPU: for rows of
-            LinearActivation and Maxout layers (an `mlpext.nn.MLP`) in float32 or float64, a loss by name, and
-            no optimizer or torch's SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the
-            PyTorch loop: any model. "auto": native where and as long as it serves, on the CPU; graphs have
-            not been measured yet. Both give the same numbers, to rounding. Several ranks take autograd: an
-            epoch of the native engine has no place to add up their gradients.
+            LinearActivation, Maxout and GatedLinear layers and GatedMLPs (an `mlpext.nn.MLP`, a
+            torch.nn.Sequential, or one alone) in float32 or float64, a loss by name, and no optimizer or
+            torch's SGD, Adam or AdamW; a ValueError says what it cannot take. "autograd", the PyTorch loop:
+            any model. "auto": native where and as long as it serves, on the CPU; graphs have not been
+            measured yet. Both give the same numbers, to rounding. Several ranks take autograd: an epoch of
+            the native engine has no place to add up their gradients.
 
     An exception in the middle of an epoch, as from the model or the loss, leaves the weights that the epoch
     began with. no_grad, inference_mode, autocast and default device around the call make no difference.

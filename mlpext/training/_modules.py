@@ -26,7 +26,8 @@ def dtype_and_device(model: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 
 def layer_weights(model: nn.Module) -> list[nn.Parameter]:
-    """The trained parameters of two dimensions or more, without biases (a maxout layer's has two)."""
+    """The trained parameters of two dimensions or more, without biases (that of a maxout or gated layer has
+    two)."""
     return [
         parameter
         for name, parameter in model.named_parameters()

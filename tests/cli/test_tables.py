@@ -15,10 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import skops.io
+import torch
 
 import mlpext
 from mlpext import _artefact
+from mlpext._network import Network
 from mlpext.data import load
+from mlpext.nn import MLP, GatedLinear
 from mlpext.tabular import Columns, preprocessing, read_table
 from test_cli import run
 
@@ -316,6 +319,15 @@ def test_estimators_are_artefacts_too(tmp_path):
     model = MLPClassifier((8,), max_iter=50, random_state=0, tol=1.0).fit(data.x.numpy(), data.target.numpy())
     mlpext.save(model, "model.mlpext")
     assert (mlpext.load("model.mlpext").predict(data.x.numpy()) == model.predict(data.x.numpy())).all()
+
+
+def test_a_network_of_every_kind_of_layer_is_saved(tmp_path):
+    network = MLP([4, 6, 5, 6], ["maxout", "elu"], pieces=3, alpha=0.5)
+    network.append(GatedLinear(6, 5, "celu", alpha=0.25)).append(GatedLinear(5, 3, "identity", bias=False))
+    mlpext.save(Network.of(network, "numbers"), "model.mlpext")
+    module, x = mlpext.load("model.mlpext").module_, torch.randn(7, 4)
+    assert list(map(repr, module)) == list(map(repr, network))
+    assert torch.equal(module(x), network(x))
 
 
 def malformed(seed, whole):

@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 import mlpext
 from mlpext import plots
-from mlpext.nn import MLP, LinearActivation, Maxout
+from mlpext.nn import MLP, GatedLinear, LinearActivation, Maxout
 from mlpext.plots._figures import short
 
 XOR = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -339,6 +339,11 @@ def test_wide_layers_maxout_and_other_layers():
     assert "n2 = 10\nW2: 10 × 11" in texts(axis)
 
 
+def test_a_gated_layer():
+    (axis,) = plots.plot_network(MLP([4, 3]).append(GatedLinear(3, 2, "elu"))).axes
+    assert {"o2\nelu gate\nalpha 1", "n2 = 2\nW2: 2 × 2 × 3\nb2: 2 × 2"} <= {*texts(axis)}
+
+
 @pytest.mark.parametrize("name", mlpext.activations())
 def test_a_layer_alone_with_every_activation(name):
     (axis,) = plots.plot_network(LinearActivation(2, 1, name)).axes
@@ -347,7 +352,7 @@ def test_a_layer_alone_with_every_activation(name):
 
 @pytest.mark.parametrize("model", [torch.nn.Conv2d(1, 1, 1), torch.nn.Sequential(torch.nn.ReLU()), 7])
 def test_what_is_no_mlp(model):
-    with pytest.raises(TypeError, match=r"model: (Conv2d|ReLU|int), expected LinearActivation, Maxout or"):
+    with pytest.raises(TypeError, match=r"model: (Conv2d|ReLU|int), expected LinearActivation, Maxout, G"):
         plots.plot_network(model)
     with pytest.raises(TypeError, match="model: an empty Sequential"):
         plots.plot_network(torch.nn.Sequential())

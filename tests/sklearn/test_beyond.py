@@ -168,6 +168,8 @@ BAD_MODULES = {
     "pieces of several kinds": mlpext.nn.MLP([6, 4, 4, 3], activation=["maxout", "relu"]),
     "another alpha": mlpext.nn.MLP([6, 4, 3], "elu", alpha=0.5),
     "bfloat16": mlpext.nn.MLP([6, 4, 3], dtype=torch.bfloat16),
+    "a gate": mlpext.nn.MLP([6, 6]).append(mlpext.nn.GatedLinear(6, 3, "identity")),
+    "a gated network": mlpext.nn.MLP([6, 6]).append(mlpext.nn.GatedMLP(6, 3)),
 }
 
 

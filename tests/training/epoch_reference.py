@@ -15,7 +15,7 @@ from mlpext.training.engines._support import LayerRecord
 
 @dataclasses.dataclass
 class Layer:
-    W: np.ndarray  # (out, in), of maxout (pieces, out, in)
+    W: np.ndarray  # (out, in), of maxout (pieces, out, in), of a gated layer (2, out, in)
     b: np.ndarray | None
     activation: str
     dropout: float = 0.0
@@ -27,15 +27,19 @@ ACTIVATIONS = ("tanh", "silu", "identity", "sigmoid")
 
 def forward(layer, x):
     """y, and a function from dy to (dx, dW, db)."""
-    if layer.activation == "maxout":
+    if layer.W.ndim == 3:
         z = np.einsum("ni,koi->kno", x, layer.W) + (0 if layer.b is None else layer.b[:, None])
-        winner = z.argmax(0)
+        if layer.activation == "maxout":
+            y, slope = z.max(0), z.argmax(0) == np.arange(len(z))[:, None, None]
+        else:
+            gate, gate_slope = reference.fast(layer.activation, {}, z[0])
+            y, slope = gate * z[1], np.stack([gate_slope * z[1], gate])
 
         def back(dy):
-            dz = np.where(winner == np.arange(len(z))[:, None, None], dy, 0)
+            dz = dy * slope
             return np.einsum("kno,koi->ni", dz, layer.W), np.einsum("kno,ni->koi", dz, x), dz.sum(1)
 
-        return z.max(0), back
+        return y, back
     z = x @ layer.W.T + (0 if layer.b is None else layer.b)
     y, slope = reference.fast(layer.activation, {}, z)
 
@@ -125,6 +129,7 @@ def native_epoch(layers, rule, loss, mean, step_size, order, x, d, w, seed, epoc
             zeros(layer.W, layer.trained[0]),
             zeros(layer.b, layer.trained[1]),
             layer.dropout,
+            gated=layer.W.ndim == 3 and layer.activation != "maxout",
         )
         for layer in layers
     ]

@@ -10,9 +10,10 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlpext.nn import MLP, LinearActivation, Maxout
+from mlpext.nn import MLP, GatedLinear, GatedMLP, LinearActivation, Maxout
 from mlpext.training import evaluate, fit
 from mlpext.training.engines import Unsupported
+from mlpext.training.engines.native import NativeEngine
 
 pytestmark = pytest.mark.native
 
@@ -88,16 +89,45 @@ def overlapping():
         (put_in_again, "stands twice"),
         (lambda: MLP([6, 6], dtype=torch.float64) * 2, "stands twice"),
         (lambda: nn.Sequential(*[Maxout(6, 6, dtype=torch.float64)] * 2), "stands twice"),
+        (lambda: nn.Sequential(*[GatedMLP(6, 5, dtype=torch.float64)] * 2), "stands twice"),
         (tied, "shares memory"),
         (overlapping, "shares memory"),
     ],
-    ids=["twice", "put in again", "MLP * 2", "maxout", "tied", "overlapping"],
+    ids=["twice", "put in again", "MLP * 2", "maxout", "gated", "tied", "overlapping"],
 )
 @pytest.mark.parametrize("mode", ["stochastic", "mini-batch", "batch"])
 def test_a_module_or_parameter_that_stands_twice(make, refused, mode):
     """children() yields a module once, so the native engine trained a network of one layer less."""
     model, history = trains_as_the_loop(make, refused, mode=mode, epochs=1, lr=0.0)
     assert history["loss"][0] == pytest.approx(evaluate(model, *data())["loss"])
+
+
+def gated(*, dropout=0.0, hook=False, down=None):
+    """A GatedMLP in an MLP."""
+    block = GatedMLP(6, 5, dtype=torch.float64)
+    block.down = down or block.down
+    if hook:
+        block.register_forward_hook(lambda *_: None)
+    return MLP([6, 6, 6], dtype=torch.float64, dropout=dropout).append(block)
+
+
+@pytest.mark.parametrize("container", ["layer", "GatedMLP", "MLP", "Sequential"])
+def test_auto_takes_gated_layers_in_cpp(container, monkeypatch):
+    epochs, run_epoch = [], NativeEngine.run_epoch
+
+    def counted(self, order, epoch, *rest):
+        epochs.append(epoch)
+        return run_epoch(self, order, epoch, *rest)
+
+    monkeypatch.setattr(NativeEngine, "run_epoch", counted)
+    model = {
+        "layer": GatedLinear(6, 6),
+        "GatedMLP": GatedMLP(6, 5),
+        "MLP": gated().append(GatedLinear(6, 6)),
+        "Sequential": nn.Sequential(GatedLinear(6, 4), GatedMLP(4, 5), LinearActivation(4, 6)),
+    }[container]
+    train(model.double())
+    assert epochs == [1, 2, 3]
 
 
 def with_own(name):
@@ -110,6 +140,9 @@ def with_own(name):
             own._weight_and_bias = lambda: (own.weight * 0, own.bias)
         elif name == "_call_impl":
             model._call_impl = model._call_impl
+        elif name == "gated forward":
+            model.append(GatedMLP(6, 5, dtype=torch.float64))
+            model[2].forward = model[2].forward
         return model
 
     return make
@@ -121,11 +154,18 @@ def with_own(name):
         (with_own("forward"), "has a forward of its own"),
         (with_own("_weight_and_bias"), "has a _weight_and_bias of its own"),
         (with_own("_call_impl"), "has a _call_impl of its own"),
+        (with_own("gated forward"), "the GatedMLP has a forward of its own"),
+        (lambda: gated(hook=True), "GatedMLP has hooks"),
+        (lambda: gated(down=nn.Linear(5, 6, dtype=torch.float64)), "model has a Linear"),
+        (lambda: gated(dropout=0.5), "dropout around a GatedMLP, but none within"),
         (lambda: parametrizations.weight_norm(network()[0]), "ParametrizedLinearActivation"),
         (lambda: prune.l1_unstructured(layer(), "weight", 0.5), "hooks"),
         (lambda: nn.Sequential(network(), layer()), "MLP"),
     ],
-    ids=["forward", "weight", "call", "weight_norm", "pruned", "nested"],
+    ids=[
+        *("forward", "weight", "call", "gated forward", "gated hook", "gated linear", "gated dropout"),
+        *("weight_norm", "pruned", "nested"),
+    ],
 )
 def test_a_module_with_functions_of_its_own(make, refused):
     torch.manual_seed(3)

@@ -89,7 +89,7 @@ def random_layers(rng, widths):
     for number, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
         last = number == len(widths) - 2
         activation = str(rng.choice([*ACTIVATIONS, "maxout"]))
-        pieces = (int(rng.integers(1, 4)),) if activation == "maxout" else ()
+        pieces = (int(rng.integers(1, 4)),) if activation == "maxout" else (2,) * (rng.random() < 0.3)
         layers.append(
             Layer(
                 rng.normal(size=(*pieces, outputs, inputs)) / math.sqrt(inputs),
@@ -181,7 +181,8 @@ def test_each_option_with_each_rule(option, rule, step_size, mean):
     layers = [
         Layer(rng.normal(size=(17, 5)), rng.normal(size=17), "tanh"),
         Layer(rng.normal(size=(2, 9, 17)) / 4, rng.normal(size=(2, 9)), "maxout"),
-        Layer(rng.normal(size=(3, 9)) / 3, rng.normal(size=3), "identity"),
+        Layer(rng.normal(size=(2, 8, 9)) / 3, rng.normal(size=(2, 8)), "silu"),
+        Layer(rng.normal(size=(3, 8)) / 3, rng.normal(size=3), "identity"),
     ]
     count = 13 if step_size < 96 else 2 * step_size + 1
     case = {

@@ -24,6 +24,9 @@ def test_many_are_trained_as_each_alone(mode, engine, tmp_path):
     d = x[:, :4].sin()
     each = [{"lr": 0.02 * (k + 1), "seed": k} for k in range(5)]
     together, alone = ensemble(), ensemble()
+    for models in (together, alone):
+        torch.manual_seed(5)
+        models[1] = torch.nn.Sequential(nn.GatedMLP(9, 5), nn.GatedLinear(9, 4))
     options = {"mode": mode, "batch_size": 16, "epochs": 3, "validation": 0.2, "engine": engine}
     histories = fit_many(together, x, d, each=each, threads=3, log_dir=tmp_path, **options)
     for model, own, history in zip(alone, each, histories, strict=True):

@@ -81,6 +81,20 @@ def test_options_of_many(options, device, stacks, tmp_path):
     assert stacks[0] == 5
 
 
+def test_gated_networks_are_stacks_of_their_own(device, stacks):
+    def ensemble():
+        torch.manual_seed(3)
+        kinds = [nn.LinearActivation, nn.GatedLinear, nn.GatedLinear, nn.LinearActivation, nn.GatedLinear]
+        return [
+            torch.nn.Sequential(kind(9, 7, "silu", device=device), nn.GatedMLP(7, 5, device=device), last)
+            for kind in kinds
+            for last in [nn.LinearActivation(7, 4, "identity", device=device)]
+        ]
+
+    assert_many_are_as_each_alone(device, 1e-5, ensemble, each=[{"seed": k} for k in range(5)])
+    assert stacks == [2, 3]
+
+
 def test_many_classes(device, stacks):
     models = [nn.MLP([9, 7, 4], "tanh", dtype=torch.float64, device=device) for _ in range(3)]
     alone = copy.deepcopy(models)

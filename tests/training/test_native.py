@@ -1,6 +1,7 @@
 """The native engine against the PyTorch loop: the same weights after the same epochs."""
 
 import copy
+import itertools
 import os
 import random
 import signal
@@ -25,7 +26,7 @@ TARGETS = ("numbers", "classes, squared_error", "classes, cross_entropy")
 
 def trained(engine, model, target, **options):
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(67, 9, generator=generator, dtype=model[0].weight.dtype)
+    x = torch.randn(67, 9, generator=generator, dtype=next(model.parameters()).dtype)
     numbers = torch.randn(67, 4, generator=generator, dtype=x.dtype)
     classes = torch.randint(4, (67,), generator=generator)
     loss = "cross_entropy" if target.endswith("cross_entropy") else "squared_error"
@@ -40,7 +41,7 @@ def assert_engines_agree(model, target, **options):
         trained("native", model, target, **options),
         trained("autograd", other, target, **options),
     )
-    bound = DTYPES[model[0].weight.dtype]
+    bound = DTYPES[next(model.parameters()).dtype]
     for (name, ours), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         error = (ours - theirs).abs().max() / theirs.abs().max()
         assert error <= bound, f"{name}: {error:.1e}"
@@ -56,6 +57,43 @@ def test_every_activation(activation, mode, dtype):
     params = {"pieces": 3} if activation == "maxout" else {}
     model = nn.MLP([9, 7, 5, 4], activation, dtype=dtype, **params)
     assert_engines_agree(model, "numbers", mode=mode)
+
+
+def gated_network(widths, activation="silu", **options):
+    """Gated layers, the last of them without an activation behind its products' product."""
+    layers = [nn.GatedLinear(*pair, activation, **options) for pair in itertools.pairwise(widths)]
+    return torch.nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("activation", mlpext.activations())
+def test_every_gate(activation, mode, dtype):
+    assert_engines_agree(gated_network([9, 7, 5, 4], activation, dtype=dtype), "numbers", mode=mode)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gated_mlps(bias, mode):
+    """As the model itself, in a row, and of layers that are frozen."""
+    whole = nn.GatedMLP(9, 13, bias=bias, dtype=torch.float64)
+    whole.down = nn.LinearActivation(13, 4, "identity", bias, dtype=torch.float64)
+    first = nn.GatedMLP(9, 17, "gelu", bias, dtype=torch.float64)
+    row = torch.nn.Sequential(first, nn.Maxout(9, 6, dtype=torch.float64), *gated_network([6, 4], bias=bias))
+    row.double()
+    for model in (whole, row):
+        assert_engines_agree(model, "numbers", mode=mode, momentum=0.9, lr=0.001)
+    row[0].gated.weight.requires_grad_(False)
+    row[0].down.requires_grad_(False)
+    assert_engines_agree(row, "classes, cross_entropy", mode=mode, weight_decay=0.1, lr=0.001)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gated_layers_in_an_mlp_with_dropout(mode):
+    model = nn.MLP([9, 8, 8], "tanh", "gelu", dropout=0.3, dtype=torch.float64)
+    model[1] = nn.GatedLinear(8, 6, dtype=torch.float64)
+    model.append(nn.LinearActivation(6, 4, "identity", dtype=torch.float64))
+    assert_engines_agree(model, "classes, cross_entropy", mode=mode, l2=0.1, clip_grad_norm=0.1)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -82,6 +120,7 @@ def test_every_rule(options, mode, target):
 @pytest.mark.parametrize("widths", [(9, 1, 4), (9, 64, 65, 4), (9, 130, 4), (9, 4)], ids=str)
 def test_widths_around_the_panels(widths, mode):
     assert_engines_agree(nn.MLP(widths, "tanh", dtype=torch.float64), "numbers", mode=mode)
+    assert_engines_agree(gated_network(widths, "tanh", dtype=torch.float64), "numbers", mode=mode)
 
 
 @pytest.mark.isa

@@ -44,7 +44,7 @@ EIGHT = (Place(8), Place(4, "identity"))
     *(
         Case(5, (Place(width, *hidden), Place(width, "identity")), 33, dtype=dtype, mode=mode)
         for dtype, width in (("float32", 16), ("float32", 17), ("float64", 8), ("float64", 9))
-        for hidden in (("tanh",), ("maxout", (), 3))
+        for hidden in (("tanh",), ("maxout", (), 3), ("silu", (), 0, True))
         for mode in ("stochastic", "mini-batch", "batch")
     ),
     Case(5, (Place(16, "identity"),), 40, dtype="float32", target="classes", loss="cross_entropy"),

@@ -24,10 +24,12 @@ struct Dropout {
 using DropoutMask = void (*)(const Dropout& dropout, int64_t first, int64_t rows, int64_t units,
                              int64_t stride, void* mask);
 
-// y = f(x W' + b), or with pieces > 0 maxout: W is (out, in) or (pieces, out, in).
+// z = x W' + b with W (out, in), and y = f(z). With W (pieces, out, in) there is a z of each piece, side by
+// side, and y is the largest of them (maxout), or f(z1) z2 of two (gated).
 struct EpochLayer {
-  int64_t in, out, pieces;
-  std::size_t activation;  // its place in the list of activations.h
+  enum Kind { activated, maxout, gated } kind;
+  int64_t in, out, pieces;  // pieces: of an activated layer 1
+  std::size_t activation;   // its place in the list of activations.h
   const double* params;
   bool output_suffices;  // f' follows from y
   EpochParameter weight, bias;

@@ -20,6 +20,7 @@ template <class T> struct Values {
   bool identity, keeps_z, drops, trained;
   T *z, *y, *dz, *dy;  // (rows, columns) and (rows, outputs)
   T* mask;  // (rows, outputs), of dropout: y = f(z) m; where f' follows from f(z), that takes z's place
+  T* gate;  // (rows, outputs), of a gated layer: f(z1)
   int32_t* winner;  // (rows, outputs), of maxout
 
   Values(const EpochLayer& layer, int64_t rows, int64_t outputs, Arena& arena)
@@ -28,51 +29,69 @@ template <class T> struct Values {
         in(layer.in),
         out(layer.out),
         outputs(outputs),
-        columns(outputs * (layer.pieces ? layer.pieces : 1)),
-        identity(!layer.pieces && layer.activation == index_of<Identity>),
-        keeps_z(layer.pieces || !layer.output_suffices),
+        columns(outputs * layer.pieces),
+        identity(layer.kind == EpochLayer::activated && layer.activation == index_of<Identity>),
+        keeps_z(layer.kind != EpochLayer::activated || !layer.output_suffices),
         drops(layer.dropout.p > 0),
         trained(layer.weight.trained || layer.bias.trained) {
     y = arena.take<T>(rows * padded<T>(outputs));
     z = keeps_z || drops ? arena.take<T>(rows * padded<T>(columns)) : y;
     dy = arena.take<T>(rows * padded<T>(outputs));
-    dz = layer.pieces ? arena.take<T>(rows * padded<T>(columns)) : dy;
+    dz = layer.kind == EpochLayer::activated ? dy : arena.take<T>(rows * padded<T>(columns));
     mask = drops ? arena.take<T>(rows * padded<T>(outputs)) : nullptr;
-    winner = layer.pieces ? arena.take<int32_t>(rows * outputs) : nullptr;
+    gate = layer.kind == EpochLayer::gated ? arena.take<T>(rows * padded<T>(outputs)) : nullptr;
+    winner = layer.kind == EpochLayer::maxout ? arena.take<int32_t>(rows * outputs) : nullptr;
   }
 
-  // y = f(z), or the largest piece and its number, for `rows` rows from row `first` on, the first of which is
-  // that sample of the epoch. Rows lie dense, so that an activation is one run over all of them.
+  // y = f(z), or f(z1) z2, or the largest piece and its number, for `rows` rows from row `first` on, which is
+  // that `sample` of the epoch. Rows lie dense, so that an activation is one run over all of them.
   void activate(int64_t first, int64_t rows, int64_t sample) const {
     T *z = this->z + first * columns, *y = drops && !keeps_z ? z : this->y + first * outputs;
-    if (job->pieces) {
+    if (job->kind == EpochLayer::maxout) {
       for (int64_t r = 0; r < rows; ++r)
         kernels.maxout_forward[1][dtype<T>](z + r * columns, y + r * outputs, winner + (first + r) * outputs,
                                             job->pieces, outputs, outputs);
+    } else if (job->kind == EpochLayer::gated) {
+      T* const gate = this->gate + first * outputs;
+      activation->forward_rows[dtype<T>](job->params, z, columns, gate, outputs, rows, outputs);
+      for (int64_t r = 0; r < rows; ++r)
+        multiply(outputs, gate + r * outputs, z + r * columns + outputs, y + r * outputs);
     } else if (!identity) activation->forward[dtype<T>](job->params, z, y, rows * columns);
     else if (keeps_z) std::memcpy(y, z, rows * columns * sizeof(T));
     if (!drops) return;
     T *const dropped = this->y + first * outputs, *const mask = this->mask + first * outputs;
     dropout_mask<T>(job->dropout, sample, rows, out, outputs, mask);
-    multiply(rows, y, mask, dropped);
+    multiply(rows * outputs, y, mask, dropped);
   }
-  // dz = dy f'; of a maxout dz has the columns of all pieces, and is 0 but for those that have won.
+  // dz = dy f'. With pieces dz has the columns of all: of a maxout 0 but for those that have won, of a gated
+  // layer dz1 = dy z2 f'(z1) and dz2 = dy f(z1).
   void activate_backward(int64_t first, int64_t rows) const {
     const T* z = this->z + first * columns;
     T *dy = this->dy + first * outputs, *dz = this->dz + first * columns;
-    if (drops) multiply(rows, dy, mask + first * outputs, dy);
-    if (job->pieces) {
+    if (drops) multiply(rows * outputs, dy, mask + first * outputs, dy);
+    if (job->kind == EpochLayer::maxout) {
       for (int64_t r = 0; r < rows; ++r)
         kernels.maxout_backward[1][dtype<T>](dy + r * outputs, winner + (first + r) * outputs,
                                              dz + r * columns, job->pieces, outputs, outputs);
+    } else if (job->kind == EpochLayer::gated) {
+      const T* const gate = this->gate + first * outputs;
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* const own = dy + r * outputs;
+        multiply(outputs, own, z + r * columns + outputs, dz + r * columns);
+        multiply(outputs, own, gate + r * outputs, dz + r * columns + outputs);
+      }
+      const bool from_gate = job->output_suffices;
+      (from_gate ? activation->backward_rows_from_output : activation->backward_rows)[dtype<T>](
+          job->params, dz, columns, from_gate ? gate : z, from_gate ? outputs : columns, dz, columns, rows,
+          outputs);
     } else if (!identity)
       (keeps_z ? activation->backward : activation->backward_from_output)[dtype<T>](job->params, dy, z, dz,
                                                                                     rows * columns);
   }
 
  private:
-  void multiply(int64_t rows, const T* values, const T* mask, T* to) const {
-    map(rows * outputs, to, [](Lanes<T> y, Lanes<T> m) MLPEXT_LAMBDA { return y * m; }, values, mask);
+  static void multiply(int64_t n, const T* a, const T* b, T* product) {
+    map(n, product, [](Lanes<T> x, Lanes<T> y) MLPEXT_LAMBDA { return x * y; }, a, b);
   }
 };
 
@@ -106,7 +125,7 @@ template <class T> struct PanelLayer : Values<T> {
   template <bool to_panels> void copy(const Panels<T>& panels, void* weight_, void* bias_) const {
     T* weight = static_cast<T*>(weight_);
     T* bias = static_cast<T*>(bias_);
-    for (int64_t piece = 0; piece < (job->pieces ? job->pieces : 1); ++piece) {
+    for (int64_t piece = 0; piece < job->pieces; ++piece) {
       for (int64_t o = 0; o < out;) {
         const int64_t column = piece * outputs + o, p = column / panel_width<T>;
         const int64_t room = (p + 1) * panel_width<T> - column, n = out - o < room ? out - o : room;
@@ -173,10 +192,10 @@ template <class T> struct PanelLayer : Values<T> {
                             first));
   }
 
-  // dx = dz W of several rows, `dx_row` apart: panels of W, whose columns are the inputs. A maxout's padding
-  // between pieces is multiplied too, as zeros; behind the last output nothing is.
+  // dx = dz W of several rows, `dx_row` apart: panels of W, whose columns are the inputs. The padding
+  // between pieces is multiplied too, as zeros; behind the last output of a single one nothing is.
   void input_gradient(int64_t rows, T* dx, int64_t dx_row) const {
-    const int64_t depth = job->pieces ? columns : out;
+    const int64_t depth = job->pieces > 1 ? columns : out;
     for (int64_t q = 0; q < transposed.count(); ++q) {
       const int64_t width = transposed.width(q);
       T* const panel = transposed.panel(one_chunk ? 0 : q);

@@ -85,6 +85,7 @@ def _kind(job: Job) -> tuple[object, ...]:
     layers = [
         (
             layer.activation,
+            layer.gated,
             layer.params,
             layer.weight.shape,
             layer.weight.requires_grad,

@@ -17,12 +17,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from mlpext import _C, _extension
-from mlpext.nn import MLP, LinearActivation, Maxout
+from mlpext.nn import MLP, GatedLinear, GatedMLP, LinearActivation, Maxout
 from mlpext.training import _losses
 from mlpext.training._samples import Samples
 from mlpext.training.engines.plan import StepPlan
 
-Layer: TypeAlias = "LinearActivation | Maxout"
+Layer: TypeAlias = "LinearActivation | Maxout | GatedLinear"
+LAYERS = (LinearActivation, Maxout, GatedLinear)
 # The optimizer's buffers of a parameter, by the parameter's id: velocity, or Adam's two averages.
 States: TypeAlias = dict[int, tuple[Tensor, ...]]
 
@@ -47,6 +48,7 @@ class LayerRecord(NamedTuple):
     weight_states: tuple[Tensor, ...]
     bias_states: tuple[Tensor, ...]
     dropout: float = 0.0  # the probability of an output to become 0
+    gated: bool = False  # the activation is that of a gate
 
 
 def _functions(kind: type) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def _functions(kind: type) -> dict[str, Any]:
 
 CALLED = ("forward", "__call__", "_call_impl", "_wrapped_call_impl")
 # As they are when this is imported: somebody may put others in their place.
-KNOWN = {kind: _functions(kind) for kind in (MLP, nn.Sequential, LinearActivation, Maxout, *OPTIMIZERS)}
+KNOWN = {kind: _functions(kind) for kind in (MLP, nn.Sequential, GatedMLP, *LAYERS, *OPTIMIZERS)}
 
 
 def check_functions(thing: object) -> None:
@@ -98,12 +100,13 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
         modules = list(model._modules.values())  # children() leaves out a module that stands there again
     layers: list[Layer] = []
     for module in modules:
-        if type(module) not in (LinearActivation, Maxout):
-            raise Unsupported(
-                f"model has a {type(module).__name__}; it takes LinearActivation and Maxout layers in a row"
-            )
-        _check_module(module)
-        layers.append(module)  # type: ignore[arg-type]
+        if type(module) is GatedMLP:
+            if isinstance(model, MLP) and model.dropout:
+                raise Unsupported("the MLP has dropout around a GatedMLP, but none within")
+            _check_module(module)
+            layers += [_checked_layer(module._modules.get(name)) for name in ("gated", "down")]
+        else:
+            layers.append(_checked_layer(module))
     if not layers:
         raise Unsupported("model has no layer")
     if len({id(layer) for layer in layers}) < len(layers):
@@ -113,6 +116,16 @@ def layers_of(model: nn.Module, device: torch.device) -> list[Layer]:
         if parameters_of(before)[0].shape[-2] != parameters_of(after)[0].shape[-1]:
             raise Unsupported("the layers do not fit one another")
     return layers
+
+
+def _checked_layer(module: nn.Module | None) -> Layer:
+    if type(module) not in LAYERS:
+        raise Unsupported(
+            f"model has a {type(module).__name__}; it takes LinearActivation, Maxout and GatedLinear layers, "
+            "and GatedMLPs, in a row"
+        )
+    _check_module(module)
+    return module  # type: ignore[return-value]
 
 
 def _check_module(module: nn.Module | None) -> None:
@@ -145,7 +158,7 @@ def _check_parameters(layers: list[Layer], device: torch.device) -> None:
                 raise Unsupported(f"a {name} has gradient hooks")
             begin = parameter.data_ptr()
             places.append((begin, begin + parameter.numel() * parameter.element_size(), name))
-        if isinstance(layer, LinearActivation) and not _C.has_kernel(
+        if not isinstance(layer, Maxout) and not _C.has_kernel(
             layer.activation, tuple(layer.params.values())
         ):
             raise Unsupported(f"{layer.activation} with {layer.params} runs on torch's operators")
@@ -206,5 +219,6 @@ def describe(model: nn.Module, layers: list[Layer], states: States) -> list[Laye
         )
         buffers = states.get(id(weight), ()), states.get(id(bias), ())
         own = dropout if layer is not layers[-1] else 0.0
-        records.append(LayerRecord(weight, bias, name, tuple(params), *buffers, own))
+        gated = isinstance(layer, GatedLinear)
+        records.append(LayerRecord(weight, bias, name, tuple(params), *buffers, own, gated))
     return records
