@@ -17,9 +17,9 @@ from mlpext import functional as F
 from mlpext._names import Activation
 from mlpext.plots._figures import COLOURS, clean, finish, grid
 
-# Defaults that a picture would not show: a slope of 0.01 looks like 0, thirty waves like a bar. 0.1 is the
-# lecture's.
-READABLE = {"leaky_relu": {"negative_slope": 0.1}, "sine": {"omega": 1.0}}
+# Defaults that a picture would not show: a slope of 0.01 looks like 0, thirty waves like a bar, a threshold
+# of 0 like relu. 0.1 is the lecture's.
+READABLE = {"leaky_relu": {"negative_slope": 0.1}, "sine": {"omega": 1.0}, "threshold": {"threshold": 1.0}}
 
 # Of the maxout that is drawn: three affine pieces, slope and offset of each.
 SLOPES, OFFSETS = (-0.8, 0.2, 1.0), (-1.5, 0.5, -0.5)
@@ -30,8 +30,9 @@ def plot_activations(
 ) -> Figure:
     """Draw f(x) and f'(x) of activations, and of a maxout of three affine pieces, for x from -4 to 4.
 
-    Parameters have their defaults, but leaky_relu's slope is the lecture's 0.1 and sine's omega 1, so that
-    they can be seen; the titles say which. Writes the picture to `path` if given. docs/lecture.md, row 3.
+    Parameters have their defaults, but leaky_relu's slope is the lecture's 0.1, and sine's omega and
+    threshold's threshold are 1, so that they can be seen; the titles say which. Writes the picture to `path`
+    if given. docs/lecture.md, row 3.
 
     Args:
         path: where the picture goes.
