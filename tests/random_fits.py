@@ -734,7 +734,7 @@ def _rule(r: random.Random, case: Case) -> Case:
     rows = case.rows - case.held_out
     updates = -(-rows // case.step_size) * case.epochs
     widest = max(case.inputs, *(place.width for place in case.places[:-1]), 1)
-    widest *= 4**case.gates
+    widest *= 10**case.gates
     # Gradients of coarse numbers cancel, and Adam divides what rounding leaves of them by itself.
     plain = case.dtype == "bfloat16" or case.values == "grid"
     names = ("", "", "SGD") if plain else ("", "", "SGD", "Adam", "AdamW")
