@@ -231,7 +231,13 @@ def linear_gated_op(name: str, parameters: dict, bias: bool = True) -> Op:
 def gated_op(name: str, parameters: dict, halves: bool = False) -> Op:
     """Of gate and value, or of the one tensor whose halves they are."""
     f = differentiable(name, parameters)
-    both = (lambda z: z.chunk(2, -1)) if halves else lambda gate, value: (gate, value)
+
+    def both(*tensors):
+        return tensors[0].chunk(2, -1) if halves else tensors
+
+    def ours(*tensors):
+        gate, value = both(*tensors)
+        return F.gated(gate, value, name, **parameters)
 
     def eager(*tensors):
         gate, value = both(*tensors)
@@ -239,7 +245,7 @@ def gated_op(name: str, parameters: dict, halves: bool = False) -> Op:
 
     return Op(
         id=f"gated_{reference.case_id((name, parameters))}" + ("_halves" if halves else ""),
-        ours=lambda *tensors: F.gated(*both(*tensors), name, **parameters),
+        ours=ours,
         eager=eager,
         shapes=((3, 8),) if halves else ((3, 4), (3, 4)),
         net=lambda *tensors: both(*tensors)[0],

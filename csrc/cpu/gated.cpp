@@ -41,18 +41,19 @@ template <class... Others> auto rows_in(const Tensor& first, const Others&... ot
   return all ? std::optional(rows) : std::nullopt;
 }
 
-// Calls run(operands, outputs, count) in blocks, cut for the threads, with pointers to what a block takes and
-// makes. `outputs` are dense; what a null one would hold is thrown away. Those that no cache will hold are made
-// in one and written around it (activation.cpp says why).
+// Calls run(operands, outputs, count), cut for the threads, with pointers to what is taken and made. `outputs`
+// are dense; what a null one would hold is thrown away. Those that no cache will hold are made in one, block by
+// block, and written around it (activation.cpp says why).
 template <std::size_t inputs, std::size_t outputs, class Run>
-void in_blocks(const Rows<inputs>& rows, int64_t n, int64_t size, std::array<const void*, inputs> from,
-               std::array<void*, outputs> to, Run run) {
+void run_over(const Rows<inputs>& rows, int64_t n, int64_t size, std::array<const void*, inputs> from,
+              std::array<void*, outputs> to, Run run) {
   const bool streams = n * size >= static_cast<int64_t>(streamed_bytes);
+  const bool buffered = streams || std::ranges::find(to, nullptr) != to.end();
+  const int64_t room = buffered ? static_cast<int64_t>(sizeof(Buffer)) / size : n;
   at::parallel_for(0, n, grain_size, [&](int64_t begin, int64_t end) {
     alignas(64) std::array<Buffer, outputs> buffers;
     while (begin < end) {
       const int64_t row = begin / rows.columns, first = begin % rows.columns;
-      const int64_t room = static_cast<int64_t>(sizeof(Buffer)) / size;
       const int64_t count = std::min({room, rows.columns - first, end - begin});
       std::array<const char*, inputs> in;
       std::array<char*, outputs> out;
@@ -102,10 +103,10 @@ Tensor product(const Gate& kernel, const Tensor& gate, const Tensor& factor, con
     return all.output();
   }
   const Tensor output = output_like(gate);
-  in_blocks<2, 1>(*rows, gate.numel(), gate.element_size(), {gate.const_data_ptr(), factor.const_data_ptr()},
-                  {output.mutable_data_ptr()}, [&](const auto& in, const auto& out, int64_t count) {
-                    kernel.forward(in[0], in[1], out[0], count);
-                  });
+  run_over<2, 1>(*rows, gate.numel(), gate.element_size(), {gate.const_data_ptr(), factor.const_data_ptr()},
+                 {output.mutable_data_ptr()}, [&](const auto& in, const auto& out, int64_t count) {
+                   kernel.forward(in[0], in[1], out[0], count);
+                 });
   return output;
 }
 
@@ -130,28 +131,23 @@ std::tuple<Tensor, Tensor> gated_backward(const Tensor& grad_output, const Tenso
     if (output_mask[1]) of_value = product(kernel, gate, grad_output, grad_output);
     return {of_gate, of_value};
   }
-  const bool one_number = is_one_number(grad_output);
-  const Tensor& g = one_number ? gate : grad_output;
+  // The one number of a sum's gradient is laid out, to be read like the others.
+  const Tensor g = is_one_number(grad_output) ? output_of(gate, gate).copy_(grad_output) : grad_output;
   if (const auto rows = rows_in(gate, *value, g)) {
-    const int64_t size = gate.element_size();
-    alignas(64) Buffer repeated;
-    if (one_number)
-      copy_strided(repeated.data(), size, grad_output.const_data_ptr(), 0, sizeof(Buffer) / size, size);
     of_gate = output_like(gate);
     if (output_mask[1]) of_value = output_like(gate);
-    in_blocks<3, 2>(*rows, gate.numel(), size,
-                    {gate.const_data_ptr(), value->const_data_ptr(), g.const_data_ptr()},
-                    {of_gate.mutable_data_ptr(), output_mask[1] ? of_value.mutable_data_ptr() : nullptr},
-                    [&](const auto& in, const auto& out, int64_t count) {
-                      const void* const from = one_number ? static_cast<const void*>(repeated.data()) : in[2];
-                      kernel.backward(from, in[0], in[1], out[0], out[1], count);
-                    });
+    run_over<3, 2>(*rows, gate.numel(), gate.element_size(),
+                   {gate.const_data_ptr(), value->const_data_ptr(), g.const_data_ptr()},
+                   {of_gate.mutable_data_ptr(), output_mask[1] ? of_value.mutable_data_ptr() : nullptr},
+                   [&](const auto& in, const auto& out, int64_t count) {
+                     kernel.backward(in[2], in[0], in[1], out[0], out[1], count);
+                   });
   } else {
     of_gate = output_of(grad_output, *value), of_value = output_of(grad_output, output_of(gate, gate));
     at::TensorIterator all = at::TensorIteratorConfig()
                                  .add_output(of_gate)
                                  .add_output(of_value)
-                                 .add_const_input(grad_output)
+                                 .add_const_input(g)
                                  .add_const_input(gate)
                                  .add_const_input(*value)
                                  .build();

@@ -69,7 +69,8 @@ template <class M> std::vector<M> all_numbers() {
 template <Dtype dtype, class M> void activations() {
   const std::vector<M> x = all_numbers<M>();
   const auto n = static_cast<int64_t>(x.size());
-  std::vector<M> g(x.size()), result(x.size());
+  std::vector<M> g(x.size()), result(x.size()), other(x.size());
+  const std::vector<M> ones(x.size(), number<dtype, M>(1));
   for (std::size_t i = 0; i < x.size(); ++i) g[i] = number<dtype, M>(1 + i % 7 * 0.125);
   emit(std::string("x ") + dtypes[dtype], x);
   for (std::size_t a = 0; a < activation_count; ++a) {
@@ -82,6 +83,10 @@ template <Dtype dtype, class M> void activations() {
     emit("forward " + name, result);
     kernels.backward[dtype](params, g.data(), x.data(), result.data(), n);
     emit("backward " + name, result);
+    kernels.gated[dtype](params, x.data(), g.data(), result.data(), n);
+    emit("gated " + name, result);
+    kernels.gated_backward[dtype](params, g.data(), x.data(), ones.data(), result.data(), other.data(), n);
+    emit("backward_of_gate " + name, result), emit("of_value " + name, other);
     if (!kernels.backward_from_output[dtype]) continue;
     kernels.backward_from_output[dtype](params, g.data(), x.data(), result.data(), n);
     emit("backward_from_output " + name, result);

@@ -86,6 +86,10 @@ def test_neon_gives_the_bits_of_avx2(neon, tmp_path):
             kind = np.finfo(array.dtype if array.dtype.kind == "f" else np.float16)
             if name.startswith("epochs"):  # sums in another order: as many lanes as a register has
                 np.testing.assert_allclose(x, y, rtol=0, atol=30 * kind.eps, err_msg=name)
+            elif name.endswith(" gelu bfloat16") and name.startswith(("gated", "of_value")):
+                # As below, and not rounded before the product: here and there the next number.
+                assert np.all((np.abs(x - y) <= np.abs(y) / 128) | (x == y) | np.isnan(x) & np.isnan(y)), name
+                assert np.mean((x == y) | np.isnan(x)) > 0.999, name
             elif name.endswith(
                 (" gelu float32", " gelu float16")
             ):  # AVX2 has a table: both are within 2.1 ULP

