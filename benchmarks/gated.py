@@ -64,6 +64,7 @@ def cases(compiled: bool) -> Iterator[Case]:
             theirs, ours = pair(dim, hidden, name, gated=title in SHAPES)
             networks: dict[str, Callable[..., Tensor]] = {"eager": theirs.to(dtype), OURS: ours.to(dtype)}
             if compiled and dtype == torch.float32:
+                torch.compiler.reset()  # after 8 networks Dynamo would leave the next ones uncompiled
                 networks["torch.compile"] = torch.compile(theirs)
             x = torch.randn(rows, dim, dtype=dtype)
             label = f"{str(dtype).removeprefix('torch.')} {title}, {name}"
