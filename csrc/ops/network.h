@@ -7,8 +7,8 @@
 
 namespace mlpext {
 
-// In the place of an activation's index, in the lists that the mlp operators take. A gated layer has the index
-// of its gate's activation there, and a weight of three dimensions.
+// In the place of an activation's index, in the lists that the mlp operators take. A gated layer has the
+// index of its gate's activation there, and a weight of three dimensions.
 inline constexpr int64_t maxout_layer = -1;
 
 // From what the derivative of a fused layer comes in backward, besides its input x: from nothing (f is the

@@ -45,11 +45,11 @@ TORCH_LIBRARY(mlpext, m) {
       "str name, float[] params, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
   m.def("mlp(Tensor input, Tensor[] weights, Tensor[] biases, int[] activations, float[] params) -> Tensor");
-  // A layer is gated where its weight has three dimensions and its activation is none of -1, which is maxout.
-  // `kept` are the outputs of all layers but the last, in the place of a gated layer's its preactivation, from
-  // which the output is formed again; then what a device may add for its own backward (CUDA: cuda/mlp.cpp);
-  // then, of those of them that need it, preactivations and indices of the winner. `last` is that of the last
-  // layer.
+  // A layer is gated where its weight has three dimensions and its activation is not -1, a maxout.
+  // `kept` are the outputs of all layers but the last, in the place of a gated layer's its preactivation,
+  // from which the output is formed again; then what a device may add for its own backward (CUDA:
+  // cuda/mlp.cpp); then, of those of them that need it, preactivations and indices of the winner. `last` is
+  // that of the last layer.
   m.def(
       "mlp_forward(Tensor input, Tensor[] weights, Tensor[] biases, int[] activations, float[] params) -> "
       "(Tensor output, Tensor last, Tensor[] kept)");

@@ -1,6 +1,6 @@
 // The blocked product behind layers, on pointers: x W' + b forward, and the three gradients backward. What
-// follows the product (activation, maxout, gate) is given as a function that meets each tile while it is in
-// the cache.
+// follows the product (activation, maxout) is given as a function that meets each tile while it is in the
+// cache.
 #pragma once
 #include <c10/util/FunctionRef.h>
 
