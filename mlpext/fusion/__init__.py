@@ -170,7 +170,10 @@ def _fuse(model: Module) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
     calls = Calls(model)
     replaced = forwards_with_gates(model)
-    gated = {m: row for module, (_, gates) in replaced.items() for m, row in _gate_rows(module, gates, calls)}
+    gated: dict[Module, Row] = {}
+    for module, (_, gates) in replaced.items():
+        for part, row in _gate_rows(module, gates, calls):
+            gated.setdefault(part, row)
     pairs, rows = find_pairs(calls, gated)
     for path, module in model.named_modules():
         if was := vars(module).get(WAS):

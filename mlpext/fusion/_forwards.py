@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
@@ -38,6 +39,9 @@ class FusedForward(Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Nobody finds the class by its name. The forward is made again from what the module holds.
         made: Any = super().__reduce_ex__(protocol)
+        if type(self).__reduce__ is not object.__reduce__:  # the class before has its own way to be made
+            make = self.class_before if made[0] is type(self) else made[0]
+            return make, *made[1:]
         return _without_state, (self.class_before,), *made[2:]
 
     def __setstate__(self, state: Any) -> None:
@@ -83,7 +87,7 @@ def _with_gates(module: Module) -> tuple[type[Module], list[Gate]] | None:
         forward = _or_before(forward, cls.forward)
     parts = {str(n.target).partition(".")[0] for n in graph.nodes if n.op in ("call_module", "get_attr")}
     by_name = parts - {gate.call.target for gate in gates}  # found when they are called: may be exchanged
-    return _subclass(cls, forward, frozenset(reads(cls) - by_name)), gates
+    return _subclass(cls, forward, frozenset(reads(cls) - by_name), *operations(graph)), gates
 
 
 def _is_own(gate: Gate) -> bool:
@@ -121,7 +125,17 @@ def _or_before(forward: Callable[..., Any], before: Callable[..., Any]) -> Calla
     return either
 
 
-def _subclass(cls: type[Module], forward: Callable[..., Any], decided_by: frozenset[str]) -> type[Module]:
+_SUBCLASSES: WeakValueDictionary[Any, type[Module]] = WeakValueDictionary()
+
+
+def _subclass(
+    cls: type[Module], forward: Callable[..., Any], decided_by: frozenset[str], *does: str
+) -> type[Module]:
+    """The subclass of `cls` with a forward that `does` that: one for all modules whose forwards do the same,
+    which utilities may ask for and torch.compile compiles once."""
+    key = cls, decided_by, does
+    if (known := _SUBCLASSES.get(key)) is not None:
+        return known
     own = {
         "forward": forward,
         "class_before": cls,
@@ -129,4 +143,5 @@ def _subclass(cls: type[Module], forward: Callable[..., Any], decided_by: frozen
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
     }
-    return type(f"Fused{cls.__name__}", (FusedForward, cls), own)
+    made = type(f"Fused{cls.__name__}", (FusedForward, cls), own)
+    return _SUBCLASSES.setdefault(key, made)

@@ -1,7 +1,7 @@
 """The calls in the forward of one module, as graphs of torch.fx.
 
 A module's own `forward` is run on torch.fx proxies, with its children as leaves, once for each mode: train
-and eval, with and without the arguments whose default is None, with one and two for `*args`. What holds in
+and eval, with and without the arguments that have a default, with none to two for `*args`. What holds in
 every graph does not hang on the mode. A `Sequential` is no leaf: its children's calls stand in the graph.
 """
 
@@ -12,6 +12,7 @@ import copy
 import inspect
 import io
 import operator
+import pickle
 import random
 import sys
 import types
@@ -196,10 +197,7 @@ def trace(
         raise Untraceable("its class has a __call__ of its own")
     parameters = inspect.signature(cls.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    absent = {name: None for name, default in defaults.items() if default is None}
-    ways = [{}, absent] if absent else [{}]
-    if len(absent) < len(defaults):  # `if flag is True:` is never true of a proxy
-        ways.append(defaults)
+    ways = [{}, defaults] if defaults else [{}]  # `if mask is None:` is never true of a proxy
     several = not steady and any(p.kind is p.VAR_POSITIONAL for p in parameters)
     graphs, inlined = [], set()
     for training, given, arity in product((True, False), ways, (1, 0, 2) if several else (1,)):
@@ -255,9 +253,9 @@ def _same_random_numbers() -> Iterator[Callable[[], bool]]:
     """The random numbers to come are the same after it; what it gives says whether any were drawn within."""
     numpy = sys.modules.get("numpy")
 
-    def states() -> list[Any]:
+    def states() -> bytes:
         of_numpy = numpy.random.get_state(legacy=False) if numpy else None
-        return [torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(of_numpy)]
+        return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), of_numpy))
 
     before, of_random = states(), random.getstate()
     of_numpy = numpy.random.get_state() if numpy else None
@@ -305,7 +303,7 @@ def _came_of_a_proxy(error: Exception) -> bool:
 
 def steady_graph(module: Module, inline: Callable[[Module], bool] = lambda module: False) -> fx.Graph | None:
     """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
-    arguments whose default is None, all of it in one mode of autograd and autocast. `inline` says of a module
+    arguments that have a default, all of it in one mode of autograd and autocast. `inline` says of a module
     in it whether its calls stand in the graph too, or it is called. Where the forward compares dtypes, the
     graph calls `expect`."""
     cls = class_before(module)
