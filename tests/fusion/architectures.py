@@ -1,5 +1,7 @@
 """Models as people write them, each with what is fused in it, and why the rest is not."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -285,3 +287,19 @@ def build(name, seed=0):
     torch.manual_seed(seed)
     architecture = ARCHITECTURES[name]
     return architecture.make().double(), architecture.inputs()
+
+
+def table():
+    """How many layers are fused, and why others are not, as docs/fuse.md has it."""
+    lines = ["| model | fused (+ by graph=True) | in gated units | left |", "|---|---|---|---|"]
+    for name, each in ARCHITECTURES.items():
+        gated = sum(map(len, each.gated.values()))
+        left = Counter(each.left.values())
+        reasons = ", ".join(f"{reason} ({n})" if n > 1 else reason for reason, n in left.items())
+        by_graph = f" + {len(each.graph_fused)}" if each.graph_fused else ""
+        lines.append(f"| {name} | {len(each.fused)}{by_graph} | {gated or ''} | {reasons} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
