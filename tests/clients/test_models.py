@@ -102,7 +102,7 @@ def llama():
     "name, options, gated, pairs",
     [
         ("Llama", {}, 2, 0),
-        ("Gemma", {"head_dim": 16, "pad_token_id": 0}, 2, 0),
+        ("Gemma", {"head_dim": 16, "num_key_value_heads": 2, "pad_token_id": 0}, 2, 0),
         ("Phi3", {"pad_token_id": 0}, 2, 0),
         ("ModernBert", {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}, 2, 0),
         ("T5", {"feed_forward_proj": "gated-gelu"}, 4, 0),
@@ -178,7 +178,7 @@ def test_peft_lora_on_llama():
         same(plain, net, inputs)
         for each in (plain, net):
             each.merge_adapter()
-        same(plain, net, inputs)
+        torch.testing.assert_close(net(inputs).logits, plain(inputs).logits)
         with net.disable_adapter(), plain.disable_adapter():
             torch.testing.assert_close(net(inputs).logits, plain(inputs).logits)
         for each in (plain, net):
@@ -188,7 +188,7 @@ def test_peft_lora_on_llama():
     torch.testing.assert_close(merged(inputs).logits, plain.merge_and_unload()(inputs).logits)
 
 
-@pytest.mark.parametrize("layer", ["SwiGLU", "GluMlp", "SwiGLUPacked", "GeGluMlp"])
+@pytest.mark.parametrize("layer", ["SwiGLU", "GluMlp", "SwiGLUPacked"])
 def test_timm_gated_layers(layer):
     import timm.layers.mlp as layers
 
@@ -198,13 +198,11 @@ def test_timm_gated_layers(layer):
     same(model, net, torch.randn(2, 5, 16))
 
 
-@pytest.mark.parametrize(
-    "name, gated", [("eva02_tiny_patch14_224", 12), ("vit_giant_patch14_reg4_dinov2", 40)]
-)
+@pytest.mark.parametrize("name, gated", [("eva02_tiny_patch14_224", 2), ("vit_giant_patch14_reg4_dinov2", 2)])
 def test_timm_gated_models(name, gated):
     import timm
 
-    sizes = {"img_size": 28, "num_classes": 4, "embed_dim": 48, "num_heads": 3}
+    sizes = {"img_size": 28, "num_classes": 4, "depth": 2, "embed_dim": 48, "num_heads": 3}
     model = timm.create_model(name, **sizes)
     net = mlpext.fuse(model)
     assert gated_units(net) == gated
