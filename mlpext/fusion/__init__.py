@@ -169,7 +169,7 @@ def _copy(model: Module) -> Module:
 def _fuse(model: Module) -> dict[Module, Row]:
     """Fuse in place; what became of every linear layer and every activation, in the model's order."""
     calls = Calls(model)
-    replaced = forwards_with_gates(model)
+    replaced = forwards_with_gates(calls)
     gated: dict[Module, Row] = {}
     for module, (_, gates) in replaced.items():
         for part, row in _gate_rows(module, gates, calls):

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 from torch.nn import Module
 
-from mlpext.fusion._gates import Gate, find_gates, fuse_gate
+from mlpext.fusion._calls import Calls
+from mlpext.fusion._gates import Gate, find_gates, fuse_gate, multiplies
 from mlpext.fusion._source import changes, other_numbers, reads
 from mlpext.fusion._trace import OtherWay, class_before, expect, operations, steady_graph, trace
 
@@ -66,10 +67,11 @@ def set_class(module: Module, cls: type[Module]) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def forwards_with_gates(model: Module) -> dict[Module, tuple[type[Module], list[Gate]]]:
-    """The modules of `model` whose forward has gated units that can be fused, each with its new class and
+def forwards_with_gates(calls: Calls) -> dict[Module, tuple[type[Module], list[Gate]]]:
+    """The modules of a model whose forward has gated units that can be fused, each with its new class and
     those units."""
-    may = (m for m in model.modules() if isinstance(m, FusedForward) or WAS not in vars(m))
+    without = set(calls.owner.values()) - {m for graph, m in calls.owner.items() if multiplies(graph)}
+    may = (m for m in calls.paths if isinstance(m, FusedForward) or not (WAS in vars(m) or m in without))
     found = ((module, _with_gates(module)) for module in may)
     return {module: new for module, new in found if new is not None}
 

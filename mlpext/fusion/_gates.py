@@ -49,6 +49,11 @@ def find_gates(graph: fx.Graph) -> list[Gate]:
     return [gate for node in graph.nodes if (gate := _gate_of(node)) is not None]
 
 
+def multiplies(graph: fx.Graph) -> bool:
+    """Whether there may be a gated unit in `graph`."""
+    return any(node.target in _PRODUCTS for node in graph.nodes)
+
+
 def _gate_of(product: fx.Node) -> Gate | None:
     if product.target not in _PRODUCTS or len(product.args) != 2 or product.kwargs:
         return None

@@ -216,18 +216,19 @@ def trace(
                 if steady:
                     stack.enter_context(_parameters_are_tensors())
                 simplefilter("ignore")
-                before = _held(twin)
+                before = _held(twin) if steady else []
                 graphs.append(tracer.trace(twin))
                 whole = "*" if steady else "**"  # of what there is one proxy for any number of arguments
                 if any(n.users for n in tracer.graph.nodes if str(n.target).startswith(whole)):
                     raise Untraceable("it reads its **kwargs")
-                if steady and drawn():
-                    raise Untraceable("it draws random numbers")
-                after = _held(twin)
-                if steady and (
-                    said.getvalue() or len(before) != len(after) or not all(map(operator.is_, before, after))
-                ):
-                    raise Untraceable("it prints or keeps something")
+                if steady:
+                    after = _held(twin)
+                    if drawn():
+                        raise Untraceable("it draws random numbers")
+                    if len(before) != len(after) or any(map(operator.is_not, before, after)):
+                        raise Untraceable("it keeps something")
+                    if said.getvalue():
+                        raise Untraceable("it prints something")
         except Exception as error:  # whatever a forward does with a proxy
             if change or not arity:
                 graphs += [tracer.graph] if _came_of_a_proxy(error) else []
