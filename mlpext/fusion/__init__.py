@@ -210,8 +210,11 @@ def _fuse(model: Module, inference: bool) -> dict[Module, Row]:
     folded, why_not_folded = fold(calls) if inference else ({}, {})
     for norm in folded.values():
         _change_class(norm, FoldedBatchNorm)
-    forwards = find_forwards(model)
-    units = {m: row for module, (_, found) in forwards.items() for m, row in _unit_rows(module, found, calls)}
+    forwards = find_forwards(calls)
+    units: dict[Module, Row] = {}
+    for module, (_, found_units) in forwards.items():
+        for part, row in _unit_rows(module, found_units, calls):
+            units.setdefault(part, row)
     pairs, rows = find_pairs(calls, units)
     layers = find_layers(calls, rows)
     note_folded(calls, folded, why_not_folded, rows)

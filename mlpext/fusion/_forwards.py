@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx
 from torch.nn import Module
 
+from mlpext.fusion._calls import Calls
 from mlpext.fusion._source import changes, other_numbers, reads
 from mlpext.fusion._trace import OtherWay, class_before, expect, operations, steady_graph, trace
 from mlpext.fusion._units import ActivatedLinear, Gate, find_units
@@ -23,8 +25,6 @@ WAS = "_class_before_fuse"  # the attribute of a fused module that keeps the cla
 
 
 Unit = Gate | ActivatedLinear
-# One class for all modules of one class with one forward: torch.compile would compile each class anew.
-_MADE: dict[tuple[type[Module], str, frozenset[str]], type[Module]] = {}
 
 
 class FusedForward(Module):
@@ -44,6 +44,9 @@ class FusedForward(Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Nobody finds the class by its name. The forward is made again from what the module holds.
         made: Any = super().__reduce_ex__(protocol)
+        if type(self).__reduce__ is not object.__reduce__:  # the class before has its own way to be made
+            make = self.class_before if made[0] is type(self) else made[0]
+            return make, *made[1:]
         return _without_state, (self.class_before,), *made[2:]
 
     def __setstate__(self, state: Any) -> None:
@@ -68,10 +71,11 @@ def set_class(module: Module, cls: type[Module]) -> None:
     object.__setattr__(module, "__class__", cls)
 
 
-def find_forwards(model: Module) -> dict[Module, tuple[type[Module], list[Unit]]]:
-    """The modules of `model` whose forward has units that can be fused, each with its new class and those
+def find_forwards(calls: Calls) -> dict[Module, tuple[type[Module], list[Unit]]]:
+    """The modules of a model whose forward has units that can be fused, each with its new class and those
     units."""
-    may = (m for m in model.modules() if isinstance(m, FusedForward) or WAS not in vars(m))
+    without = set(calls.owner.values()) - {m for graph, m in calls.owner.items() if find_units(graph)}
+    may = (m for m in calls.paths if isinstance(m, FusedForward) or not (WAS in vars(m) or m in without))
     found = ((module, _fused_forward(module)) for module in may)
     return {module: new for module, new in found if new is not None}
 
@@ -86,17 +90,14 @@ def _fused_forward(module: Module) -> tuple[type[Module], list[Unit]] | None:
         unit.fuse()
     cls = class_before(module)
     traced = fx.GraphModule(module, graph)
+    forward = type(traced).forward
+    if any(node.target is expect for node in graph.nodes):
+        forward = _or_before(forward, cls.forward)
     parts = {str(n.target).partition(".")[0] for n in graph.nodes if n.op in ("call_module", "get_attr")}
     fixed = {str(unit.call.target) for unit in units if isinstance(unit, Gate)}
     read -= {*dir(Module), *vars(Module())}
     decided_by = frozenset((reads(cls) | read) - (parts - fixed))
-    key = cls, traced.code, decided_by
-    if key not in _MADE:
-        forward = type(traced).forward
-        if any(node.target is expect for node in graph.nodes):
-            forward = _or_before(forward, cls.forward)
-        _MADE[key] = _subclass(cls, forward, decided_by)
-    return _MADE[key], units
+    return _subclass(cls, forward, decided_by, traced.code), units
 
 
 def _is_own(unit: Unit) -> bool:
@@ -135,7 +136,17 @@ def _or_before(forward: Callable[..., Any], before: Callable[..., Any]) -> Calla
     return either
 
 
-def _subclass(cls: type[Module], forward: Callable[..., Any], decided_by: frozenset[str]) -> type[Module]:
+_SUBCLASSES: WeakValueDictionary[Any, type[Module]] = WeakValueDictionary()
+
+
+def _subclass(
+    cls: type[Module], forward: Callable[..., Any], decided_by: frozenset[str], code: str = ""
+) -> type[Module]:
+    """The subclass of `cls` with that forward, of that code: one for all modules that do the same, which
+    utilities may ask for and torch.compile compiles once."""
+    key = cls, decided_by, code
+    if (known := _SUBCLASSES.get(key)) is not None:
+        return known
     own = {
         "forward": forward,
         "class_before": cls,
@@ -143,4 +154,5 @@ def _subclass(cls: type[Module], forward: Callable[..., Any], decided_by: frozen
         "__module__": cls.__module__,
         "__doc__": cls.__doc__,
     }
-    return type(f"Fused{cls.__name__}", (FusedForward, cls), own)
+    made = type(f"Fused{cls.__name__}", (FusedForward, cls), own)
+    return _SUBCLASSES.setdefault(key, made)

@@ -7,6 +7,7 @@ model it may be torch's module or ours, a class whose forward calls one and noth
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from itertools import chain
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn import Linear, Module, Parameter
 
 from mlpext import _C, nn
 from mlpext import functional as F
-from mlpext.fusion._trace import Untraceable, has_hooks, is_from_torch, modes, sole_user, trace
+from mlpext.fusion._trace import Untraceable, has_hooks, is_from_torch, modes, operations, sole_user, trace
 from mlpext.nn._activations import NAME_OF, name_and_parameters
 
 Activation = tuple[str, dict[str, float]]
@@ -55,8 +56,24 @@ def _activation_by_trace(module: Module) -> Activation | None:
         graphs, _ = trace(module)
     except Untraceable:
         return None
-    found = [_only_activation(graph) for graph in graphs]
+    found = [_only_activation(graph) or _WRITTEN_OUT.get(_steps(graph)) for graph in graphs]
     return found[0] if all(each == found[0] for each in found) else None
+
+
+def _new_gelu(x: Any) -> Any:  # of transformers' GPT-2 and T5
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
+
+
+def _steps(graph: fx.Graph) -> tuple[str, ...]:
+    """What `graph` does to its argument, whatever that is called."""
+    (x, *_) = graph.nodes
+    return tuple(step.replace(f"'{x.target}'", "x") for step in operations(graph))
+
+
+# What an activation does that is written out as a formula -> that activation.
+_WRITTEN_OUT: dict[tuple[str, ...], Activation] = {
+    _steps(fx.symbolic_trace(_new_gelu).graph): ("gelu_tanh", {}),
+}
 
 
 def _only_activation(graph: fx.Graph) -> Activation | None:

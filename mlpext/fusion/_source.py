@@ -76,6 +76,8 @@ def _kind_of_use(node: ast.expr, parent: ast.AST) -> str | None:
             return "called"
         case ast.Call(func=ast.Name(id=name)) if name in _TAKE_APART:
             return "opened"
+        case ast.Call(func=ast.Name(id="hasattr" | "isinstance")):
+            return None
         case ast.Call() | ast.keyword():  # `checkpoint(self.net, x)` calls it
             return "called"
         case ast.Compare() | ast.If() | ast.UnaryOp() | ast.Return(value=ast.Name()):

@@ -1,7 +1,7 @@
 """The calls in the forward of one module, as graphs of torch.fx.
 
 A module's own `forward` is run on torch.fx proxies, with its children as leaves, once for each mode: train
-and eval, with and without the arguments whose default is None, with one and two for `*args`. What holds in
+and eval, with and without the arguments that have a default, with none to two for `*args`. What holds in
 every graph does not hang on the mode. A `Sequential` is no leaf: its children's calls stand in the graph.
 """
 
@@ -13,6 +13,7 @@ import functools
 import inspect
 import io
 import operator
+import pickle
 import random
 import sys
 import types
@@ -223,10 +224,7 @@ def trace(
         raise Untraceable("its class has a __call__ of its own")
     parameters = inspect.signature(cls.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    absent = {name: None for name, default in defaults.items() if default is None}
-    ways = [{}, absent] if absent else [{}]
-    if len(absent) < len(defaults):  # `if flag is True:` is never true of a proxy
-        ways.append(defaults)
+    ways = [{}, defaults] if defaults else [{}]  # `if mask is None:` is never true of a proxy
     several = not steady and any(p.kind is p.VAR_POSITIONAL for p in parameters)
     graphs, inlined = [], set()
     for training, given, arity in product((True, False), ways, (1, 0, 2) if several else (1,)):
@@ -245,18 +243,19 @@ def trace(
                 if steady:
                     stack.enter_context(_parameters_are_tensors())
                 simplefilter("ignore")
-                before = _held(twin)
+                before = _held(twin) if steady else []
                 graphs.append(tracer.trace(twin))
                 whole = "*" if steady else "**"  # of what there is one proxy for any number of arguments
                 if any(n.users for n in tracer.graph.nodes if str(n.target).startswith(whole)):
                     raise Untraceable("it reads its **kwargs")
-                if steady and drawn():
-                    raise Untraceable("it draws random numbers")
-                after = _held(twin)
-                if steady and (
-                    said.getvalue() or len(before) != len(after) or not all(map(operator.is_, before, after))
-                ):
-                    raise Untraceable("it prints or keeps something")
+                if steady:
+                    after = _held(twin)
+                    if drawn():
+                        raise Untraceable("it draws random numbers")
+                    if len(before) != len(after) or any(map(operator.is_not, before, after)):
+                        raise Untraceable("it keeps something")
+                    if said.getvalue():
+                        raise Untraceable("it prints something")
         except Exception as error:  # whatever a forward does with a proxy
             if change or not arity:
                 graphs += [tracer.graph] if _came_of_a_proxy(error) else []
@@ -292,9 +291,9 @@ def _same_random_numbers() -> Iterator[Callable[[], bool]]:
     """The random numbers to come are the same after it; what it gives says whether any were drawn within."""
     numpy = sys.modules.get("numpy")
 
-    def states() -> list[Any]:
+    def states() -> bytes:
         of_numpy = numpy.random.get_state(legacy=False) if numpy else None
-        return [torch.get_rng_state().numpy().tobytes(), random.getstate(), repr(of_numpy)]
+        return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), of_numpy))
 
     before, of_random = states(), random.getstate()
     of_numpy = numpy.random.get_state() if numpy else None
@@ -346,7 +345,7 @@ def steady_graph(
     read: set[str] | None = None,
 ) -> fx.Graph | None:
     """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
-    arguments whose default is None, all of it in one mode of autograd and autocast. `inline` says of a module
+    arguments that have a default, all of it in one mode of autograd and autocast. `inline` says of a module
     in it whether its calls stand in the graph too, or it is called. Where the forward compares dtypes, the
     graph calls `expect`. `read` is that of `trace`."""
     cls = class_before(module)

@@ -1,17 +1,20 @@
 """Model libraries: timm, transformers, peft, PyTorch Geometric."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import mlpext
+from mlpext.fusion import FusedForward
 
 
-def same(model, net, *inputs, tolerance=1e-4):
+def same(model, net, *inputs, tolerance=1e-4, **more):
     """Outputs and gradients."""
     outputs, gradients = [], []
     for each in (model.eval(), net.eval()):
-        output = each(*inputs)
+        output = each(*inputs, **more)
         output = output if isinstance(output, torch.Tensor) else output[0]
         outputs.append(output)
         wanted = [p for p in each.parameters() if p.requires_grad]
@@ -76,18 +79,150 @@ def test_transformers_act2fn(fused):
     same(native, fused(native, 3), tokens)  # two layers and the pooler
 
 
-def test_transformers_mlps(fused):
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
+T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": 50}
 
-    tokens = torch.randint(50, (2, 7))
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16))
-    same(gpt2, mlpext.fuse(gpt2), tokens)
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50
-        )
-    )
-    same(llama, fused(llama, 2), tokens)
+
+def tokens():
+    return torch.randint(3, 50, (2, 7))
+
+
+def gated_units(model):
+    return sum(isinstance(module, FusedForward) for module in model.modules())
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+@pytest.mark.parametrize(
+    "name, options, gated, pairs",
+    [
+        ("Llama", {}, 2, 0),
+        ("Gemma", {"head_dim": 16, "num_key_value_heads": 2, "pad_token_id": 0}, 2, 0),
+        ("Phi3", {"pad_token_id": 0}, 2, 0),
+        ("ModernBert", {"pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}, 2, 0),
+        ("T5", {"feed_forward_proj": "gated-gelu"}, 4, 0),
+        ("T5", {"feed_forward_proj": "gated-silu"}, 4, 0),
+        ("T5", {"feed_forward_proj": "relu"}, 0, 4),
+        ("Bert", {}, 0, 3),  # and the pooler
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 16}, 0, 0),  # Conv1D, not Linear
+    ],
+)
+def test_transformers(name, options, gated, pairs, fused):
+    import transformers
+
+    sizes = {"T5": T5, "GPT2": {"vocab_size": 50}}.get(name, SIZES)
+    config = getattr(transformers, f"{name}Config")(**sizes, **options)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    net = fused(model, pairs)
+    assert gated_units(net) == gated
+    inputs = tokens()
+    more = {"decoder_input_ids": inputs} if name == "T5" else {}
+    same(model, net, inputs, **more)
+    twin = getattr(transformers, f"{name}Model")(config).eval()
+    twin.load_state_dict(net.state_dict())
+    same(twin, net, inputs, **more)
+
+
+def test_transformers_generate():
+    model = llama()
+    net = mlpext.fuse(model)
+    for cached in (True, False):
+        options = {"max_new_tokens": 8, "do_sample": False, "use_cache": cached, "pad_token_id": 0}
+        inputs = tokens()
+        assert torch.equal(net.generate(inputs, **options), model.generate(inputs, **options))
+
+
+def test_transformers_activation_checkpointing():
+    model, inputs = llama(), tokens()
+    net = mlpext.fuse(model)
+    gradients = []
+    for each in (model, net):
+        if each is net:
+            each.activation_checkpointing_enable()
+        loss = each.train()(inputs, labels=inputs).loss
+        gradients.append(torch.autograd.grad(loss, list(each.parameters())))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_transformers_save_pretrained(tmp_path):
+    """What a fused model saves is the model's own: another program loads it, without this package."""
+    model, inputs = llama(), tokens()
+    net = mlpext.fuse(model)
+    net.save_pretrained(tmp_path)
+    assert gated_units(net) == 2
+    for path in tmp_path.iterdir():
+        assert b"Fused" not in path.read_bytes() and b"mlpext" not in path.read_bytes()
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    assert type(loaded) is type(model) and gated_units(loaded) == 0
+    same(loaded, net, inputs)
+
+
+def test_peft_lora_on_llama():
+    """Adapters on the layers of a gated unit, put there before and after it is fused."""
+    from peft import LoraConfig, get_peft_model
+
+    adapters = LoraConfig(target_modules=["gate_proj", "down_proj", "q_proj"], init_lora_weights=False)
+    model, inputs = llama(), tokens()
+    before = mlpext.fuse(get_peft_model(copy.deepcopy(model), adapters))
+    after = get_peft_model(mlpext.fuse(copy.deepcopy(model)), adapters)
+    plain = get_peft_model(model, adapters)
+    for net in (before, after):
+        net.load_state_dict(plain.state_dict())
+        assert gated_units(net) == 2
+        same(plain, net, inputs)
+        for each in (plain, net):
+            each.merge_adapter()
+        torch.testing.assert_close(net(inputs).logits, plain(inputs).logits)
+        with net.disable_adapter(), plain.disable_adapter():
+            torch.testing.assert_close(net(inputs).logits, plain(inputs).logits)
+        for each in (plain, net):
+            each.unmerge_adapter()
+    merged = after.merge_and_unload()
+    assert gated_units(merged) == 2
+    torch.testing.assert_close(merged(inputs).logits, plain.merge_and_unload()(inputs).logits)
+
+
+@pytest.mark.parametrize("layer", ["SwiGLU", "GluMlp", "SwiGLUPacked"])
+def test_timm_gated_layers(layer):
+    import timm.layers.mlp as layers
+
+    model = getattr(layers, layer)(16, hidden_features=32)
+    net = mlpext.fuse(model)
+    assert gated_units(net) == 1
+    same(model, net, torch.randn(2, 5, 16))
+
+
+@pytest.mark.parametrize("name, gated", [("eva02_tiny_patch14_224", 2), ("vit_giant_patch14_reg4_dinov2", 2)])
+def test_timm_gated_models(name, gated):
+    import timm
+
+    sizes = {"img_size": 28, "num_classes": 4, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = timm.create_model(name, **sizes)
+    net = mlpext.fuse(model)
+    assert gated_units(net) == gated
+    same(model, net, torch.randn(1, 3, 28, 28))
+
+
+def test_torch_transformer():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    whole = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(2, 5, 16)
+    for model, inputs in ((encoder, (x,)), (whole, (x, x[:, :3]))):
+        net = mlpext.fuse(model)
+        same(model, net, *inputs)
+        gradients = [
+            torch.autograd.grad(each.train()(*inputs).square().mean(), list(each.parameters()))
+            for each in (model, net)
+        ]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_peft_lora():

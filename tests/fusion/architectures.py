@@ -1,5 +1,7 @@
 """Models as people write them, each with what is fused in it, and why the rest is not."""
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as TF
@@ -342,3 +344,22 @@ def build(name, seed=0):
     torch.manual_seed(seed)
     architecture = ARCHITECTURES[name]
     return architecture.make().double(), architecture.inputs()
+
+
+def table():
+    """How many layers are fused, and why others are not, as docs/fuse.md has it."""
+    lines = [
+        "| model | with a module | with a function | in gated units | alone |",
+        "|---|---|---|---|---|",
+    ]
+    for name, each in ARCHITECTURES.items():
+        counts = len(each.fused), len(each.functions), sum(map(len, each.gated.values()))
+        reasons = ", ".join(
+            f"{why} ({n})" if n > 1 else why for why, n in Counter(each.left.values()).items()
+        )
+        lines.append(f"| {name} | {' | '.join(str(count or '') for count in counts)} | {reasons} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

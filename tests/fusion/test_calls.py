@@ -123,3 +123,35 @@ def test_tracing_leaves_no_trace():
         fused = mlpext.fuse(model, inplace=inplace)
         assert fused.calls == 0 and fused.log == [] and fused.last is None and fused.count == 0
     assert torch.equal(torch.get_rng_state(), state)
+
+
+class AskedByArgument(Pair):
+    def forward(self, x, probe=True):
+        return self.fc(x) if probe is True else self.act(self.fc(x))
+
+
+class AskedByArguments(Pair):
+    def forward(self, x, *args):
+        return self.act(self.fc(x)) if args else self.fc(x)
+
+
+class AskedByKeywords(Pair):
+    def forward(self, x, **kwargs):
+        return self.fc(x) if kwargs.get("act") is None else self.act(self.fc(x))
+
+
+@pytest.mark.parametrize("cls", [AskedByArgument, AskedByArguments, AskedByKeywords])
+@pytest.mark.parametrize("graph", [False, True], ids=["modules", "graph"])
+def test_arguments_that_decide(cls, graph):
+    model = cls().double()
+    fused, _ = fuse(model, graph=graph)
+    assert type(fused.fc) is nn.Linear
+
+
+def test_a_method_that_only_asks_for_a_layer():
+    class Initialised(Pair):
+        def reset(self):
+            if hasattr(self.fc, "bias"):
+                nn.init.zeros_(self.fc.bias)
+
+    assert type(fuse(Initialised())[0].fc) is LinearActivation

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.nn.utils import parametrizations, prune
 
 import mlpext
-from architectures import ARCHITECTURES, architectures, build
+from architectures import ARCHITECTURES, architectures, build, table
 from fusion_common import ACTIVATIONS, Pair, assert_same, flat, fuse, randn, rows, types, unfused
 from mlpext.fusion import FusedActivation, FusedForward
 from mlpext.nn import LinearActivation
@@ -54,6 +55,11 @@ def test_same_outputs_gradients_and_state(name, graph):
     assert {*architecture.functions} <= {*rows(report, "fused")}
     linears = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert linears <= {*architecture.fused, *architecture.functions, *gated, *architecture.left}
+
+
+def test_the_page_shows_them():
+    page = (Path(__file__).parents[2] / "docs/fuse.md").read_text()
+    assert table() in page and f"{len(ARCHITECTURES)} architectures" in page
 
 
 @architectures
