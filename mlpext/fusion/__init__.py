@@ -1,11 +1,13 @@
-"""`fuse` and `unfuse`: for a model that exists, each Linear and the activation after it as one layer.
+"""`fuse` and `unfuse`: for a model that exists, each Linear and the activation after it as one layer, and
+each gated unit as one product.
 
 A module is fused where it stands: it gets another class and keeps its identity, its parameters, its name and
 its attributes, so that whatever refers to it (an optimizer, a list, another name in the same model) still
-does. Its class before is noted on it, for `unfuse`. The way: `_trace` makes graphs of forwards, `_source`
-reads what they cannot show, `_calls` puts both together for the whole model, `_pairs` finds what to fuse by
-the `_patterns`, `_transformer` looks into torch's transformer layers, `_inference` does inference=True and
-`_graph` graph=True.
+does. Its class before is noted on it, for `unfuse`. The way: `_trace` makes graphs of forwards, while
+`_observe` looks on; `_source` reads what they cannot show; `_calls` puts both together for the whole model.
+`_pairs` finds modules to fuse by the `_patterns`; `_units` what a forward computes itself, and `_forwards`
+replaces that forward. `_transformer` looks into torch's transformer layers, `_inference` does inference=True
+and `_graph` graph=True.
 """
 
 from __future__ import annotations

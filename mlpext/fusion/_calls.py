@@ -10,9 +10,9 @@ import torch
 from torch import fx
 from torch.nn import Linear, Module, Sequential
 
+from mlpext.fusion._observe import Untraceable
 from mlpext.fusion._source import Uses, changes, methods, reachable
 from mlpext.fusion._trace import (
-    Untraceable,
     class_before,
     followed,
     is_chain,

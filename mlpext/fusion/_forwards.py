@@ -82,7 +82,7 @@ def find_forwards(calls: Calls) -> dict[Module, tuple[type[Module], list[Unit]]]
 
 def _fused_forward(module: Module) -> tuple[type[Module], list[Unit]] | None:
     read: set[str] = set()
-    graph = steady_graph(module, read=read)
+    graph = steady_graph(module, read=read, wanted=find_units)
     units = [] if graph is None else [unit for unit in find_units(graph) if _is_own(unit)]
     if graph is None or not units or not _always_holds(module, graph):
         return None

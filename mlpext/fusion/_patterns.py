@@ -19,7 +19,8 @@ from torch.nn import Linear, Module, Parameter
 
 from mlpext import _C, nn
 from mlpext import functional as F
-from mlpext.fusion._trace import Untraceable, has_hooks, is_from_torch, modes, operations, sole_user, trace
+from mlpext.fusion._observe import Untraceable
+from mlpext.fusion._trace import has_hooks, is_from_torch, modes, operations, sole_user, trace
 from mlpext.nn._activations import NAME_OF, name_and_parameters
 
 Activation = tuple[str, dict[str, float]]

@@ -7,18 +7,14 @@ every graph does not hang on the mode. A `Sequential` is no leaf: its children's
 
 from __future__ import annotations
 
-import builtins
 import copy
 import functools
 import inspect
 import io
 import operator
-import pickle
-import random
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from itertools import count, product
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -28,6 +24,7 @@ from torch import fx
 from torch.nn import Identity, Module, Sequential, TransformerDecoderLayer, TransformerEncoderLayer
 
 from mlpext import _C
+from mlpext.fusion._observe import Untraceable, held, observed, parameters_are_tensors, same_random_numbers
 
 # Who watches the calls and gradients of a module, and who watches its state_dict.
 HOOKS = (
@@ -94,10 +91,6 @@ def followed(module: Module) -> Module:
     return twin
 
 
-class Untraceable(Exception):
-    """Why torch.fx cannot follow a forward."""
-
-
 class OtherWay(Exception):
     """A forward would go another way than its graph, because dtypes differ."""
 
@@ -118,9 +111,9 @@ class Tracer(fx.Tracer):
     """Notes in each node's `meta` the module it calls, and whether autograd and autocast are on there.
 
     `inline` says of a module in the traced one whether its calls stand in the graph, or it is called as a
-    whole; `arity` is how many arguments `*args` stands for, `given` are values of other
-    arguments, by name. With `steady`, `*args` stays one proxy, a forward that compares dtypes is followed as
-    if all were that of the parameters, and the graph calls `expect` there.
+    whole; `arity` is how many arguments `*args` stands for, `given` are values of other arguments, by name.
+    With `steady`, `*args` stays one proxy, a forward that compares dtypes is followed as if all were that of
+    the parameters, and the graph calls `expect` there.
     """
 
     def __init__(
@@ -208,6 +201,7 @@ def trace(
     *,
     steady: bool = False,
     read: set[str] | None = None,
+    wanted: Callable[[fx.Graph], object] = lambda graph: True,
 ) -> tuple[list[fx.Graph], set[Module]]:
     """The graphs of `module` in every mode, and the modules whose forward is part of them. The module, and
     the random numbers to come, stay untouched. Untraceable where the forward cannot be followed.
@@ -215,7 +209,7 @@ def trace(
     `change` gives attributes other values than they have. Where a forward fails with them, as it would on
     tensors, there is no graph; where it only cannot be followed to its end, the graph is what came before.
     With `steady`, Untraceable is one that draws random numbers of its own, which could decide on it, and one
-    that does more than compute: assigns to `self`, prints..
+    that does more than compute: assigns to `self`, prints. So is one whose first graph is not `wanted`.
     `read` gets the names of the attributes that are read on the way, by functions outside the class too."""
     if "forward" in vars(module):
         raise Untraceable("its forward was replaced on the instance")
@@ -229,7 +223,7 @@ def trace(
     graphs, inlined = [], set()
     for training, given, arity in product((True, False), ways, (1, 0, 2) if several else (1,)):
         # What a forward assigns to `self`, or appends to a list there, goes to a copy.
-        twin = object.__new__(cls if read is None else _observed(cls, read))
+        twin = object.__new__(cls if read is None else observed(cls, read))
         for name, value in vars(module).items():
             vars(twin)[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
         vars(twin).update(change)
@@ -237,19 +231,21 @@ def trace(
         tracer = Tracer(inline, given, arity, steady)
         try:
             with ExitStack() as stack:
-                drawn = stack.enter_context(_same_random_numbers())
+                drawn = stack.enter_context(same_random_numbers())
                 said = stack.enter_context(redirect_stdout(io.StringIO()))
                 stack.enter_context(catch_warnings())
                 if steady:
-                    stack.enter_context(_parameters_are_tensors())
+                    stack.enter_context(parameters_are_tensors())
                 simplefilter("ignore")
-                before = _held(twin) if steady else []
+                before = held(twin) if steady else []
                 graphs.append(tracer.trace(twin))
+                if len(graphs) == 1 and not wanted(graphs[0]):
+                    raise Untraceable("there is nothing in it")
                 whole = "*" if steady else "**"  # of what there is one proxy for any number of arguments
                 if any(n.users for n in tracer.graph.nodes if str(n.target).startswith(whole)):
                     raise Untraceable("it reads its **kwargs")
                 if steady:
-                    after = _held(twin)
+                    after = held(twin)
                     if drawn():
                         raise Untraceable("it draws random numbers")
                     if len(before) != len(after) or any(map(operator.is_not, before, after)):
@@ -266,73 +262,6 @@ def trace(
     return graphs, inlined
 
 
-def _observed(cls: type[Module], read: set[str]) -> type[Module]:
-    """A subclass that notes the names of the attributes that are read."""
-
-    def observe(self: Module, name: str) -> Any:
-        read.add(name)
-        return object.__getattribute__(self, name)
-
-    return type(cls.__name__, (cls,), {"__getattribute__": observe})
-
-
-def _held(module: Module) -> list[object]:
-    """The attributes of `module` and of its parts, and what is in those that are containers."""
-    found: list[object] = []
-    for each in module.modules():
-        for name, value in vars(each).items():
-            within = value.values() if isinstance(value, dict) else value
-            found += [name, value, *(within if isinstance(value, (list, dict, set)) else ())]
-    return found
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[Callable[[], bool]]:
-    """The random numbers to come are the same after it; what it gives says whether any were drawn within."""
-    numpy = sys.modules.get("numpy")
-
-    def states() -> bytes:
-        of_numpy = numpy.random.get_state(legacy=False) if numpy else None
-        return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), of_numpy))
-
-    before, of_random = states(), random.getstate()
-    of_numpy = numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield lambda: states() != before
-        finally:
-            random.setstate(of_random)
-            if numpy:
-                numpy.random.set_state(of_numpy)
-
-
-_TENSOR = torch.empty(0)
-
-
-@contextmanager
-def _parameters_are_tensors() -> Iterator[None]:
-    """Within, isinstance(self.weight, Tensor) is true of the proxy of a parameter or a buffer. What another
-    proxy stands for is not known: Untraceable where that is asked. torch's own code gets plain answers."""
-    plain = isinstance  # not a proxy's __class__: torch's C++ code would take it for a tensor, and crash
-
-    def answer(value: Any, cls: Any) -> bool:
-        if type(value) is not fx.Proxy or not plain(_TENSOR, cls) or _is_asked_by_torch(sys._getframe(1)):
-            return plain(value, cls)
-        if value.node.op != "get_attr":
-            raise Untraceable("it asks whether something is a tensor")
-        return True
-
-    builtins.isinstance = answer
-    try:
-        yield
-    finally:
-        builtins.isinstance = plain
-
-
-def _is_asked_by_torch(frame: types.FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] == "torch"
-
-
 def _came_of_a_proxy(error: Exception) -> bool:
     """Whether `error` came of a proxy, where a tensor may have done."""
     known = isinstance(error, (fx.proxy.TraceError, Untraceable))
@@ -343,17 +272,18 @@ def steady_graph(
     module: Module,
     inline: Callable[[Module], bool] = lambda module: False,
     read: set[str] | None = None,
+    wanted: Callable[[fx.Graph], object] = lambda graph: True,
 ) -> fx.Graph | None:
     """The graph of `module`, if one says all: the same in train and in eval mode, with and without the
     arguments that have a default, all of it in one mode of autograd and autocast. `inline` says of a module
     in it whether its calls stand in the graph too, or it is called. Where the forward compares dtypes, the
-    graph calls `expect`. `read` is that of `trace`."""
+    graph calls `expect`. `read` and `wanted` are those of `trace`."""
     cls = class_before(module)
     is_leaf = (is_from_torch(cls) or cls.__module__.startswith("mlpext.")) and not is_chain(module)
     if isinstance(module, torch.jit.ScriptModule) or is_leaf:
         return None
     try:
-        graphs, _ = trace(module, inline, steady=True, read=read)
+        graphs, _ = trace(module, inline, steady=True, read=read, wanted=wanted)
     except Untraceable:
         return None
     graph, *others = graphs
