@@ -116,6 +116,30 @@ class Functional(nn.Module):
         return self.c(TF.silu(self.b(TF.elu(self.a(x)))))
 
 
+class SwiGLU(nn.Module):
+    """As in Llama, cut to a CPU."""
+
+    def __init__(self, dim: int = 512, hidden: int = 1376):
+        super().__init__()
+        self.gate, self.up = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.down, self.act = nn.Linear(hidden, dim, bias=False), nn.SiLU()
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class GEGLU(nn.Module):
+    """Both halves in one layer, as in diffusers."""
+
+    def __init__(self, dim: int = 256, hidden: int = 1024):
+        super().__init__()
+        self.packed, self.down = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        value, gate = self.packed(x).chunk(2, -1)
+        return self.down(value * TF.gelu(gate))
+
+
 class Maxout(nn.Module):
     def __init__(self, width: int = 256, pieces: int = 4):
         super().__init__()
@@ -146,6 +170,7 @@ def models() -> Iterator[Model]:
         nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()
     )
     dropout = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Dropout(0.1), nn.Linear(512, 256))
+    encoder = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
     siren = nn.Sequential(SirenLayer(2, 256), SirenLayer(256, 256), nn.Linear(256, 3))
     yield Model("autoencoder 784-256-32-256-784, ELU", mlp(784, 256, 32, 256, 784, act=nn.ELU), (BATCH, 784))
     yield Model("MLP-Mixer S/32, 2 images", Mixer(), (2, 3, 224, 224))
@@ -155,8 +180,13 @@ def models() -> Iterator[Model]:
     yield Model("residual with y += skip, 256", Residual(), (BATCH, 256))
     yield Model("batch norm between, 256", normed, (BATCH, 256))
     yield Model("dropout after, 256-512-256", dropout, (BATCH, 256))
-    yield Model("SIREN 256, graph=True", siren, (BATCH, 2), graph=True)
-    yield Model("functional elu, silu 256, graph=True", Functional(), (BATCH, 256), graph=True)
+    yield Model("SIREN 256", siren, (BATCH, 2))
+    yield Model("functional elu, silu 256", Functional(), (BATCH, 256))
+    yield Model("Llama's MLP 512-1376-512, 512 tokens", SwiGLU(), (512, 512))
+    yield Model("Llama's MLP 512-1376-512, 64 tokens", SwiGLU(), (64, 512))
+    yield Model("GEGLU 256-1024-256, packed", GEGLU(), (BATCH, 256))
+    yield Model("TransformerEncoderLayer 256, 8 x 64 tokens", encoder, (8, 64, 256))
+    yield Model("Linear 512 alone", nn.Linear(512, 512), (BATCH, 512))
     yield Model("maxout of 4 pieces 256, graph=True", Maxout(), (BATCH, 256), graph=True)
     yield Model("digits 64-32-10, batch 32", mlp(64, 32, 10), (32, 64))
 
