@@ -19,12 +19,16 @@ import torch
 from mlpext import _C
 from mlpext._C_in_torch import activation, gated, linear_activation, linear_gated, linear_maxout, maxout, mlp
 
-_SUBSTITUTES = (activation, maxout, gated, linear_activation, linear_maxout, linear_gated, mlp)
+# The compiled functions as they are now, whatever somebody puts in their place before Dynamo comes.
+_SUBSTITUTES = {
+    getattr(_C, function.__name__): function
+    for function in (activation, maxout, gated, linear_activation, linear_maxout, linear_gated, mlp)
+}
 
 
 def register() -> None:
     """Tells the compiled library and, as soon as it is imported, Dynamo."""
-    for function in _SUBSTITUTES:
+    for function in _SUBSTITUTES.values():
         _C.register_fallback(function.__name__, function)
     if "torch._dynamo" in sys.modules:
         _tell_dynamo()
@@ -34,8 +38,7 @@ def register() -> None:
 
 def _tell_dynamo() -> None:
     """Dynamo cannot look into a C++ function; it is told what to trace in its place."""
-    for function in _SUBSTITUTES:
-        compiled = getattr(_C, function.__name__)
+    for compiled, function in _SUBSTITUTES.items():
         torch.compiler.substitute_in_graph(compiled, skip_signature_check=True)(function)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -20,7 +20,9 @@ from mlpext.fusion._trace import describe, has_hooks
 from mlpext.nn._activations import NAME_OF, name_and_parameters
 
 _PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
-_SPLITS = (torch.chunk, torch.split, torch.tensor_split, "chunk", "split", "tensor_split")
+_SPLITS: tuple[Any, ...] = (torch.chunk, torch.split, torch.tensor_split, torch.unbind)
+_SPLITS += ("chunk", "split", "tensor_split", "unbind")
+_ASKS = (getattr, "size", "dim")  # what changes nothing: x.shape
 
 
 class Gate(NamedTuple):
@@ -35,10 +37,8 @@ class Gate(NamedTuple):
     @property
     def parts(self) -> list[fx.Node]:
         """The calls that it is made of: the activation, and the layers or what makes both halves."""
-        if self.gate.target is not operator.getitem:
-            return [self.call, self.gate, self.value]
-        split = self.gate.args[0]
-        return [self.call, split.args[0]]  # type: ignore[union-attr,list-item]
+        whole = _whole(self.gate)
+        return [self.call, self.gate, self.value] if whole is None else [self.call, whole]
 
     def __str__(self) -> str:
         activation, *layers = map(describe, self.parts)
@@ -152,14 +152,26 @@ def _are_siblings(gate: fx.Node, value: fx.Node) -> bool:
         return alike and sizes[0] == sizes[1] and not any(isinstance(each, Identity) for each in modules)
     if gate.target is value.target is torch.nn.functional.linear:
         return gate.args[:1] == value.args[:1] != ()
-    if gate.target is not operator.getitem or value.target is not operator.getitem:
+    if gate.args[:1] != value.args[:1]:
         return False
-    (split, first), (other, second) = gate.args, value.args
-    if not isinstance(split, fx.Node) or split is not other or split.target not in _SPLITS:
-        return False
-    whole = split.args[0] if split.args else None
-    halves = {first, second} == {0, 1} and {*split.users} == {gate, value}
-    return halves and isinstance(whole, fx.Node) and [*whole.users] == [split]
+    # Two items of one thing: halves by chunk, or slices. Nobody else may have changed it in between.
+    whole = _whole(gate)
+    return whole is not None and whole is _whole(value) and _is_only_for(gate.args[0], (gate, value))
+
+
+def _whole(item: fx.Node) -> fx.Node | None:
+    """What `item` is a part of, if that is all it is."""
+    if item.target is not operator.getitem or not isinstance(item.args[0], fx.Node):
+        return None
+    came = item.args[0]
+    if came.target not in _SPLITS:
+        return came
+    whole = came.args[0] if came.args else None
+    return whole if isinstance(whole, fx.Node) and _is_only_for(whole, (came,)) else None
+
+
+def _is_only_for(node: Any, users: tuple[fx.Node, ...]) -> bool:
+    return all(user in users or user.target in _ASKS for user in node.users)
 
 
 def _activated(node: fx.Node) -> ActivatedLinear | None:

@@ -74,6 +74,16 @@ def written(expression):
     return Written()
 
 
+def packed(expression):
+    """A Packed whose forward is down(expression of self and both halves)."""
+
+    class Written(Packed):
+        def forward(self, x):
+            return self.down(expression(self, self.packed(x)))
+
+    return Written()
+
+
 def more_arguments(self, x, *args, scale=1.0, mask=None, **kwargs):
     return self.down(self.act(self.gate(x)) * self.up(x) * scale)
 
@@ -128,6 +138,8 @@ SPELLINGS = {
     ),
     "packed": Packed,
     "packed, gate first": lambda: Packed(nn.Sigmoid, gate_last=False),
+    "slices": lambda: packed(lambda self, z: TF.silu(z[..., : z.shape[-1] // 2]) * z[..., z.size(-1) // 2 :]),
+    "unbound": lambda: packed(lambda self, z: (p := z.unflatten(-1, (2, 8)).unbind(-2))[1] * self.act(p[0])),
     "without layers": lambda: nn.Sequential(nn.Linear(6, 16), ReGLU(), nn.Linear(8, 6)),
     "dtypes compared": Mixed,
     "torch's functions with numbers": lambda: written(
@@ -136,6 +148,9 @@ SPELLINGS = {
     "more arguments": lambda: with_forward(more_arguments),
 }
 LEFT = {
+    "halves that change in between": lambda: packed(
+        lambda self, z: (v := z[..., 8:], y := TF.relu(z[..., :8]), z.mul_(2), y * v)[-1]
+    ),
     "f(gate) is used twice": lambda: written(
         lambda self, x: (y := self.act(self.gate(x))) * self.up(x) + y,
     ),
