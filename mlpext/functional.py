@@ -395,6 +395,24 @@ def gated(gate: Tensor, value: Tensor, activation: Activation = "silu", **params
     return _C.gated(gate, value, activation, values)
 
 
+def glu(input: Tensor, dim: int = -1) -> Tensor:
+    """The first half of `dim` times the sigmoid of the second: torch.nn.functional.glu, by `gated`.
+
+    Shape:
+        (..., 2 n, ...) -> (..., n, ...). Dauphin et al., 2017, arXiv:1612.08083.
+
+    Raises:
+        RuntimeError: the size of `dim` is odd, or `input` has no dimension.
+
+    >>> mlpext.functional.glu(torch.tensor([3.0, 0.0]))
+    tensor([1.5000])
+    """
+    if input.dim() == 0 or input.size(dim) % 2:
+        return torch.nn.functional.glu(input, dim)  # which says what is wrong
+    value, gate = torch.chunk(input, 2, dim)
+    return _C.gated(gate, value, "sigmoid")
+
+
 def linear_activation(
     input: Tensor,
     weight: Tensor,

@@ -24,7 +24,7 @@ from torch.nn import Identity, Linear, Module
 
 from mlpext import nn
 from mlpext.fusion._calls import Calls
-from mlpext.fusion._forwards import WAS, FusedForward, Unit, find_forwards, set_class
+from mlpext.fusion._forwards import WAS, FusedForward, find_forwards, set_class
 from mlpext.fusion._graph import FusedGraph, fuse_graph
 from mlpext.fusion._inference import (
     DROPOUTS,
@@ -41,6 +41,7 @@ from mlpext.fusion._patterns import activation_of, why_not_linear
 from mlpext.fusion._source import reads
 from mlpext.fusion._trace import HOOKS
 from mlpext.fusion._transformer import FUSED, find_layers
+from mlpext.fusion._units import Unit
 from mlpext.nn._activations import OURS
 
 M = TypeVar("M", bound=Module)

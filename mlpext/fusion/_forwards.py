@@ -19,12 +19,9 @@ from torch.nn import Module
 from mlpext.fusion._calls import Calls
 from mlpext.fusion._source import changes, other_numbers, reads
 from mlpext.fusion._trace import OtherWay, class_before, expect, operations, steady_graph, trace
-from mlpext.fusion._units import ActivatedLinear, Gate, find_units
+from mlpext.fusion._units import Gate, Unit, find_units
 
 WAS = "_class_before_fuse"  # the attribute of a fused module that keeps the class it had
-
-
-Unit = Gate | ActivatedLinear
 
 
 class FusedForward(Module):
@@ -103,8 +100,7 @@ def _fused_forward(module: Module) -> tuple[type[Module], list[Unit]] | None:
 def _is_own(unit: Unit) -> bool:
     """Whether the activation is a function or a part of the module itself, which notices when it is
     exchanged."""
-    call = unit.call if isinstance(unit, Gate) else unit.last
-    return call.op != "call_module" or "." not in str(call.target)
+    return not isinstance(unit, Gate) or unit.call.op != "call_module" or "." not in str(unit.call.target)
 
 
 def _always_holds(module: Module, graph: fx.Graph) -> bool:

@@ -182,6 +182,8 @@ def _reduced(node: fx.Node, groups: fx.Node) -> int | None:
 
 def _replace_lone_activation(node: fx.Node) -> None:
     """An activation function by itself: ours, of the same signature."""
+    if node.target is TF.glu:
+        node.target = F.glu
     if node.op == "call_function" and node.target is not torch.sin and (found := activation_called(node)):
         node.target = getattr(F, "gelu" if found[0] == "gelu_tanh" else found[0])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from torch import fx
-from torch.nn import BatchNorm1d, Dropout, Linear, Module
+from torch.nn import GLU, BatchNorm1d, Dropout, Linear, Module
 
 from mlpext.fusion._calls import Calls
 from mlpext.fusion._patterns import Activation, activation_called, activation_of, why_not_linear
@@ -164,7 +164,8 @@ def lone_linear(path: str, linear: Module, reason: str) -> Row:
 def _lone_activation(calls: Calls, activation: Module) -> Row:
     """The row of an activation that is in no pair: replaced by ours, where that is the same function."""
     path = calls.paths[activation]
-    if activation_of(activation) is None or type(activation) not in OURS:
+    unusual = activation_of(activation) is None and type(activation) is not GLU
+    if unusual or type(activation) not in OURS:
         return Row(path, "left", f"not torch.nn.{type(activation).__name__} itself, or unusual parameters")
     for parent, _ in calls.parents[activation]:
         if parent in calls.untraced and is_from_torch(type(parent)):

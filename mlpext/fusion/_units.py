@@ -87,6 +87,27 @@ class ActivatedLinear(NamedTuple):
         _replace(calls, fused)
 
 
+class GLU(NamedTuple):
+    """The call of torch.nn.functional.glu."""
+
+    call: fx.Node
+
+    @property
+    def parts(self) -> list[fx.Node]:
+        """What makes both halves."""
+        return [part for part in self.call.args[:1] if isinstance(part, fx.Node)]
+
+    def __str__(self) -> str:
+        return " of ".join(["glu", *map(describe, self.parts)])
+
+    def fuse(self) -> None:
+        """Call ours, of the same arguments."""
+        self.call.target = F.glu
+
+
+Unit = Gate | ActivatedLinear | GLU
+
+
 def gated_by(module: Module, gate: Tensor, value: Tensor, name: str, params: dict[str, float]) -> Tensor:
     """In a graph: module(gate) * value in one call, for an activation `module`, with the parameters that it
     has by now, and as two calls if it has hooks. `name` and `params` are of one of someone's own class."""
@@ -111,12 +132,13 @@ def find_gates(graph: fx.Graph) -> list[Gate]:
     return [gate for node in graph.nodes if (gate := _gate_of(node)) is not None]
 
 
-def find_units(graph: fx.Graph) -> list[Gate | ActivatedLinear]:
+def find_units(graph: fx.Graph) -> list[Unit]:
     """All that can be made one call. No node is part of two."""
     gates = find_gates(graph)
     taken = set(chain.from_iterable(gate.parts for gate in gates))
     linears = [unit for node in graph.nodes if node not in taken and (unit := _activated(node)) is not None]
-    return [*gates, *linears]
+    glus = [GLU(node) for node in graph.nodes if node.target is torch.nn.functional.glu]
+    return [*gates, *linears, *glus]
 
 
 def _gate_of(product: fx.Node) -> Gate | None:

@@ -206,6 +206,13 @@ class Threshold(torch.nn.Threshold):
         return F.threshold(input, self.threshold, self.value, self.inplace)
 
 
+class GLU(torch.nn.GLU):
+    """One half of `dim` times the sigmoid of the other; see `mlpext.functional.glu`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.glu(input, self.dim)
+
+
 def class_of(name: str) -> type[Module]:
     """The module of an activation, by its name in the list."""
     wanted = "gelu" if name == "gelu_tanh" else name.replace("_", "")
@@ -218,6 +225,7 @@ def class_of(name: str) -> type[Module]:
 NAME_OF = {class_of(name): name for name in PARAMETERS if name not in ("identity", "gelu_tanh")}
 OURS = {getattr(torch.nn, cls.__name__): cls for cls in NAME_OF if hasattr(torch.nn, cls.__name__)}
 NAME_OF |= {theirs: NAME_OF[ours] for theirs, ours in OURS.items()}
+OURS[torch.nn.GLU] = GLU
 
 
 def name_and_parameters(module: Module) -> tuple[str, dict[str, float]] | None:

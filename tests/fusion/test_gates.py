@@ -140,6 +140,7 @@ SPELLINGS = {
     "packed, gate first": lambda: Packed(nn.Sigmoid, gate_last=False),
     "slices": lambda: packed(lambda self, z: TF.silu(z[..., : z.shape[-1] // 2]) * z[..., z.size(-1) // 2 :]),
     "unbound": lambda: packed(lambda self, z: (p := z.unflatten(-1, (2, 8)).unbind(-2))[1] * self.act(p[0])),
+    "glu": lambda: packed(lambda self, z: TF.glu(z)),
     "without layers": lambda: nn.Sequential(nn.Linear(6, 16), ReGLU(), nn.Linear(8, 6)),
     "dtypes compared": Mixed,
     "torch's functions with numbers": lambda: written(
@@ -368,6 +369,14 @@ def test_pickle():
     assert calls_of_gated(twin, randn(5, 6)) == 1
     assert_same(model, twin, (randn(5, 6),))
     assert not set(twin.parameters()) & set(model.parameters())
+
+
+def test_glu_as_a_module():
+    model = nn.Sequential(nn.Linear(6, 16), nn.GLU(), nn.Linear(8, 6), nn.GLU(0)).double()
+    fused, report = mlpext.fuse(model, report=True)
+    assert [type(module) for module in fused[1::2]] == [mlpext.nn.GLU] * 2
+    assert rows(report, "replaced")["1"] == "by mlpext.nn.GLU, alone, after 0 (Linear)"
+    assert_same(model, fused, (randn(4, 6),))
 
 
 @pytest.mark.compile
