@@ -233,7 +233,7 @@ def test_peft_lora():
     wrapped = get_peft_model(model, config)
     wrapped.add_adapter("other", LoraConfig(target_modules=["0"], r=4, init_lora_weights=False))
     net, report = mlpext.fuse(wrapped, report=True)
-    left = {row.path: row.reason for row in report if row.action == "left"}
+    left = {row.path: row.reason for row in report if row.action in ("left", "replaced")}
     layer = "base_model.model.0"
     for path in ("", ".base_layer", ".lora_A.other", ".lora_B.default"):
         assert "an adapter of peft comes before the activation" in left[layer + path]
