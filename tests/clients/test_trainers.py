@@ -76,7 +76,10 @@ def test_what_a_lightning_module_does_beside_forward():
     assert type(mlpext.fuse(Direct()).fc) is mlpext.nn.LinearActivation
     net, report = mlpext.fuse(Features(), report=True)
     assert type(net.fc) is mlpext.nn.Linear
-    assert report[0].reason == "Features.validation_step uses fc in a way that cannot be followed"
+    assert (
+        report[0].reason
+        == "by mlpext.nn.Linear: Features.validation_step uses fc in a way that cannot be followed"
+    )
 
 
 def test_skorch(tmp_path):
