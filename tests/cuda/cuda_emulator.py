@@ -53,7 +53,7 @@ def compile_and_link(folder, flags, activations, plant, sources):
     if activations:
         edit(
             source / "formulas" / "activations.h",
-            r"using Activations = [^;]+;",
+            r"using Activations =[^;]+;",
             f"using Activations = {activations};",
         )
     if plant:
