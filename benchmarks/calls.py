@@ -41,6 +41,8 @@ def ours(name: str) -> Callable[[Tensor], Tensor]:
 def module(namespace, name: str) -> nn.Module:
     if name == "gelu_tanh":
         return namespace.GELU(approximate="tanh")
+    if name == "threshold":
+        return namespace.Threshold(0.0, 0.0)
     return next(
         getattr(namespace, word)() for word in dir(namespace) if word.lower() == name.replace("_", "")
     )

@@ -364,7 +364,7 @@ def maxout(input: Tensor, pieces: int, dim: int = -1, interleaved: bool = False)
     return _C.maxout(input, pieces, dim)
 
 
-def gated(gate: Tensor, value: Tensor, activation: Activation = "silu", **params: float) -> Tensor:
+def gated(gate: Tensor, value: Tensor, /, activation: Activation = "silu", **params: float) -> Tensor:
     """f(gate) * value in one pass over memory: the product inside a gated unit.
 
     Backward keeps gate and value, where torch's operators keep f(gate) too. Both may be halves of one tensor,

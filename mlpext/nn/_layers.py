@@ -244,7 +244,12 @@ class GatedLinear(_Activated):
 
     @classmethod
     def from_linear(
-        cls, gate: torch.nn.Linear, value: torch.nn.Linear, activation: Activation = "silu", **params: float
+        cls,
+        gate: torch.nn.Linear,
+        value: torch.nn.Linear,
+        /,
+        activation: Activation = "silu",
+        **params: float,
     ) -> GatedLinear:
         """The layer f(gate(x)) * value(x), with copies of their parameters.
 

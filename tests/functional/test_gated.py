@@ -18,7 +18,7 @@ NAMES = ("silu", "gelu", "relu", "sigmoid")
 UNITS = {torch.float64: 64, torch.float32: 6, torch.bfloat16: 2, torch.float16: 2}
 
 
-def by_torch(gate, value, activation="silu", **parameters):
+def by_torch(gate, value, /, activation="silu", **parameters):
     return differentiable(activation, parameters)(gate) * value
 
 
@@ -34,7 +34,7 @@ def halves(shape, dtype=torch.float64, seed=0):
     return [*torch.cat([gate, value], -1).chunk(2, -1), g]
 
 
-def run(gate, value, g, f=F.gated, **options):
+def run(gate, value, g, f=F.gated, /, **options):
     """y, and the gradients of gate and value."""
     leaves = [t.detach().requires_grad_() for t in (gate, value)]
     y = f(*leaves, **options)
