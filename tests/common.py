@@ -207,12 +207,14 @@ def linear_maxout_op(pieces: int, bias: bool = True) -> Op:
     )
 
 
+def halves(x, w, b=None):
+    """z of a gated layer's gate and of its value."""
+    z = TF.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
+    return z.unflatten(-1, (2, -1)).unbind(-2)
+
+
 def linear_gated_op(name: str, parameters: dict, bias: bool = True) -> Op:
     f = differentiable(name, parameters)
-
-    def halves(x, w, b=None):
-        z = TF.linear(x, w.flatten(0, 1), None if b is None else b.flatten())
-        return z.unflatten(-1, (2, -1)).unbind(-2)
 
     def eager(*tensors):
         gate, value = halves(*tensors)
@@ -274,9 +276,8 @@ def mlp_op(*layers: tuple[str, dict], bias: bool = True) -> Op:
                 net = linear_maxout_op(pieces, bias).net(x, weight, b)
                 x = net.max(0).values
             elif name.startswith("gated "):
-                op = linear_gated_op(name.removeprefix("gated "), own, bias)
-                given = (x, weight, b)[: 2 + bias]
-                net, x = op.net(*given), op.eager(*given)
+                net, value = halves(x, weight, b)
+                x = differentiable(name.removeprefix("gated "), own)(net) * value
             else:
                 net = TF.linear(x, weight, b)
                 x = differentiable(name, own)(net)
