@@ -69,7 +69,8 @@ def gated_network(widths, activation="silu", **options):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("activation", mlpext.activations())
 def test_every_gate(activation, mode, dtype):
-    assert_engines_agree(gated_network([9, 7, 4], activation, dtype=dtype), "numbers", mode=mode)
+    # lr: relu_squared makes outputs of the sixth degree.
+    assert_engines_agree(gated_network([9, 7, 4], activation, dtype=dtype), "numbers", mode=mode, lr=0.001)
 
 
 @pytest.mark.parametrize("mode", MODES)
