@@ -130,6 +130,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> mlp_forward(const Tensor& input,
   const auto keeps_more = [&](int64_t l) { return network.layers[l].keeps_more(input.scalar_type()); };
   const auto is_gated = [&](int64_t l) { return network.layers[l].is_gated; };
   std::vector<Tensor> kept;
+  kept.reserve(2 * end);
   for (int64_t l = 0; l < end; ++l) kept.push_back((is_gated(l) ? sources : outputs)[l]);
   for (int64_t l = 0; l < end; ++l)
     if (keeps_more(l)) kept.push_back(sources[l]);
