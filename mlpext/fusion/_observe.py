@@ -7,6 +7,7 @@ import builtins
 import pickle
 import random
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,26 +63,32 @@ def same_random_numbers() -> Iterator[Callable[[], bool]]:
 
 
 _TENSOR = torch.empty(0)
+_LOCK = threading.RLock()
 
 
 @contextmanager
 def parameters_are_tensors() -> Iterator[None]:
     """Within, isinstance(self.weight, Tensor) is true of the proxy of a parameter or a buffer. What another
     proxy stands for is not known: Untraceable where that is asked. torch's own code gets plain answers."""
-    plain = isinstance  # not a proxy's __class__: torch's C++ code would take it for a tensor, and crash
+    here = threading.get_ident()
 
+    # Not by a proxy's __class__: torch's C++ code would take it for a tensor, and crash.
     def answer(value: Any, cls: Any) -> bool:
-        if type(value) is not fx.Proxy or not plain(_TENSOR, cls) or _is_asked_by_torch(sys._getframe(1)):
+        if type(value) is not fx.Proxy or threading.get_ident() != here or not plain(_TENSOR, cls):
             return plain(value, cls)
+        if _is_asked_by_torch(sys._getframe(1)):
+            return False
         if value.node.op != "get_attr":
             raise Untraceable("it asks whether something is a tensor")
         return True
 
-    builtins.isinstance = answer
-    try:
-        yield
-    finally:
-        builtins.isinstance = plain
+    with _LOCK:  # each thread puts back what it has found
+        plain = builtins.isinstance
+        builtins.isinstance = answer
+        try:
+            yield
+        finally:
+            builtins.isinstance = plain
 
 
 def _is_asked_by_torch(frame: types.FrameType) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import math
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -100,3 +101,14 @@ def test_gelu_as_a_formula():
     fused = mlpext.fuse(model)
     assert type(fused[0]) is LinearActivation and fused_forwards(fused)
     assert_same(model, fused, (randn(5, 6),))
+
+
+def test_models_fused_in_several_threads():
+    before = isinstance
+    models = [with_forward(Gated.forward).double() for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        fused = list(pool.map(mlpext.fuse, models))
+    assert isinstance is before
+    for model, each in zip(models, fused, strict=True):
+        assert fused_forwards(each)
+        assert_same(model, each, (randn(5, 6),))
