@@ -176,7 +176,10 @@ def _sentence(name: str, where: str, record: Record) -> str:
 
 SHAPE = r"(\(\d+, \d+, \d+\))"
 EAGER = (ratio("eager"), target("eager"))
-FUSE = "(PPO.*|DLRM.*|3 x Linear .*(?:Tanh|ReLU)|MLP-Mixer.*|autoencoder.*|SIREN.*|maxout.*)"
+FUSE = (
+    "(PPO.*|DLRM.*|3 x Linear .*(?:Tanh|ReLU)|MLP-Mixer.*|autoencoder.*|SIREN.*|Llama.*|GEGLU.*"
+    "|Transformer.*|Linear 512 alone|maxout.*)"
+)
 TABLES: dict[str, Callable[[], str]] = {
     "overhead": partial(
         crossed, "overhead", "linear + elu",
