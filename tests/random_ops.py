@@ -478,7 +478,7 @@ DIFFERENCES: dict[str, Callable[[Case, Problem], bool]] = {
     "a gradient has the layout of x; relu's, leaky_relu's, threshold's, a second one, and torch's of a "
     "gradient that is not contiguous, may have another": (
         lambda case, problem: (
-            case.family == "activation"
+            case.family in ("activation", "gated")
             and (
                 case.layer.name in ("relu", "leaky_relu", "threshold")
                 or case.layouts[-1] != "contiguous"
