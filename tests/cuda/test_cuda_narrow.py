@@ -373,7 +373,7 @@ def test_a_planted_fault_is_caught(fault):
     plant = ("cuda/experimental/narrow/narrow.cuh", text, instead)
     emulator = build(f"narrow {fault}".replace(" ", "_"), *sanitizer, **ONE, plant=plant)
     with pytest.raises(Fault, match=message):
-        for offset in (1, 0):
+        for offset in (1, 0) * 4:  # on a busy machine threads that race may happen to take turns
             check(emulator, network(torch.bfloat16, (16, 24, 8), ["relu", "identity"]), 70, offset=offset)
 
 
