@@ -1,5 +1,5 @@
-// A network as the mlp operators take it, read from an mlpext.nn.MLP or GatedMLP: the modules' dictionaries are read with
-// Python's C interface, 0.1 us a layer where getattr would take one.
+// A network as the mlp operators take it, read from an mlpext.nn.MLP or GatedMLP: the modules' dictionaries are
+// read with Python's C interface, 0.1 us a layer where getattr would take one.
 #pragma once
 #include <torch/csrc/utils/pybind.h>
 
@@ -31,7 +31,8 @@ struct NetworkModule {
   std::vector<double> params;
 
   // False unless every layer is a LinearActivation, a Maxout or a GatedLinear with nothing in the way of its
-  // forward: no hook, no parametrization, no forward of its own. ValueError for an activation that there is not.
+  // forward: no hook, no parametrization, no forward of its own. ValueError for an activation that there is
+  // not.
   //
   // Read again at every call: to know that nothing has changed since the last one (a weight replaced, a hook
   // registered, a parameter set) would take the same look into the same dictionaries.

@@ -24,7 +24,7 @@ from mlpext.fusion._pairs import Row
 from mlpext.fusion._patterns import activation_after, activation_called, why_not_linear
 from mlpext.fusion._source import reads
 from mlpext.fusion._trace import describe, expect, has_hooks, sole_user, steady_graph
-from mlpext.fusion._units import find_gates
+from mlpext.fusion._units import ActivatedLinear, find_units, replace
 
 
 class FusedGraph(fx.GraphModule):
@@ -73,8 +73,9 @@ def fuse_graph(model: Module, rows: dict[Module, Row]) -> Module:
         rows[model] = said._replace(reason=f"{said.reason}; {reason}" if said.action != "left" else reason)
         return model
     paths = {module: path for path, module in model.named_modules()}
-    for gate in find_gates(graph):
-        gate.fuse()
+    for unit in find_units(graph):
+        if not isinstance(unit, ActivatedLinear):  # of those `_fuse_activation` takes more
+            unit.fuse()
     for node in list(graph.nodes):
         if _is_linear(node):
             what = _fuse_activation(node) or _fuse_maxout(node)
@@ -182,8 +183,6 @@ def _reduced(node: fx.Node, groups: fx.Node) -> int | None:
 
 def _replace_lone_activation(node: fx.Node) -> None:
     """An activation function by itself: ours, of the same signature."""
-    if node.target is TF.glu:
-        node.target = F.glu
     if node.op == "call_function" and node.target is not torch.sin and (found := activation_called(node)):
         node.target = getattr(F, "gelu" if found[0] == "gelu_tanh" else found[0])
 
@@ -207,9 +206,4 @@ def _replace(linear: fx.Node, last: fx.Node, make: Callable[[Any, Any, Any], fx.
                 bias = graph.get_attr(f"{linear.target}.bias")
     else:
         x, weight, bias = (*linear.args, linear.kwargs.get("bias"))[:3]  # type: ignore[assignment]
-    last.replace_all_uses_with(make(x, weight, bias))
-    chain = [linear]
-    while chain[-1] is not last:
-        chain += chain[-1].users
-    for node in reversed(chain):
-        graph.erase_node(node)
+    replace(linear, last, make(x, weight, bias))

@@ -34,7 +34,7 @@ for _name in NAME_OF.values():
     _FUNCTIONS |= {getattr(TF, _name, None): _name, getattr(torch, _name, None): _name}
     _FUNCTIONS |= {_name: _name} if hasattr(Tensor, _name) else {}
 del _FUNCTIONS[None]
-_PRODUCTS = (operator.mul, torch.mul, "mul")
+PRODUCTS = (operator.mul, torch.mul, "mul")
 _SQUARES = (torch.square, "square")
 _POWERS = (operator.pow, torch.pow, "pow")
 
@@ -97,7 +97,7 @@ def _times_sigmoid(x: fx.Node, calls: list[fx.Node]) -> Activation | None:
     alpha = _factor(inner) if scaled and x in inner.args else None
     if activation_called(gate) != ("sigmoid", {}) or gate.args != (inner,) or (scaled and alpha is None):
         return None
-    if product.target not in _PRODUCTS or product.args not in ((x, gate), (gate, x)) or product.kwargs:
+    if product.target not in PRODUCTS or product.args not in ((x, gate), (gate, x)) or product.kwargs:
         return None
     return ("silu", {}) if alpha is None else ("quick_gelu", {"alpha": alpha})
 
@@ -128,7 +128,7 @@ def _squares(node: fx.Node) -> bool:
 
 def _factor(node: fx.Node) -> float | None:
     """The number by which `node` multiplies what it is given."""
-    if node.target not in _PRODUCTS or len(node.args) != 2 or node.kwargs:
+    if node.target not in PRODUCTS or len(node.args) != 2 or node.kwargs:
         return None
     return next((float(value) for value in node.args if isinstance(value, (int, float))), None)
 

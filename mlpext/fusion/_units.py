@@ -14,12 +14,18 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from mlpext import _C, nn
 from mlpext import functional as F
-from mlpext.fusion._patterns import Activation, activation_after, activation_called, why_not_linear
+from mlpext.fusion._patterns import (
+    PRODUCTS,
+    Activation,
+    activation_after,
+    activation_called,
+    why_not_linear,
+)
 from mlpext.fusion._source import changes
 from mlpext.fusion._trace import describe, has_hooks
 from mlpext.nn._activations import NAME_OF, name_and_parameters
 
-_PRODUCTS = (operator.mul, torch.mul, torch.multiply, "mul", "multiply")
+_PRODUCTS = (*PRODUCTS, torch.multiply, "multiply")
 _SPLITS: tuple[Any, ...] = (torch.chunk, torch.split, torch.tensor_split, torch.unbind)
 _SPLITS += ("chunk", "split", "tensor_split", "unbind")
 _ASKS = (getattr, "size", "dim")  # what changes nothing: x.shape
@@ -56,7 +62,7 @@ class Gate(NamedTuple):
                 fused = graph.call_function(gated_by, (module, self.gate, self.value, name, params))
             else:
                 fused = graph.call_function(F.gated, (self.gate, self.value, name), dict(params))
-        _replace([call, self.product], fused)
+        replace(call, self.product, fused)
 
 
 class ActivatedLinear(NamedTuple):
@@ -81,10 +87,7 @@ class ActivatedLinear(NamedTuple):
         with graph.inserting_before(self.linear):
             module = graph.get_attr(str(self.linear.target))
             fused = graph.call_function(linear_then, (module, *self.linear.args, name, (*params.values(),)))
-        calls = [self.linear]
-        while calls[-1] is not self.last:
-            calls += calls[-1].users
-        _replace(calls, fused)
+        replace(self.linear, self.last, fused)
 
 
 class GLU(NamedTuple):
@@ -126,15 +129,9 @@ def linear_then(linear: Module, input: Tensor, name: str, params: tuple[float, .
     return _C.activation(linear(input), name, params)
 
 
-def find_gates(graph: fx.Graph) -> list[Gate]:
-    """The gated units in `graph`: products of two layers of one input, or of both halves of one tensor, of
-    which one goes through an activation that nobody else sees."""
-    return [gate for node in graph.nodes if (gate := _gate_of(node)) is not None]
-
-
 def find_units(graph: fx.Graph) -> list[Unit]:
     """All that can be made one call. No node is part of two."""
-    gates = find_gates(graph)
+    gates = [gate for node in graph.nodes if (gate := _gate_of(node)) is not None]
     taken = set(chain.from_iterable(gate.parts for gate in gates))
     linears = [unit for node in graph.nodes if node not in taken and (unit := _activated(node)) is not None]
     glus = [GLU(node) for node in graph.nodes if node.target is torch.nn.functional.glu]
@@ -142,6 +139,8 @@ def find_units(graph: fx.Graph) -> list[Unit]:
 
 
 def _gate_of(product: fx.Node) -> Gate | None:
+    """The gated unit that ends with `product`: of two layers of one input, or of both halves of one tensor,
+    of which one goes through an activation that nobody else sees."""
     if product.target not in _PRODUCTS or len(product.args) != 2 or product.kwargs:
         return None
     left, right = product.args
@@ -208,9 +207,12 @@ def _activated(node: fx.Node) -> ActivatedLinear | None:
     return ActivatedLinear(node, last, activation)
 
 
-def _replace(calls: list[fx.Node], fused: fx.Node) -> None:
-    """Put `fused` in the place of `calls`, each of which takes what the one before gives."""
-    fused.meta["modes"] = calls[-1].meta["modes"]
-    calls[-1].replace_all_uses_with(fused)
+def replace(first: fx.Node, last: fx.Node, fused: fx.Node) -> None:
+    """Put `fused` in the place of the calls from `first` to `last`, each the only user of the one before."""
+    fused.meta["modes"] = last.meta["modes"]
+    last.replace_all_uses_with(fused)
+    calls = [first]
+    while calls[-1] is not last:
+        calls += calls[-1].users
     for call in reversed(calls):
         call.graph.erase_node(call)
