@@ -20,7 +20,6 @@ template <class T> struct Values {
   bool identity, keeps_z, drops, trained;
   T *z, *y, *dz, *dy;  // (rows, columns) and (rows, outputs)
   T* mask;  // (rows, outputs), of dropout: y = f(z) m; where f' follows from f(z), that takes z's place
-  T* gate;  // (rows, outputs), of a gated layer: f(z1)
   int32_t* winner;  // (rows, outputs), of maxout
 
   Values(const EpochLayer& layer, int64_t rows, int64_t outputs, Arena& arena)
@@ -39,7 +38,6 @@ template <class T> struct Values {
     dy = arena.take<T>(rows * padded<T>(outputs));
     dz = layer.kind == EpochLayer::activated ? dy : arena.take<T>(rows * padded<T>(columns));
     mask = drops ? arena.take<T>(rows * padded<T>(outputs)) : nullptr;
-    gate = layer.kind == EpochLayer::gated ? arena.take<T>(rows * padded<T>(outputs)) : nullptr;
     winner = layer.kind == EpochLayer::maxout ? arena.take<int32_t>(rows * outputs) : nullptr;
   }
 
@@ -52,10 +50,9 @@ template <class T> struct Values {
         kernels.maxout_forward[1][dtype<T>](z + r * columns, y + r * outputs, winner + (first + r) * outputs,
                                             job->pieces, outputs, outputs);
     } else if (job->kind == EpochLayer::gated) {
-      T* const gate = this->gate + first * outputs;
-      activation->forward_rows[dtype<T>](job->params, z, columns, gate, outputs, rows, outputs);
       for (int64_t r = 0; r < rows; ++r)
-        multiply(outputs, gate + r * outputs, z + r * columns + outputs, y + r * outputs);
+        activation->gated[dtype<T>](job->params, z + r * columns, z + r * columns + outputs, y + r * outputs,
+                                    outputs);
     } else if (!identity) activation->forward[dtype<T>](job->params, z, y, rows * columns);
     else if (keeps_z) std::memcpy(y, z, rows * columns * sizeof(T));
     if (!drops) return;
@@ -74,16 +71,11 @@ template <class T> struct Values {
         kernels.maxout_backward[1][dtype<T>](dy + r * outputs, winner + (first + r) * outputs,
                                              dz + r * columns, job->pieces, outputs, outputs);
     } else if (job->kind == EpochLayer::gated) {
-      const T* const gate = this->gate + first * outputs;
       for (int64_t r = 0; r < rows; ++r) {
-        const T* const own = dy + r * outputs;
-        multiply(outputs, own, z + r * columns + outputs, dz + r * columns);
-        multiply(outputs, own, gate + r * outputs, dz + r * columns + outputs);
+        const T* const own = z + r * columns;
+        activation->gated_backward[dtype<T>](job->params, dy + r * outputs, own, own + outputs,
+                                             dz + r * columns, dz + r * columns + outputs, outputs);
       }
-      const bool from_gate = job->output_suffices;
-      (from_gate ? activation->backward_rows_from_output : activation->backward_rows)[dtype<T>](
-          job->params, dz, columns, from_gate ? gate : z, from_gate ? outputs : columns, dz, columns, rows,
-          outputs);
     } else if (!identity)
       (keeps_z ? activation->backward : activation->backward_from_output)[dtype<T>](job->params, dy, z, dz,
                                                                                     rows * columns);
