@@ -677,10 +677,17 @@ def _place(r: random.Random, width: int, names: tuple[str, ...]) -> Place:
     return Place(width, name, tuple(params.items()), bias=r.random() < 0.8)
 
 
+def _grows(place: Place) -> bool:
+    return place.activation == "relu_squared" or (
+        place.activation == "celu" and dict(place.params).get("alpha", 1.0) < 0
+    )
+
+
 def _with_gates(r: random.Random, places: list[Place]) -> list[Place]:
-    """At most two of the layers are gated: the outputs of three are of degree 8 and more in the weights, and
-    their descent diverges."""
-    gated = r.sample(range(len(places)), min(len(places), r.choice((0, 0, 0, 1, 1, 2))))
+    """At most two of the layers are gated, and none beside a function that grows faster than a line: outputs
+    of degree 8 and more in the weights diverge, and products in an exponential do."""
+    count = 0 if any(map(_grows, places)) else r.choice((0, 0, 0, 1, 1, 2))
+    gated = r.sample(range(len(places)), min(len(places), count))
     return [
         dataclasses.replace(place, gated=k in gated and place.activation != "maxout")
         for k, place in enumerate(places)
@@ -734,7 +741,7 @@ def _rule(r: random.Random, case: Case) -> Case:
     rows = case.rows - case.held_out
     updates = -(-rows // case.step_size) * case.epochs
     widest = max(case.inputs, *(place.width for place in case.places[:-1]), 1)
-    widest *= 10**case.gates
+    widest *= 10 ** (case.gates + sum(place.activation == "relu_squared" for place in case.places))
     # Gradients of coarse numbers cancel, and Adam divides what rounding leaves of them by itself.
     plain = case.dtype == "bfloat16" or case.values == "grid"
     names = ("", "", "SGD") if plain else ("", "", "SGD", "Adam", "AdamW")
