@@ -41,9 +41,9 @@ template <class... Others> auto rows_in(const Tensor& first, const Others&... ot
   return all ? std::optional(rows) : std::nullopt;
 }
 
-// Calls run(operands, outputs, count), cut for the threads, with pointers to what is taken and made. `outputs`
-// are dense; what a null one would hold is thrown away. Those that no cache will hold are made in one, block by
-// block, and written around it (activation.cpp says why).
+// Calls run(operands, outputs, count), cut for the threads, with pointers to what is taken and made.
+// `outputs` are dense; what a null one would hold is thrown away. Those that no cache will hold are made in
+// one, block by block, and written around it (activation.cpp says why).
 template <std::size_t inputs, std::size_t outputs, class Run>
 void run_over(const Rows<inputs>& rows, int64_t n, int64_t size, std::array<const void*, inputs> from,
               std::array<void*, outputs> to, Run run) {

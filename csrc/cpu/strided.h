@@ -1,5 +1,5 @@
-// Elementwise loops over any layout: torch's TensorIterator, for its order and its output strides, and buffers
-// that stay in the L1 cache.
+// Elementwise loops over any layout: torch's TensorIterator, for its order and its output strides, and
+// buffers that stay in the L1 cache.
 #pragma once
 #include <ATen/TensorIterator.h>
 
